@@ -1,0 +1,60 @@
+"""Embedding tables 20 to 200 times smaller, by differentiable product quantization (DPQ; Chen, Li and Sun, 2020).
+
+Read the modules in this order and you have read DPQ:
+
+1. `config`         what can be chosen: K codes in each of D subspaces, and how the choice of a code is trained
+2. `nn.quantizer`   queries -> codes -> vectors, and how gradients pass (the paper's equations)
+3. `nn.embedding`   ids -> pooled vectors: the module that stands in for TorchRec's
+4. `nn.freeze`      every row's query is encoded once; codes and values are all that remain
+5. `codes`          codes <-> bytes
+6. `vocabulary`     ids -> rows
+7. `artifact`       the folder that is published (`tensorfile` is one of its files)
+8. `kernels`        the loops that must be fast, each beside the plain one it equals
+9. `lookup`         ids -> vectors, from the mapped artifact
+10. `export`, `cli`, `errors`
+
+Importing this package needs numpy alone; `dpq_rec.nn` is the only place that imports torch.
+"""
+
+from dpq_rec.artifact import Artifact, TableContents, open_artifact, publish, verify, write_artifact
+from dpq_rec.codes import CodeLayout, pack_codes, unpack_codes
+from dpq_rec.config import DPQConfig
+from dpq_rec.errors import (
+    ArtifactError,
+    ConfigError,
+    DamagedArtifactError,
+    DpqRecError,
+    IdTypeError,
+    MissingDependencyError,
+    UnknownIdsError,
+    UnknownTableError,
+)
+from dpq_rec.lookup import EmbeddingStore, Lookup
+from dpq_rec.vocabulary import IdentityVocabulary, Int64Vocabulary, ModuloVocabulary, Vocabulary
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "CodeLayout",
+    "ConfigError",
+    "DPQConfig",
+    "DamagedArtifactError",
+    "DpqRecError",
+    "EmbeddingStore",
+    "IdTypeError",
+    "IdentityVocabulary",
+    "Int64Vocabulary",
+    "Lookup",
+    "MissingDependencyError",
+    "ModuloVocabulary",
+    "TableContents",
+    "UnknownIdsError",
+    "UnknownTableError",
+    "Vocabulary",
+    "open_artifact",
+    "pack_codes",
+    "publish",
+    "unpack_codes",
+    "verify",
+    "write_artifact",
+]

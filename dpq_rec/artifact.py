@@ -1,0 +1,385 @@
+"""Tables to a folder and back. In: TableContents. Out: a folder that never changes once written; opened, it is mapped.
+
+    manifest.json                 written last
+    tables/TABLE.safetensors      `packed_codes` and `values`, or `vectors`; and the vocabulary's tensors
+
+`write_artifact` writes beside the target and renames, so that a reader sees the whole artifact or none. `open_artifact`
+checks the structure and takes no time that grows with the tables; `verify` reads every byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpq_rec.codes import CodeLayout, find_damaged_row
+from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError
+from dpq_rec.tensorfile import Stream, map_tensors, sha256_of, write_tensors
+from dpq_rec.vocabulary import Vocabulary, load_vocabulary
+
+FORMAT, FORMAT_VERSION = "dpq-rec", 1
+MANIFEST = "manifest.json"
+PRODUCER = "dpq_rec 0.1.0"
+_TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_CHECK_ROWS = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableContents:
+    """What goes into one table of an artifact.
+
+    Attributes:
+        num_embeddings: V, rows.
+        embedding_dim: E.
+        vocabulary: the map from ids to rows.
+        chunks: the rows in order, in pieces of any size: packed codes [N, W] (uint8), or vectors [N, E] (float32) of a
+            dense table.
+        layout: how the codes of a row are laid out; None is a dense table.
+        values: float32 or float16 [L*D, K, S], or [L, K, S] where the subspaces share them; None for a dense table.
+        features: the names under which a model looks the table up.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    vocabulary: Vocabulary
+    chunks: Iterable[NDArray[Any]]
+    layout: CodeLayout | None = None
+    values: NDArray[Any] | None = None
+    features: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableManifest:
+    """One table's entry in manifest.json (contract 3)."""
+
+    file: str
+    bytes: int
+    sha256: str
+    kind: str
+    num_embeddings: int
+    embedding_dim: int
+    num_subspaces: int
+    num_levels: int
+    num_codes: int
+    code_bits: int
+    row_bytes: int
+    shared_values: bool
+    features: tuple[str, ...]
+    vocabulary: Mapping[str, Any]
+
+    @property
+    def layout(self) -> CodeLayout:
+        """How the codes of a row are laid out."""
+        return CodeLayout(num_subspaces=self.num_subspaces, num_codes=self.num_codes, num_levels=self.num_levels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table of an opened artifact; the tensors are mapped from the file, values are in memory as float32."""
+
+    name: str
+    manifest: TableManifest
+    tensors: Mapping[str, NDArray[Any]]
+    vocabulary: Vocabulary
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Bytes of packed codes and values, or of the vectors, as they lie on disk."""
+        return sum(self.tensors[name].nbytes for name in ("packed_codes", "values", "vectors") if name in self.tensors)
+
+    @property
+    def vocabulary_bytes(self) -> int:
+        """Bytes of the vocabulary as it lies on disk."""
+        return sum(tensor.nbytes for tensor in self.vocabulary.tensors().values())
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the fp32 table that this one replaces."""
+        return 4 * self.manifest.num_embeddings * self.manifest.embedding_dim
+
+    @property
+    def compression_ratio(self) -> float:
+        """`full_bytes` / `artifact_bytes`; the vocabulary's bytes are not in it."""
+        return self.full_bytes / max(1, self.artifact_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """An opened artifact."""
+
+    path: Path
+    version: str
+    created_at: str
+    producer: str
+    tables: Mapping[str, Table]
+
+
+# Writing
+
+
+def write_artifact(
+    path: str | os.PathLike[str], tables: Mapping[str, TableContents], *, version: str | None = None
+) -> Path:
+    """Write an artifact; on any error nothing is left behind.
+
+    Args:
+        path: the folder to make; it must not exist.
+        tables: name -> contents.
+        version: a name for this artifact, unique in its store; the time and a random suffix if not given.
+
+    Raises:
+        ConfigError: a table's name or contents make no sense.
+        FileExistsError: the path exists.
+    """
+    target = Path(path)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; an artifact is never changed: write to another folder")
+    for name in tables:
+        if not _TABLE_NAME.fullmatch(name):
+            raise ConfigError(f"table name: got {name!r}, want letters, digits, '_', '-' and '.'")
+    now = datetime.datetime.now(datetime.UTC)
+    with _renamed_into(target) as folder:
+        (folder / "tables").mkdir()
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "version": version or f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}",
+            "created_at": now.isoformat(timespec="seconds"),
+            "producer": PRODUCER,
+            "tables": {name: dataclasses.asdict(_write_table(folder, name, t)) for name, t in tables.items()},
+        }
+        _write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return target
+
+
+def _write_table(folder: Path, name: str, contents: TableContents) -> TableManifest:
+    rows, dim, layout, values = contents.num_embeddings, contents.embedding_dim, contents.layout, contents.values
+    tensors: dict[str, NDArray[Any] | Stream] = dict(contents.vocabulary.tensors())
+    if layout is None:
+        tensors["vectors"] = Stream(np.float32, (rows, dim), contents.chunks)
+    else:
+        if values is None or values.shape not in _value_shapes(layout, dim):
+            got = None if values is None else values.shape
+            raise ConfigError(f"table {name!r}: got values {got}, want one of {_value_shapes(layout, dim)}")
+        tensors["values"] = values
+        tensors["packed_codes"] = Stream(np.uint8, (rows, layout.row_bytes), contents.chunks)
+    file = f"tables/{name}.safetensors"
+    written = write_tensors(folder / file, tensors)
+    return TableManifest(
+        file=file,
+        bytes=written.num_bytes,
+        sha256=written.sha256,
+        kind="dpq" if layout else "dense",
+        num_embeddings=rows,
+        embedding_dim=dim,
+        num_subspaces=layout.num_subspaces if layout else 0,
+        num_levels=layout.num_levels if layout else 0,
+        num_codes=layout.num_codes if layout else 0,
+        code_bits=layout.code_bits if layout else 0,
+        row_bytes=layout.row_bytes if layout else 4 * dim,
+        shared_values=bool(layout and values is not None and values.shape != _value_shapes(layout, dim)[0]),
+        features=contents.features,
+        vocabulary={"kind": contents.vocabulary.kind},
+    )
+
+
+def _value_shapes(layout: CodeLayout, embedding_dim: int) -> list[tuple[int, ...]]:
+    """The shape of values of one's own, and of shared ones."""
+    tail = (layout.num_codes, embedding_dim // layout.num_subspaces)
+    return [(layout.codes_per_row, *tail), (layout.num_levels, *tail)]
+
+
+class _renamed_into:  # noqa: N801 - reads as the statement it is: `with _renamed_into(target) as folder`
+    """A folder beside the target, renamed to it when the block succeeds, removed when it does not."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+    def __enter__(self) -> Path:
+        self.folder.mkdir(parents=True)
+        return self.folder
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for folder in [*(p for p in self.folder.rglob("*") if p.is_dir()), self.folder]:
+            _sync_folder(folder)
+        self.folder.rename(self.target)
+        _sync_folder(self.target.parent)
+
+
+def _write_file(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Reading
+
+
+def open_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Open an artifact, or the current one of a store, and check its structure.
+
+    Raises:
+        ArtifactError: there is none at the path, or this version cannot read it.
+        DamagedArtifactError: manifest and files disagree.
+    """
+    folder = find_artifact(Path(path))
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT or manifest["format_version"] != FORMAT_VERSION:
+            found = f"{manifest['format']} version {manifest['format_version']}"
+            raise ArtifactError(f"{folder}: got {found}, this version reads {FORMAT} version {FORMAT_VERSION}")
+        return Artifact(
+            path=folder,
+            version=str(manifest["version"]),
+            created_at=str(manifest["created_at"]),
+            producer=str(manifest["producer"]),
+            tables={name: _open_table(folder, name, entry) for name, entry in manifest["tables"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedArtifactError(f"{folder / MANIFEST}: {type(error).__name__}: {error}") from error
+
+
+def _open_table(folder: Path, name: str, entry: dict[str, Any]) -> Table:
+    known = {field.name for field in dataclasses.fields(TableManifest)}
+    fields: dict[str, Any] = {k: v for k, v in entry.items() if k in known}
+    manifest = TableManifest(**{**fields, "features": tuple(fields["features"])})
+    if manifest.kind not in ("dpq", "dense"):
+        raise ArtifactError(f"table {name!r}: got kind {manifest.kind!r}, this version reads dpq and dense")
+    path = folder / manifest.file
+    if Path(manifest.file).is_absolute() or ".." in Path(manifest.file).parts:
+        raise DamagedArtifactError(f"table {name!r}: file {manifest.file!r} lies outside the artifact")
+    if not path.is_file() or path.stat().st_size != manifest.bytes:
+        found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
+        raise DamagedArtifactError(f"{path}: got {found}, the manifest says {manifest.bytes} bytes")
+    tensors = map_tensors(path)
+    _check_table(name, manifest, tensors)
+    if "values" in tensors:  # small, and read at every lookup: in memory, in the type that the sums are made in
+        tensors = {**tensors, "values_fp32": np.ascontiguousarray(tensors["values"], np.float32)}
+    vocabulary = load_vocabulary(manifest.vocabulary["kind"], manifest.num_embeddings, tensors)
+    return Table(name=name, manifest=manifest, tensors=tensors, vocabulary=vocabulary)
+
+
+def _check_table(name: str, manifest: TableManifest, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """The tensors are there, in the types and shapes that the manifest promises."""
+    rows, dim = manifest.num_embeddings, manifest.embedding_dim
+    wanted: dict[str, tuple[tuple[str, ...], list[tuple[int, ...]]]] = {"vectors": (("float32",), [(rows, dim)])}
+    if manifest.kind == "dpq":
+        layout = manifest.layout
+        if dim % layout.num_subspaces or (manifest.code_bits, manifest.row_bytes) != (
+            layout.code_bits,
+            layout.row_bytes,
+        ):
+            raise DamagedArtifactError(f"table {name!r}: the manifest's sizes contradict each other: {manifest}")
+        shapes = _value_shapes(layout, dim)
+        wanted = {
+            "packed_codes": (("uint8",), [(rows, layout.row_bytes)]),
+            "values": (("float32", "float16"), shapes[1:] if manifest.shared_values else shapes[:1]),
+        }
+    for tensor_name, (dtypes, shapes) in wanted.items():
+        tensor = tensors.get(tensor_name)
+        if tensor is None or str(tensor.dtype) not in dtypes or tensor.shape not in shapes:
+            got = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
+            raise DamagedArtifactError(f"table {name!r}: {tensor_name}: got {got}, want {dtypes} {shapes}")
+
+
+def verify(path: str | os.PathLike[str], progress: Callable[[int], object] = lambda num_bytes: None) -> Artifact:
+    """Read every byte: digests, codes, padding bits, vocabularies.
+
+    Args:
+        path: an artifact or a store.
+        progress: called with the bytes of each piece that was checked; they add up to twice the files' bytes at most.
+
+    Raises:
+        ArtifactError, DamagedArtifactError: as `open_artifact`, and for bytes that are not what was published.
+    """
+    artifact = open_artifact(path)
+    for name, table in artifact.tables.items():
+        digest = sha256_of(artifact.path / table.manifest.file, progress)
+        if digest != table.manifest.sha256:
+            raise DamagedArtifactError(
+                f"{table.manifest.file}: got sha256 {digest}, the manifest says {table.manifest.sha256}"
+            )
+        table.vocabulary.check(table.manifest.num_embeddings)
+        if table.manifest.kind == "dpq":
+            _check_codes(name, table)
+    return artifact
+
+
+def _check_codes(name: str, table: Table) -> None:
+    packed_VW = table.tensors["packed_codes"]
+    for start in range(0, len(packed_VW), _CHECK_ROWS):
+        damaged = find_damaged_row(packed_VW[start : start + _CHECK_ROWS], table.manifest.layout)
+        if damaged is not None:
+            raise DamagedArtifactError(f"table {name!r}: row {start + damaged} holds an impossible code or padding bit")
+
+
+# A store: a folder of published versions, and CURRENT
+
+
+def find_artifact(path: Path) -> Path:
+    """The artifact's folder: the path itself, or what its CURRENT names where it is a store.
+
+    Raises:
+        ArtifactError: neither.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    current = path / "CURRENT"
+    if not current.is_file():
+        raise ArtifactError(f"{path}: holds neither {MANIFEST} (an artifact) nor CURRENT (a store of artifacts)")
+    version = current.read_text().removesuffix("\n")
+    if not _TABLE_NAME.fullmatch(version) or not (path / version / MANIFEST).is_file():
+        raise DamagedArtifactError(f"{current}: names {version!r}, which is not a version in this store")
+    return path / version
+
+
+def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> Path:
+    """Verify an artifact, copy it into a store under its version and make it the current one.
+
+    Raises:
+        ArtifactError: as `verify`.
+        FileExistsError: the store has that version already.
+    """
+    verified = verify(artifact)
+    target = Path(store) / verified.version
+    if not _TABLE_NAME.fullmatch(verified.version):
+        raise ConfigError(f"version: got {verified.version!r}, want letters, digits, '_', '-' and '.'")
+    if target.exists():
+        raise FileExistsError(f"{target} exists; a version is published once")
+    with _renamed_into(target) as folder:
+        for file in [*(table.manifest.file for table in verified.tables.values()), MANIFEST]:
+            (folder / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(verified.path / file, folder / file)
+            descriptor = os.open(folder / file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        verify(folder)
+    switch = target.with_name(f".CURRENT.{secrets.token_hex(4)}.tmp")
+    _write_file(switch, f"{verified.version}\n")
+    switch.rename(Path(store) / "CURRENT")
+    _sync_folder(Path(store))
+    return target

@@ -1,0 +1,1 @@
+"""The `dpq-rec` command."""

@@ -1,0 +1,94 @@
+"""Codes to bytes and back. In: codes_NM. Out: packed_NW (uint8).
+
+A row's M = L*D codes are one string of bits: code m is bits m*b to m*b+b-1, least significant bit first, bit 0 being
+the least significant bit of byte 0; the last byte is filled up with zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpq_rec.errors import ConfigError
+
+MAX_NUM_CODES = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeLayout:
+    """How many codes a row has, and how many bits each takes.
+
+    Attributes:
+        num_subspaces: D, groups a vector is split into.
+        num_codes: K, choices per group, 2 to 65,536.
+        num_levels: L, residual levels; 1 is plain DPQ.
+    """
+
+    num_subspaces: int
+    num_codes: int
+    num_levels: int = 1
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_codes <= MAX_NUM_CODES:
+            raise ConfigError(f"num_codes: got {self.num_codes}, want an integer from 2 to {MAX_NUM_CODES}")
+        if self.num_subspaces < 1:
+            raise ConfigError(f"num_subspaces: got {self.num_subspaces}, want 1 or more")
+        if self.num_levels < 1:
+            raise ConfigError(f"num_levels: got {self.num_levels}, want 1 or more")
+
+    @property
+    def code_bits(self) -> int:
+        """B = max(1, ceil(log2 K))."""
+        return max(1, (self.num_codes - 1).bit_length())
+
+    @property
+    def codes_per_row(self) -> int:
+        """M = L * D."""
+        return self.num_levels * self.num_subspaces
+
+    @property
+    def row_bytes(self) -> int:
+        """W = ceil(M * b / 8)."""
+        return -(-self.codes_per_row * self.code_bits // 8)
+
+
+def pack_codes(codes_NM: NDArray[np.integer], layout: CodeLayout) -> NDArray[np.uint8]:
+    """Packed codes [N, W] of codes [N, M] (any integer dtype).
+
+    Raises:
+        ValueError: the shape is not [N, M], or a code lies outside [0, K).
+    """
+    if codes_NM.ndim != 2 or codes_NM.shape[1] != layout.codes_per_row:
+        raise ValueError(f"codes: got shape {codes_NM.shape}, want [N, {layout.codes_per_row}]")
+    if codes_NM.size and not (int(codes_NM.min()) >= 0 and int(codes_NM.max()) < layout.num_codes):
+        raise ValueError(
+            f"codes: got values from {codes_NM.min()} to {codes_NM.max()}, want 0 to {layout.num_codes - 1}"
+        )
+    bits = layout.code_bits
+    if bits == 8:
+        return codes_NM.astype(np.uint8)
+    shifts = np.arange(bits, dtype=np.uint16)
+    bits_NMb = (codes_NM.astype(np.uint16)[:, :, None] >> shifts & 1).astype(np.uint8)
+    return np.packbits(bits_NMb.reshape(len(codes_NM), layout.codes_per_row * bits), axis=1, bitorder="little")
+
+
+def unpack_codes(packed_NW: NDArray[np.uint8], layout: CodeLayout) -> NDArray[np.uint16]:
+    """Codes [N, M] of packed codes [N, W]. A damaged row's codes may be K or more: see `find_damaged_row`."""
+    bits = layout.code_bits
+    if bits == 8:
+        return packed_NW.astype(np.uint16)
+    flat_bits = np.unpackbits(packed_NW, axis=1, bitorder="little", count=layout.codes_per_row * bits)
+    bits_NMb = flat_bits.reshape(len(packed_NW), layout.codes_per_row, bits)
+    weights = np.left_shift(1, np.arange(bits), dtype=np.int64)
+    return (bits_NMb @ weights).astype(np.uint16)
+
+
+def find_damaged_row(packed_NW: NDArray[np.uint8], layout: CodeLayout) -> int | None:
+    """The first row with a code of K or more, or with a padding bit set; None where all are sound."""
+    damaged_N = (unpack_codes(packed_NW, layout) >= layout.num_codes).any(axis=1)
+    padding_bits = layout.row_bytes * 8 - layout.codes_per_row * layout.code_bits
+    if padding_bits:
+        damaged_N |= (packed_NW[:, -1] >> (8 - padding_bits)) != 0
+    return int(damaged_N.argmax()) if damaged_N.any() else None

@@ -1,0 +1,83 @@
+"""The hot loops in C++. In: numpy arrays. Out: numpy arrays. The GIL is released; `reference` says what they compute.
+
+Arguments are trusted to fit each other, as everything inside the library is; what comes from a file, rows and codes, is
+checked as it is read.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpq_rec.codes import CodeLayout
+from dpq_rec.errors import DamagedArtifactError
+from dpq_rec.kernels import _native
+
+MISSING_ROW = -1
+
+
+def decode(
+    packed_VW: NDArray[np.uint8],
+    values_MKS: NDArray[np.float32],
+    rows_N: NDArray[np.int64],
+    layout: CodeLayout,
+) -> NDArray[np.float32]:
+    """Vectors of rows.
+
+    Args:
+        packed_VW: packed codes (uint8).
+        values_MKS: values (float32) [L*D, K, S], or [L, K, S] where the subspaces share them.
+        rows_N: rows to decode (int64); MISSING_ROW gives zeros.
+        layout: how the codes of a row are laid out.
+
+    Returns:
+        vectors_NE (float32), E = D * S.
+
+    Raises:
+        DamagedArtifactError: a row outside the table, or a code of K or more: nothing is read outside the arrays.
+    """
+    shared = len(values_MKS) == layout.num_levels != layout.codes_per_row
+    out_NE = np.empty((len(rows_N), layout.num_subspaces * values_MKS.shape[2]), np.float32)
+    bad_row_at, bad_code_at = _native.decode(
+        packed_VW, values_MKS, rows_N, out_NE, layout.num_levels, layout.num_subspaces, layout.code_bits, shared
+    )
+    if bad_row_at >= 0:
+        raise DamagedArtifactError(f"row {rows_N[bad_row_at]} is outside the table's {len(packed_VW)} rows")
+    if bad_code_at >= 0:
+        raise DamagedArtifactError(f"row {rows_N[bad_code_at]} holds a code of {layout.num_codes} or more")
+    return out_NE
+
+
+def encode(
+    queries_NDS: NDArray[np.float32],
+    keys_DKS: NDArray[np.float32],
+    scale_K: NDArray[np.float32],
+    shift_K: NDArray[np.float32],
+    *,
+    euclidean: bool,
+) -> NDArray[np.uint16]:
+    """Codes of queries: in each subspace the k with the highest scale[k] * score[k] + shift[k].
+
+    The score is the dot product of query and key, or minus their squared Euclidean distance. The lowest code wins a
+    tie. A query's codes depend neither on the batch it stands in nor on the machine.
+
+    Args:
+        queries_NDS: queries (float32), contiguous.
+        keys_DKS: keys (float32).
+        scale_K: factor per code (float32); ones where scores are not normalised.
+        shift_K: summand per code (float32); zeros where scores are not normalised.
+        euclidean: minus squared distance rather than dot product.
+
+    Returns:
+        codes_ND (uint16).
+    """
+    num_subspaces, num_codes, subspace_dim = keys_DKS.shape
+    padded = -(-num_codes // _native.LANES) * _native.LANES
+    keys_DSP = np.zeros((num_subspaces, subspace_dim, padded), np.float32)
+    keys_DSP[:, :, :num_codes] = keys_DKS.transpose(0, 2, 1)
+    scale_P = np.zeros(padded, np.float32)
+    shift_P = np.full(padded, -np.inf, np.float32)
+    scale_P[:num_codes], shift_P[:num_codes] = scale_K, shift_K
+    codes_ND = np.empty(queries_NDS.shape[:2], np.uint16)
+    _native.encode(queries_NDS, keys_DSP, scale_P, shift_P, codes_ND, euclidean)
+    return codes_ND

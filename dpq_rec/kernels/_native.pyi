@@ -1,0 +1,23 @@
+import numpy as np
+from numpy.typing import NDArray
+
+LANES: int
+
+def decode(
+    packed: NDArray[np.uint8],
+    values: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    out: NDArray[np.float32],
+    num_levels: int,
+    num_subspaces: int,
+    code_bits: int,
+    shared: bool,
+) -> tuple[int, int]: ...
+def encode(
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    codes: NDArray[np.uint16],
+    euclidean: bool,
+) -> None: ...

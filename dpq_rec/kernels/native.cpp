@@ -1,0 +1,251 @@
+// The hot loops. Each has a plain numpy twin in reference.py, which the tests hold it to bit for bit.
+// Arrays arrive checked (dtypes, shapes, contiguity) from __init__.py; what depends on the data is checked here.
+//
+// One source, three instruction sets: DPQ_MULTIVERSION compiles a function for AVX-512, AVX2 and the baseline and lets
+// the loader choose. Helpers are force-inlined so that they take the instruction set of the function they stand in.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace nb = nanobind;
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define DPQ_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define DPQ_MULTIVERSION
+#endif
+#define DPQ_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int64_t kMissingRow = -1;
+constexpr int64_t kPrefetchRows = 24;  // rows between the one decoded and the one asked from memory
+constexpr int64_t kCacheLine = 64;
+
+struct DecodeArgs {
+  const uint8_t* packed;  // [V, W]
+  const float* values;    // [M, K, S], or [L, K, S] where shared
+  const int64_t* rows;    // [N]
+  float* out;             // [N, E]
+  int64_t num_rows, num_lookups, row_bytes, num_levels, num_subspaces, num_codes, subspace_dim, code_bits;
+  bool shared;
+};
+
+// What went wrong, and where. A lookup stops at the first bad row, so nothing is read outside the arrays.
+struct DecodeResult {
+  int64_t bad_row_at = -1;   // position in `rows` that is neither a row nor kMissingRow
+  int64_t bad_code_at = -1;  // position in `rows` whose row holds a code >= num_codes
+};
+
+// Code m of a row is bits m*b .. m*b+b-1 of its bit string, least significant first (design.md, contract 3).
+DPQ_INLINE bool unpack_row(const uint8_t* row, int64_t num_codes_row, int64_t bits, uint32_t limit, uint32_t* codes) {
+  uint32_t largest = 0;
+  if (bits == 8) {
+    for (int64_t m = 0; m < num_codes_row; ++m) {
+      codes[m] = row[m];
+      largest = std::max(largest, codes[m]);
+    }
+  } else {
+    const uint32_t mask = (1u << bits) - 1;
+    uint64_t window = 0;
+    int64_t filled = 0;
+    for (int64_t m = 0; m < num_codes_row; ++m) {
+      while (filled < bits) {
+        window |= uint64_t{*row++} << filled;
+        filled += 8;
+      }
+      codes[m] = static_cast<uint32_t>(window) & mask;
+      largest = std::max(largest, codes[m]);
+      window >>= bits;
+      filled -= bits;
+    }
+  }
+  return largest < limit;
+}
+
+// kSubspaceDim > 0 is a width known at compile time, so that a copy becomes one or a few vector moves; 0 is any width.
+template <int kSubspaceDim>
+DPQ_INLINE void emit_row(const DecodeArgs& a, const uint32_t* codes, float* out) {
+  const int64_t width = kSubspaceDim > 0 ? kSubspaceDim : a.subspace_dim;
+  const int64_t centroids_stride = a.num_codes * width;
+  const int64_t subspace_stride = a.shared ? 0 : centroids_stride;
+  const float* level_values = a.values;
+  for (int64_t j = 0; j < a.num_subspaces; ++j) {
+    std::memcpy(out + j * width, level_values + j * subspace_stride + codes[j] * width, sizeof(float) * width);
+  }
+  for (int64_t l = 1; l < a.num_levels; ++l) {
+    level_values += a.shared ? centroids_stride : a.num_subspaces * centroids_stride;
+    codes += a.num_subspaces;
+    for (int64_t j = 0; j < a.num_subspaces; ++j) {
+      const float* value = level_values + j * subspace_stride + codes[j] * width;
+      for (int64_t s = 0; s < width; ++s) out[j * width + s] += value[s];
+    }
+  }
+}
+
+template <int kSubspaceDim>
+DPQ_INLINE DecodeResult decode_loop(const DecodeArgs& a, uint32_t* codes) {
+  const int64_t dim = a.num_subspaces * a.subspace_dim;
+  const int64_t codes_per_row = a.num_levels * a.num_subspaces;
+  DecodeResult result;
+  for (int64_t n = 0; n < a.num_lookups; ++n) {
+    // The cost of a lookup is the cache miss on its row of codes: ask for it long before it is used.
+    if (n + kPrefetchRows < a.num_lookups) {
+      const uint8_t* ahead = a.packed + a.rows[n + kPrefetchRows] * a.row_bytes;
+      for (int64_t byte = 0; byte < a.row_bytes; byte += kCacheLine) __builtin_prefetch(ahead + byte);
+      __builtin_prefetch(ahead + a.row_bytes - 1);
+    }
+    const int64_t row = a.rows[n];
+    float* out = a.out + n * dim;
+    if (row == kMissingRow) {
+      std::memset(out, 0, sizeof(float) * dim);
+      continue;
+    }
+    if (row < 0 || row >= a.num_rows) {
+      result.bad_row_at = n;
+      return result;
+    }
+    if (!unpack_row(a.packed + row * a.row_bytes, codes_per_row, a.code_bits, a.num_codes, codes)) {
+      result.bad_code_at = n;
+      return result;
+    }
+    emit_row<kSubspaceDim>(a, codes, out);
+  }
+  return result;
+}
+
+DPQ_MULTIVERSION DecodeResult decode_rows(const DecodeArgs& a, uint32_t* codes) {
+  switch (a.subspace_dim) {
+    case 2: return decode_loop<2>(a, codes);
+    case 4: return decode_loop<4>(a, codes);
+    case 8: return decode_loop<8>(a, codes);
+    case 16: return decode_loop<16>(a, codes);
+    default: return decode_loop<0>(a, codes);
+  }
+}
+
+constexpr int kLanes = 16;  // codes scored side by side; vectors of this width map to any instruction set
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+struct EncodeArgs {
+  const float* queries;  // [N, D, S]
+  const float* keys;     // [D, S, P]: transposed, the codes padded to P, a multiple of kLanes
+  const float* scale;    // [P]
+  const float* shift;    // [P]: -inf for the padding, so that it never wins
+  uint16_t* codes;       // [N, D]
+  int64_t num_queries, num_subspaces, subspace_dim, padded_codes;
+};
+
+DPQ_INLINE Floats load(const float* from) {
+  Floats to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+// The highest of scale[k] * score[k] + shift[k], and the lowest such k. Every code's score is a sum over s in order,
+// so a row's code depends on nothing but the row: not on the batch, the machine or the vector width.
+template <bool kEuclidean>
+DPQ_INLINE uint16_t best_code(const EncodeArgs& a, const float* query, const float* keys) {
+  Floats best = Floats{} - std::numeric_limits<float>::infinity();
+  Ints best_at = Ints{};
+  Ints at;
+  for (int i = 0; i < kLanes; ++i) at[i] = i;
+  for (int64_t k = 0; k < a.padded_codes; k += kLanes) {
+    Floats score = Floats{};
+    for (int64_t s = 0; s < a.subspace_dim; ++s) {
+      const Floats key = load(keys + s * a.padded_codes + k);
+      if (kEuclidean) {
+        const Floats difference = key - query[s];
+        score -= difference * difference;
+      } else {
+        score += key * query[s];
+      }
+    }
+    score = score * load(a.scale + k) + load(a.shift + k);
+    const Ints better = score > best;
+    best = better ? score : best;
+    best_at = better ? at : best_at;
+    at += kLanes;
+  }
+  int winner = 0;
+  for (int i = 1; i < kLanes; ++i) {
+    if (best[i] > best[winner] || (best[i] == best[winner] && best_at[i] < best_at[winner])) winner = i;
+  }
+  return static_cast<uint16_t>(best_at[winner]);
+}
+
+template <bool kEuclidean>
+DPQ_INLINE void encode_loop(const EncodeArgs& a) {
+  constexpr int64_t kBlock = 64;  // queries per visit of a subspace, so that its keys stay in the first-level cache
+  for (int64_t start = 0; start < a.num_queries; start += kBlock) {
+    const int64_t stop = std::min(start + kBlock, a.num_queries);
+    for (int64_t j = 0; j < a.num_subspaces; ++j) {
+      const float* keys = a.keys + j * a.subspace_dim * a.padded_codes;
+      for (int64_t n = start; n < stop; ++n) {
+        const int64_t at = n * a.num_subspaces + j;
+        a.codes[at] = best_code<kEuclidean>(a, a.queries + at * a.subspace_dim, keys);
+      }
+    }
+  }
+}
+
+DPQ_MULTIVERSION void encode_dot(const EncodeArgs& a) { encode_loop<false>(a); }
+DPQ_MULTIVERSION void encode_euclidean(const EncodeArgs& a) { encode_loop<true>(a); }
+
+template <typename T, int kDims>
+using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+
+// Returns (position of the first bad row, position of the first bad code), -1 where there is none.
+nb::tuple decode(Array<const uint8_t, 2> packed, Array<const float, 3> values, Array<const int64_t, 1> rows,
+                 Array<float, 2> out, int64_t num_levels, int64_t num_subspaces, int64_t code_bits, bool shared) {
+  const DecodeArgs args{packed.data(),
+                        values.data(),
+                        rows.data(),
+                        out.data(),
+                        static_cast<int64_t>(packed.shape(0)),
+                        static_cast<int64_t>(rows.shape(0)),
+                        static_cast<int64_t>(packed.shape(1)),
+                        num_levels,
+                        num_subspaces,
+                        static_cast<int64_t>(values.shape(1)),
+                        static_cast<int64_t>(values.shape(2)),
+                        code_bits,
+                        shared};
+  DecodeResult result;
+  {
+    nb::gil_scoped_release release;
+    std::vector<uint32_t> codes(num_levels * num_subspaces);
+    result = decode_rows(args, codes.data());
+  }
+  return nb::make_tuple(result.bad_row_at, result.bad_code_at);
+}
+
+void encode(Array<const float, 3> queries, Array<const float, 3> keys, Array<const float, 1> scale,
+            Array<const float, 1> shift, Array<uint16_t, 2> codes, bool euclidean) {
+  const EncodeArgs args{queries.data(),
+                        keys.data(),
+                        scale.data(),
+                        shift.data(),
+                        codes.data(),
+                        static_cast<int64_t>(queries.shape(0)),
+                        static_cast<int64_t>(queries.shape(1)),
+                        static_cast<int64_t>(queries.shape(2)),
+                        static_cast<int64_t>(keys.shape(2))};
+  nb::gil_scoped_release release;
+  euclidean ? encode_euclidean(args) : encode_dot(args);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.attr("LANES") = kLanes;
+  m.def("decode", &decode);
+  m.def("encode", &encode);
+}

@@ -1,0 +1,143 @@
+"""Tensors to a file and back. In: arrays, or chunks of them. Out: a safetensors file; read-only arrays mapped from it.
+
+Any safetensors library reads what `write_tensors` writes. The library's own writer takes whole tensors and aligns to 8
+bytes; tables outgrow memory and rows of codes must not straddle cache lines, so the writing is done here: tensors
+are streamed, and data begins at a multiple of 64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from dpq_rec.errors import DamagedArtifactError
+
+ALIGNMENT = 64
+PADDING = "padding"  # a tensor of zeros that brings the last tensor, read at random, to a multiple of ALIGNMENT
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+
+_NAMES: dict[np.dtype[Any], str] = {
+    np.dtype("<i8"): "I64",
+    np.dtype("<f4"): "F32",
+    np.dtype("<u4"): "U32",
+    np.dtype("<f2"): "F16",
+    np.dtype("<u2"): "U16",
+    np.dtype("u1"): "U8",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A tensor that comes in chunks along its first axis, so that it never has to be in memory whole."""
+
+    dtype: DTypeLike
+    shape: tuple[int, ...]
+    chunks: Iterable[NDArray[Any]]
+
+
+class Written(NamedTuple):
+    """What a file came to."""
+
+    num_bytes: int
+    sha256: str
+
+
+def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any] | Stream]) -> Written:
+    """Write tensors as one safetensors file; wide types first, so that each is aligned to its own size.
+
+    Raises:
+        ValueError: a stream's chunks do not add up to its shape.
+    """
+    streams = {name: t if isinstance(t, Stream) else Stream(t.dtype, t.shape, [t]) for name, t in tensors.items()}
+    order = sorted(streams, key=lambda name: -np.dtype(streams[name].dtype).itemsize)
+    before_last = sum(_num_bytes(streams[name]) for name in order[:-1])
+    if before_last % ALIGNMENT:
+        fill = np.zeros(-before_last % ALIGNMENT, np.uint8)
+        streams[PADDING] = Stream(fill.dtype, fill.shape, [fill])
+        order.insert(len(order) - 1, PADDING)
+    digest, num_bytes = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for block in _blocks(streams, order):
+            file.write(block)
+            digest.update(block)
+            num_bytes += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(num_bytes, digest.hexdigest())
+
+
+def _blocks(streams: Mapping[str, Stream], order: list[str]) -> Iterable[bytes]:
+    header, offset = {}, 0
+    for name in order:
+        end = offset + _num_bytes(streams[name])
+        dtype = _NAMES[np.dtype(streams[name].dtype).newbyteorder("<")]
+        header[name] = {"dtype": dtype, "shape": list(streams[name].shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        stream, num_rows = streams[name], 0
+        for chunk in stream.chunks:
+            num_rows += len(chunk)
+            yield np.ascontiguousarray(chunk, np.dtype(stream.dtype).newbyteorder("<")).tobytes()
+        if num_rows != stream.shape[0]:
+            raise ValueError(f"tensor {name!r}: got {num_rows} rows, want {stream.shape[0]}")
+
+
+def _num_bytes(stream: Stream) -> int:
+    return math.prod(stream.shape) * np.dtype(stream.dtype).itemsize
+
+
+def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Read-only arrays mapped from a safetensors file. Only the header is read.
+
+    Raises:
+        DamagedArtifactError: the header does not describe the file.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise DamagedArtifactError(f"{path}: got {size} bytes, want a safetensors file")
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    header_bytes = int.from_bytes(mapped[:8], "little")
+    if header_bytes > min(size - 8, MAX_HEADER_BYTES):
+        raise DamagedArtifactError(f"{path}: the header claims {header_bytes} bytes, the file has {size}")
+    try:
+        header = json.loads(mapped[8 : 8 + header_bytes])
+        header.pop("__metadata__", None)
+        return {name: _view(mapped, 8 + header_bytes, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedArtifactError(f"{path}: the header does not describe the file: {error}") from error
+
+
+def _view(mapped: mmap.mmap, data_start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):
+        raise ValueError(f"shape and offsets must be counts, got {entry}")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"offsets and shape disagree: {entry}")
+    count = math.prod(shape)
+    return np.frombuffer(mapped, dtype, count, data_start + begin).reshape(shape)
+
+
+def sha256_of(path: Path, progress: Callable[[int], object] = lambda num_bytes: None) -> str:
+    """The digest of a file, read in pieces; `progress` is told the bytes of each."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest()
