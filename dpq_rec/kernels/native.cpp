@@ -27,6 +27,7 @@ namespace {
 constexpr int64_t kMissingRow = -1;
 constexpr int64_t kPrefetchRows = 24;  // rows between the one decoded and the one asked from memory
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kSlack = 4;  // bytes that unpack_row may read beyond a row
 
 struct DecodeArgs {
   const uint8_t* packed;  // [V, W]
@@ -44,62 +45,63 @@ struct DecodeResult {
 };
 
 // Code m of a row is bits m*b .. m*b+b-1 of its bit string, least significant first (design.md, contract 3).
-DPQ_INLINE bool unpack_row(const uint8_t* row, int64_t num_codes_row, int64_t bits, uint32_t limit, uint32_t* codes) {
-  uint32_t largest = 0;
-  if (bits == 8) {
-    for (int64_t m = 0; m < num_codes_row; ++m) {
-      codes[m] = row[m];
-      largest = std::max(largest, codes[m]);
-    }
-  } else {
-    const uint32_t mask = (1u << bits) - 1;
-    uint64_t window = 0;
-    int64_t filled = 0;
-    for (int64_t m = 0; m < num_codes_row; ++m) {
-      while (filled < bits) {
-        window |= uint64_t{*row++} << filled;
-        filled += 8;
-      }
-      codes[m] = static_cast<uint32_t>(window) & mask;
-      largest = std::max(largest, codes[m]);
-      window >>= bits;
-      filled -= bits;
-    }
+// A code spans 23 bits at most (16, begun at bit 7), so it lies in the 4 bytes from its first; hence kSlack.
+DPQ_INLINE void unpack_row(const uint8_t* row, int64_t codes_per_row, int64_t bits, uint16_t* codes) {
+  const uint32_t mask = (1u << bits) - 1;
+  for (int64_t m = 0, bit = 0; m < codes_per_row; ++m, bit += bits) {
+    uint32_t window;
+    std::memcpy(&window, row + bit / 8, sizeof(window));
+    codes[m] = static_cast<uint16_t>(window >> (bit % 8) & mask);
   }
+}
+
+template <typename Code>
+DPQ_INLINE bool all_below(const Code* codes, int64_t count, int64_t limit) {
+  Code largest = 0;
+  for (int64_t m = 0; m < count; ++m) largest = std::max(largest, codes[m]);
   return largest < limit;
 }
 
-// kSubspaceDim > 0 is a width known at compile time, so that a copy becomes one or a few vector moves; 0 is any width.
-template <int kSubspaceDim>
-DPQ_INLINE void emit_row(const DecodeArgs& a, const uint32_t* codes, float* out) {
-  const int64_t width = kSubspaceDim > 0 ? kSubspaceDim : a.subspace_dim;
-  const int64_t centroids_stride = a.num_codes * width;
+// A group is copied in pieces of a width known at compile time, so that each is one vector, added up in a register.
+template <int kPiece, typename Code>
+DPQ_INLINE void emit_row(const DecodeArgs& a, const Code* codes, float* out) {
+  typedef float Piece __attribute__((vector_size(kPiece * sizeof(float))));
+  const int64_t centroids_stride = a.num_codes * a.subspace_dim;
   const int64_t subspace_stride = a.shared ? 0 : centroids_stride;
-  const float* level_values = a.values;
-  for (int64_t j = 0; j < a.num_subspaces; ++j) {
-    std::memcpy(out + j * width, level_values + j * subspace_stride + codes[j] * width, sizeof(float) * width);
-  }
-  for (int64_t l = 1; l < a.num_levels; ++l) {
-    level_values += a.shared ? centroids_stride : a.num_subspaces * centroids_stride;
-    codes += a.num_subspaces;
-    for (int64_t j = 0; j < a.num_subspaces; ++j) {
-      const float* value = level_values + j * subspace_stride + codes[j] * width;
-      for (int64_t s = 0; s < width; ++s) out[j * width + s] += value[s];
-    }
+  const int64_t level_stride = a.shared ? centroids_stride : a.num_subspaces * centroids_stride;
+  const float* values = a.values;
+  for (int64_t j = 0; j < a.num_subspaces; ++j, values += subspace_stride) {
+    int64_t piece = 0;
+    do {
+      Piece sum;
+      std::memcpy(&sum, values + codes[j] * a.subspace_dim + piece, sizeof(sum));
+      for (int64_t l = 1; l < a.num_levels; ++l) {
+        Piece value;
+        const int64_t code = codes[l * a.num_subspaces + j];
+        std::memcpy(&value, values + l * level_stride + code * a.subspace_dim + piece, sizeof(value));
+        sum += value;
+      }
+      std::memcpy(out, &sum, sizeof(sum));
+      out += kPiece;
+      piece += kPiece;
+    } while (piece < a.subspace_dim);
   }
 }
 
-template <int kSubspaceDim>
-DPQ_INLINE DecodeResult decode_loop(const DecodeArgs& a, uint32_t* codes) {
+// Takes its arguments by value: a copy that nothing else can point to stays in registers.
+template <int kPiece, bool kByteCodes>
+DPQ_INLINE DecodeResult decode_loop(const DecodeArgs a, uint16_t* codes, uint8_t* last_rows) {
   const int64_t dim = a.num_subspaces * a.subspace_dim;
   const int64_t codes_per_row = a.num_levels * a.num_subspaces;
+  const int64_t slack_from = a.num_rows * a.row_bytes - kSlack - a.row_bytes;
+  const bool every_code_exists = a.num_codes == int64_t{1} << a.code_bits;
   DecodeResult result;
   for (int64_t n = 0; n < a.num_lookups; ++n) {
     // The cost of a lookup is the cache miss on its row of codes: ask for it long before it is used.
     if (n + kPrefetchRows < a.num_lookups) {
       const uint8_t* ahead = a.packed + a.rows[n + kPrefetchRows] * a.row_bytes;
-      for (int64_t byte = 0; byte < a.row_bytes; byte += kCacheLine) __builtin_prefetch(ahead + byte);
-      __builtin_prefetch(ahead + a.row_bytes - 1);
+      __builtin_prefetch(ahead);//PF
+//P2
     }
     const int64_t row = a.rows[n];
     float* out = a.out + n * dim;
@@ -111,23 +113,32 @@ DPQ_INLINE DecodeResult decode_loop(const DecodeArgs& a, uint32_t* codes) {
       result.bad_row_at = n;
       return result;
     }
-    if (!unpack_row(a.packed + row * a.row_bytes, codes_per_row, a.code_bits, a.num_codes, codes)) {
+    const uint8_t* packed = a.packed + row * a.row_bytes;
+    bool sound;
+    if (kByteCodes) {
+      sound = every_code_exists || all_below(packed, codes_per_row, a.num_codes);
+      if (sound) emit_row<kPiece>(a, packed, out);
+    } else {
+      if (row * a.row_bytes > slack_from) packed = static_cast<uint8_t*>(std::memcpy(last_rows, packed, a.row_bytes));
+      unpack_row(packed, codes_per_row, a.code_bits, codes);
+      sound = every_code_exists || all_below(codes, codes_per_row, a.num_codes);
+      if (sound) emit_row<kPiece>(a, codes, out);
+    }
+    if (!sound) {
       result.bad_code_at = n;
       return result;
     }
-    emit_row<kSubspaceDim>(a, codes, out);
   }
   return result;
 }
 
-DPQ_MULTIVERSION DecodeResult decode_rows(const DecodeArgs& a, uint32_t* codes) {
-  switch (a.subspace_dim) {
-    case 2: return decode_loop<2>(a, codes);
-    case 4: return decode_loop<4>(a, codes);
-    case 8: return decode_loop<8>(a, codes);
-    case 16: return decode_loop<16>(a, codes);
-    default: return decode_loop<0>(a, codes);
-  }
+DPQ_MULTIVERSION DecodeResult decode_rows(const DecodeArgs& a, uint16_t* codes, uint8_t* last_rows) {
+  const bool bytes = a.code_bits == 8;
+  if (a.subspace_dim % 16 == 0) return bytes ? decode_loop<16, true>(a, codes, last_rows) : decode_loop<16, false>(a, codes, last_rows);
+  if (a.subspace_dim % 8 == 0) return bytes ? decode_loop<8, true>(a, codes, last_rows) : decode_loop<8, false>(a, codes, last_rows);
+  if (a.subspace_dim % 4 == 0) return bytes ? decode_loop<4, true>(a, codes, last_rows) : decode_loop<4, false>(a, codes, last_rows);
+  if (a.subspace_dim % 2 == 0) return bytes ? decode_loop<2, true>(a, codes, last_rows) : decode_loop<2, false>(a, codes, last_rows);
+  return bytes ? decode_loop<1, true>(a, codes, last_rows) : decode_loop<1, false>(a, codes, last_rows);
 }
 
 constexpr int kLanes = 16;  // codes scored side by side; vectors of this width map to any instruction set
@@ -221,8 +232,9 @@ nb::tuple decode(Array<const uint8_t, 2> packed, Array<const float, 3> values, A
   DecodeResult result;
   {
     nb::gil_scoped_release release;
-    std::vector<uint32_t> codes(num_levels * num_subspaces);
-    result = decode_rows(args, codes.data());
+    std::vector<uint16_t> codes(num_levels * num_subspaces);
+    std::vector<uint8_t> last_rows(args.row_bytes + kSlack);
+    result = decode_rows(args, codes.data(), last_rows.data());
   }
   return nb::make_tuple(result.bad_row_at, result.bad_code_at);
 }

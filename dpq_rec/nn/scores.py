@@ -1,0 +1,164 @@
+"""How near a query is to each key. In: queries_NDS, keys_DKS. Out: scores_NDK, codes_ND, and the scores' batch norm.
+
+Batch norm of the scores (DPQ paper, appendix C) keeps one mean and one variance per code, pooled over the batch and the
+subspaces, so that every code is chosen now and then. A score is a polynomial of its query, so its mean and variance
+follow from the moments of the queries, and N x D x K scores need not exist for them: DPQ-VQ never makes them, DPQ-SX
+saves two passes over them, and ranks exchange D x S x S numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from dpq_rec import kernels
+from dpq_rec.nn.collectives import sum_over_ranks
+
+Metric = Literal["dot", "euclidean"]
+_ENCODE_CHUNK = 1 << 24  # scores in memory at a time where no kernel runs
+
+
+class Affine(NamedTuple):
+    """Normalised score = scale[k] * score + shift[k]."""
+
+    scale_K: torch.Tensor
+    shift_K: torch.Tensor
+
+
+class Moments(NamedTuple):
+    """Mean and variance of each code's score."""
+
+    mean_K: torch.Tensor
+    var_K: torch.Tensor
+
+
+def scores(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor) -> torch.Tensor:
+    """Dot products [N, D, K] (DPQ paper, eq. 3), differentiable."""
+    return torch.bmm(queries_NDS.transpose(0, 1), keys_DKS.transpose(1, 2)).transpose(0, 1)
+
+
+@torch.no_grad()
+def encode(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, affine: Affine, metric: Metric) -> torch.Tensor:
+    """Codes [N, D] (int64): the highest normalised score, the lowest code where several are as high (DPQ paper, eq. 1).
+
+    A row's codes depend on the row alone: each score is summed over s in order, never by a matrix product, whose last
+    bits differ with the size of the batch.
+    """
+    if queries_NDS.device.type == "cpu":
+        arrays = [t.detach().float().contiguous().numpy() for t in (queries_NDS, keys_DKS, *affine)]
+        codes_ND = kernels.encode(*arrays, euclidean=metric == "euclidean")
+        return torch.from_numpy(codes_ND).long()
+    chunk = max(1, _ENCODE_CHUNK // keys_DKS[..., 0].numel())
+    return torch.cat([_encode_chunk(part, keys_DKS, affine, metric) for part in queries_NDS.split(chunk)])
+
+
+def _encode_chunk(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, affine: Affine, metric: Metric) -> torch.Tensor:
+    scores_NDK = queries_NDS.new_zeros(*queries_NDS.shape[:2], keys_DKS.shape[1])
+    for s in range(queries_NDS.shape[2]):
+        query_ND1, key_1DK = queries_NDS[:, :, s, None], keys_DKS[None, :, :, s]
+        if metric == "euclidean":
+            scores_NDK -= (key_1DK - query_ND1) ** 2
+        else:
+            scores_NDK += key_1DK * query_ND1
+    normalised_NDK = scores_NDK * affine.scale_K + affine.shift_K
+    # argmax leaves open which of several maxima it returns; the first is asked for by name.
+    return (normalised_NDK == normalised_NDK.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
+
+
+def score_moments(
+    queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor, metric: Metric
+) -> tuple[Moments, torch.Tensor]:
+    """Mean and variance of every code's score over all occurrences on all ranks and all subspaces, and their number.
+
+    With m the mean query of a subspace, c = query - m and C = E[c c^T]:
+
+    * dot: mean = key.m, variance = key^T C key.
+    * minus squared distance, with d = key - m, r = c.c and t = E[r c]: mean = -(E[r] + d.d),
+      variance = Var(r) + 4 d^T C d - 4 t.d.
+
+    Pooled over the subspaces: the mean of the means; the mean of the variances plus the variance of the means.
+
+    Args:
+        queries_NDS: queries of the distinct rows on this rank.
+        keys_DKS: keys.
+        counts_N: occurrences of each row in the batch (float).
+        metric: which score.
+    """
+    _, D, S = queries_NDS.shape
+    first = torch.cat([torch.einsum("n,nds->ds", counts_N, queries_NDS).flatten(), counts_N.sum()[None]])
+    first = sum_over_ranks(first)
+    count = first[-1].detach().clamp(min=1)
+    mean_DS = first[:-1].view(D, S) / count
+    centred_NDS = queries_NDS - mean_DS
+    weights_N = counts_N / count
+    squared_ND = centred_NDS.square().sum(-1)
+    weighted_DNS = (centred_NDS * weights_N[:, None, None]).transpose(0, 1)
+    second = [
+        torch.bmm(weighted_DNS.transpose(1, 2), centred_NDS.transpose(0, 1)).flatten(),
+        torch.bmm(weighted_DNS.transpose(1, 2), squared_ND.t().unsqueeze(-1)).flatten(),
+        torch.stack([weights_N @ squared_ND, weights_N @ squared_ND.square()]).flatten(),
+    ]
+    covariance, third, norms = sum_over_ranks(torch.cat(second)).split([D * S * S, D * S, 2 * D])
+    covariance_DSS, third_DS, (norm_D, norm_squared_D) = covariance.view(D, S, S), third.view(D, S), norms.view(2, D)
+
+    from_mean_DKS = keys_DKS if metric == "dot" else keys_DKS - mean_DS[:, None]
+    spread_DK = (torch.bmm(from_mean_DKS, covariance_DSS) * from_mean_DKS).sum(-1)
+    if metric == "dot":
+        mean_DK, var_DK = torch.einsum("dks,ds->dk", keys_DKS, mean_DS), spread_DK
+    else:
+        mean_DK = -(norm_D[:, None] + from_mean_DKS.square().sum(-1))
+        norm_var_D = norm_squared_D - norm_D.square()
+        var_DK = norm_var_D[:, None] + 4 * spread_DK - 4 * torch.einsum("ds,dks->dk", third_DS, from_mean_DKS)
+    mean_K = mean_DK.mean(0)
+    var_K = (var_DK.clamp(min=0) + (mean_DK - mean_K).square()).mean(0)
+    return Moments(mean_K, var_K), first[-1].detach()
+
+
+class ScoreNorm(nn.Module):
+    """Batch norm of the scores, without scale and offset of its own: batch moments in training, running ones in eval.
+
+    Args:
+        num_codes: K.
+        metric: which score.
+    """
+
+    momentum = 0.1
+    epsilon = 1e-5
+
+    def __init__(self, num_codes: int, metric: Metric, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.metric: Metric = metric
+        self.mean_K: torch.Tensor
+        self.var_K: torch.Tensor
+        self.num_batches: torch.Tensor
+        self.register_buffer("mean_K", torch.zeros(num_codes, device=device))
+        self.register_buffer("var_K", torch.ones(num_codes, device=device))
+        self.register_buffer("num_batches", torch.zeros((), device=device))
+
+    def forward(self, queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor) -> Affine:
+        """The affine that normalises this batch; in training the running moments move towards the batch's."""
+        if not self.training:
+            return self.running()
+        moments, count = score_moments(queries_NDS, keys_DKS, counts_N, self.metric)
+        self._follow(moments, count)
+        return _affine(moments, self.epsilon)
+
+    def running(self) -> Affine:
+        """The affine of eval mode."""
+        return _affine(Moments(self.mean_K, self.var_K), self.epsilon)
+
+    @torch.no_grad()
+    def _follow(self, moments: Moments, count: torch.Tensor) -> None:
+        """A plain average over the first batches, so that the start leaves no trace; then exponential."""
+        seen = (count > 0).to(self.num_batches.dtype)
+        self.num_batches += seen
+        step = seen * torch.clamp(1 / self.num_batches.clamp(min=1), min=self.momentum)
+        self.mean_K.lerp_(moments.mean_K, step)
+        self.var_K.lerp_(moments.var_K, step)
+
+
+def _affine(moments: Moments, epsilon: float) -> Affine:
+    scale_K = torch.rsqrt(moments.var_K + epsilon)
+    return Affine(scale_K, -moments.mean_K * scale_K)
