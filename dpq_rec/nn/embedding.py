@@ -111,7 +111,15 @@ class DPQEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
             keyed = KeyedJaggedTensor(keys=names, values=torch.cat(rows), lengths=lengths)
             asked[dim] = (names, collection(keyed))  # sharded collections answer later: ask all, then wait
-        return {name: answer[name].values() for names, answer in asked.values() for name in names}
+        queries = {name: answer[name].values() for names, answer in asked.values() for name in names}
+        for name, queries_NE in queries.items():
+            if len(queries_NE) != len(distinct[name].rows_N):
+                raise ConfigError(
+                    f"table {name!r}: asked for {len(distinct[name].rows_N)} queries, got {len(queries_NE)}: "
+                    "TorchRec's data-parallel EmbeddingCollection pools on CPU (FBGEMM #4586); "
+                    "constrain the planner to table_wise or row_wise"
+                )
+        return queries
 
     def _quantize(self, name: str, queries_NE: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
         quantized: Quantized = self.quantizers[name](queries_NE, counts_N.to(queries_NE.dtype))
