@@ -1,0 +1,293 @@
+"""What both APIs call. In: TableRequests. Out: Answer(version, lookups); limits, overload and readiness are its own.
+
+It knows neither HTTP nor gRPC: it raises the errors of `service.errors` and `dpq_rec.errors`, which they translate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpq_rec import ConfigError, EmbeddingStore, IdTypeError, Lookup
+from dpq_rec.artifact import Table
+from dpq_rec.lookup import MissingPolicy, VectorType
+from service.errors import InvalidRequestError, NotReadyError, OverloadedError, TooManyIdsError
+from service.pooling import Pooling, pool
+from service.settings import Settings
+
+if TYPE_CHECKING:  # prometheus_client settles at its import whether it counts for one process or for many
+    from service.metrics import Metrics
+
+T = TypeVar("T")
+_MOST_REPLY_BYTES = (1 << 31) - 1  # what a gRPC message can hold
+# Values (ids x dim, 8 bytes an id) that are found and written as JSON in about a millisecond: less than that is not
+# worth a thread, more would keep the worker's other requests waiting.
+_INLINE_VALUES = 1 << 15
+
+
+class State(enum.Enum):
+    """Where a worker stands between its start and its end."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableRequest:
+    """What is asked of one table.
+
+    Attributes:
+        table: its name.
+        ids: int64 [N], or N strings.
+        dtype: of the vectors.
+        missing: "zeros" reports unknown ids, "error" refuses them.
+        pooling: "none" gives a vector for each id, "sum" and "mean" one for each bag.
+        bag_lengths_B: ids in each bag, in order (int64); None without pooling.
+    """
+
+    table: str
+    ids: NDArray[np.int64] | list[str]
+    dtype: VectorType = "float32"
+    missing: MissingPolicy = "zeros"
+    pooling: Pooling = "none"
+    bag_lengths_B: NDArray[np.int64] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the reply."""
+        return len(self.ids) if self.bag_lengths_B is None else len(self.bag_lengths_B)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableInfo:
+    """One table of the artifact.
+
+    Attributes:
+        name: the table's name.
+        dim: width of its vectors.
+        num_embeddings: rows.
+        kind: "dpq" (compressed) or "dense".
+        vocabulary: the kind of ids: "int64", "identity", "modulo" or "string".
+        features: the names under which a model looks the table up.
+        artifact_bytes: packed codes and values, or vectors, as they lie on disk.
+        vocabulary_bytes: the list of ids, likewise.
+        full_bytes: the fp32 table that this one replaces.
+        compression_ratio: full_bytes / artifact_bytes.
+    """
+
+    name: str
+    dim: int
+    num_embeddings: int
+    kind: str
+    vocabulary: str
+    features: list[str]
+    artifact_bytes: int
+    vocabulary_bytes: int
+    full_bytes: int
+    compression_ratio: float
+
+
+class TableList(NamedTuple):
+    """The tables of a version."""
+
+    version: str
+    tables: list[TableInfo]
+
+
+class Answer(NamedTuple):
+    """The lookups of a request, all from one version. With pooling, `vectors` has a row for each bag."""
+
+    version: str
+    lookups: list[Lookup]
+
+
+def largest_reply_bytes(store: EmbeddingStore, max_ids: int) -> int:
+    """Bytes that no reply over gRPC exceeds, with `max_ids` ids, in one lookup or in as many.
+
+    Raises:
+        ConfigError: more than a message can hold.
+    """
+    max_dim = max((table.manifest.embedding_dim for table in store.tables.values()), default=1)
+    # A vector, its position if missing, and what stands around it in a reply of its own.
+    num_bytes = max_ids * (4 * max_dim + 5 + 64 + len(store.version.encode())) + (1 << 16)
+    if num_bytes > _MOST_REPLY_BYTES:
+        most = _MOST_REPLY_BYTES * max_ids // num_bytes
+        raise ConfigError(f"max_ids: got {max_ids}, want at most {most} with vectors of {max_dim}: a reply holds 2 GiB")
+    return num_bytes
+
+
+class Engine:
+    """The tables of one artifact behind limits. One per worker."""
+
+    def __init__(self, store: EmbeddingStore, settings: Settings, metrics: Metrics) -> None:
+        self.store = store
+        self.settings = settings
+        self.metrics = metrics
+        self.num_in_flight = 0
+        self.state = State.STARTING
+        self.max_dim = max((t.manifest.embedding_dim for t in store.tables.values()), default=1)
+        self._threads = concurrent.futures.ThreadPoolExecutor(settings.threads, thread_name_prefix="lookup")
+
+    # Readiness
+
+    def start(self) -> None:
+        """Answer requests from now on."""
+        self.state = State.READY
+        self.metrics.set_ready(ready=True)
+
+    def drain(self) -> None:
+        """Say that this worker is about to stop; requests are still answered."""
+        self.state = State.DRAINING
+        self.metrics.set_ready(ready=False)
+
+    def stop(self) -> None:
+        """Refuse requests from now on; those in flight may finish."""
+        self.state = State.STOPPING
+
+    def check_ready(self) -> None:
+        """Whether new callers should be sent here.
+
+        Raises:
+            NotReadyError: they should not.
+        """
+        if self.state is not State.READY:
+            raise NotReadyError(f"the server is {self.state.value}; ask again later, or another replica")
+
+    # Limits
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[None]:
+        """Room for one request, from its first byte to its reply.
+
+        Raises:
+            NotReadyError: the worker is starting or stopping.
+            OverloadedError: it holds `max_in_flight` requests already.
+        """
+        if self.state in (State.STARTING, State.STOPPING):
+            self.check_ready()
+        limit = self.settings.max_in_flight
+        if self.num_in_flight >= limit:
+            raise OverloadedError(f"{limit} requests are in flight, as many as --max-in-flight allows; try again later")
+        self.num_in_flight += 1
+        self.metrics.in_flight.inc()
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
+            self.metrics.in_flight.dec()
+
+    def check_num_ids(self, num_ids: int, what: str = "ids") -> None:
+        """Keep to the limit of ids.
+
+        Raises:
+            TooManyIdsError: there are more than `max_ids`.
+        """
+        if num_ids > self.settings.max_ids:
+            raise TooManyIdsError(
+                f"{what}: got {num_ids}, want at most {self.settings.max_ids} in a request; send several, or raise "
+                "--max-ids"
+            )
+
+    # Lookups
+
+    async def run(self, work: Callable[[], T], num_bytes: int) -> T:
+        """The result of work(): at once where the request is small, in a thread where it is large.
+
+        Args:
+            work: parse, look up and render; it must not touch the event loop.
+            num_bytes: of the request.
+        """
+        if num_bytes // 8 * self.max_dim <= _INLINE_VALUES:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def table(self, name: str) -> Table:
+        """One table.
+
+        Raises:
+            UnknownTableError: there is none of that name.
+        """
+        return self.store.table(name)
+
+    def list_tables(self) -> TableList:
+        """The tables of the version that is served, by name."""
+        store = self.store
+        return TableList(store.version, [_describe(store.tables[name]) for name in sorted(store.tables)])
+
+    def lookup(self, requests: Sequence[TableRequest]) -> Answer:
+        """Vectors for several tables, from one version.
+
+        Raises:
+            UnknownTableError: no such table.
+            UnknownIdsError: an id is not in the vocabulary, and the request wants an error.
+            IdTypeError: ids of another type than the vocabulary's.
+            InvalidRequestError: bag lengths that do not fit the ids, or pooling without them.
+            TooManyIdsError: more ids, rows of the reply or requests than `max_ids`.
+        """
+        self.check_num_ids(sum(len(r.ids) for r in requests))
+        self.check_num_ids(sum(r.num_rows for r in requests), "rows of the reply")
+        self.check_num_ids(len(requests), "requests")
+        store = self.store
+        return Answer(store.version, [self._lookup(store, request) for request in requests])
+
+    def _lookup(self, store: EmbeddingStore, request: TableRequest) -> Lookup:
+        _check_kind(store.table(request.table), request)
+        _check_bags(request)
+        pooled = request.pooling != "none"
+        found = store.lookup(
+            request.table, request.ids, dtype="float32" if pooled else request.dtype, missing=request.missing
+        )
+        self.metrics.looked_up(request.table, len(request.ids), len(found.missing))
+        if request.pooling == "none" or request.bag_lengths_B is None:
+            return found
+        pooled_BE = pool(found.vectors, found.missing, request.bag_lengths_B, request.pooling)
+        return Lookup(pooled_BE.astype(request.dtype, copy=False), found.missing)
+
+
+def _describe(table: Table) -> TableInfo:
+    return TableInfo(
+        name=table.name,
+        dim=table.manifest.embedding_dim,
+        num_embeddings=table.manifest.num_embeddings,
+        kind=table.manifest.kind,
+        vocabulary=table.vocabulary.kind,
+        features=list(table.manifest.features),
+        artifact_bytes=table.artifact_bytes,
+        vocabulary_bytes=table.vocabulary_bytes,
+        full_bytes=table.full_bytes,
+        compression_ratio=table.compression_ratio,
+    )
+
+
+def _check_kind(table: Table, request: TableRequest) -> None:
+    """Strings for a string vocabulary, integers for the others.
+
+    Looked at here so that no strings reach numpy, whose arrays of strings are as wide as the longest of them.
+    """
+    wants_strings = table.vocabulary.kind == "string"
+    if len(request.ids) and wants_strings != isinstance(request.ids, list):
+        got, wanted = ("integers", "strings") if wants_strings else ("strings", "integers")
+        raise IdTypeError(f"ids: got {got}, table {request.table!r} wants {wanted}")
+
+
+def _check_bags(request: TableRequest) -> None:
+    bag_lengths_B = request.bag_lengths_B
+    if request.pooling == "none":
+        if bag_lengths_B is not None:
+            raise InvalidRequestError("bag_lengths: got some without pooling; ask for pooling SUM or MEAN")
+        return
+    if bag_lengths_B is None:
+        raise InvalidRequestError("pooling: got no bag_lengths; they say how many ids, in order, each bag has")
+    num_pooled = int(bag_lengths_B.sum())
+    if num_pooled != len(request.ids):
+        raise InvalidRequestError(f"bag_lengths: got a sum of {num_pooled}, want the {len(request.ids)} ids")

@@ -1,0 +1,220 @@
+"""The gRPC API (contract 5). In: an Engine and an address. Out: a GrpcServer on the running event loop.
+
+Imported only after the fork: gRPC's threads do not survive one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hmac
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+import numpy as np
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from numpy.typing import NDArray
+
+from dpq_rec import IdTypeError, Lookup, UnknownIdsError, UnknownTableError
+from dpq_rec.lookup import MissingPolicy, VectorType
+from service import errors
+from service.engine import Engine, TableRequest, largest_reply_bytes
+from service.pooling import Pooling
+from service.proto.dpq.v1 import embedding_pb2 as pb
+from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
+
+T = TypeVar("T")
+logger = logging.getLogger("service.grpc")
+
+SERVICE = pb.DESCRIPTOR.services_by_name["EmbeddingService"].full_name
+_CODES: dict[type[Exception], grpc.StatusCode] = {
+    errors.UnauthorizedError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    IdTypeError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownTableError: grpc.StatusCode.NOT_FOUND,
+    UnknownIdsError: grpc.StatusCode.NOT_FOUND,
+    errors.TooManyIdsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.NotReadyError: grpc.StatusCode.UNAVAILABLE,
+}
+_DTYPES: dict[int, VectorType] = {pb.FLOAT32: "float32", pb.FLOAT16: "float16"}
+_POLICIES: dict[int, MissingPolicy] = {pb.ZEROS: "zeros", pb.ERROR: "error"}
+_POOLINGS: dict[int, Pooling] = {pb.NONE: "none", pb.SUM: "sum", pb.MEAN: "mean"}
+_POLL_SECONDS = 0.02
+_FINISH_SECONDS = 1.0  # for the last replies to be sent
+
+
+class GrpcServer:
+    """The embedding service, health and reflection of one worker."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._server = grpc.aio.server(options=_options(engine))
+        self._health = health.aio.HealthServicer()
+        pb_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(engine), self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self, address: str) -> int:
+        """Listen, beside the other workers on the same port; health says NOT_SERVING until `serve`.
+
+        Returns:
+            The port.
+
+        Raises:
+            RuntimeError: the address cannot be listened on.
+        """
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        port: int = self._server.add_insecure_port(address)
+        await self._server.start()
+        return port
+
+    async def serve(self) -> None:
+        """Health says SERVING from now on."""
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self) -> None:
+        """Health says NOT_SERVING from now on; calls are still answered."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, seconds: float) -> None:
+        """End, once the requests in flight have, or after so long; the engine refuses new ones already.
+
+        gRPC's own grace period would be spent whole on a caller that watches health, whose call never ends. (Nor can it
+        be cut short by a second `stop`: two that time out together crash the process, as of grpcio 1.85.)
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while self._engine.num_in_flight and loop.time() < end:
+            await asyncio.sleep(_POLL_SECONDS)
+        await self._server.stop(_FINISH_SECONDS)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in (health.OVERALL_HEALTH, SERVICE):
+            await self._health.set(name, status)
+
+
+def _options(engine: Engine) -> list[tuple[str, int]]:
+    settings = engine.settings
+    return [
+        ("grpc.so_reuseport", 1),
+        ("grpc.max_receive_message_length", settings.body_limit_bytes),
+        ("grpc.max_send_message_length", largest_reply_bytes(engine.store, settings.max_ids)),
+    ]
+
+
+class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
+    """The procedures. They parse, call the engine and render."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupReply:  # noqa: N802 - the contract's name
+        """Vectors of ids of one table."""
+
+        def work() -> pb.LookupReply:
+            return self._lookup([request])[0]
+
+        return await self._answer("Lookup", context, work, request.ByteSize())
+
+    async def BatchLookup(self, request: pb.BatchLookupRequest, context: Any) -> pb.BatchLookupReply:  # noqa: N802
+        """Several lookups, all from one version."""
+
+        def work() -> pb.BatchLookupReply:
+            return pb.BatchLookupReply(replies=self._lookup(request.requests))
+
+        return await self._answer("BatchLookup", context, work, request.ByteSize())
+
+    async def ListTables(self, request: pb.ListTablesRequest, context: Any) -> pb.ListTablesReply:  # noqa: N802
+        """The tables that are served."""
+
+        def work() -> pb.ListTablesReply:
+            version, tables = self._engine.list_tables()
+            return pb.ListTablesReply(
+                version=version, tables=[pb.TableInfo(**dataclasses.asdict(table)) for table in tables]
+            )
+
+        return await self._answer("ListTables", context, work, request.ByteSize())
+
+    def _lookup(self, messages: Sequence[pb.LookupRequest]) -> list[pb.LookupReply]:
+        self._engine.check_num_ids(sum(len(message.ids) + len(message.string_ids) for message in messages))
+        version, lookups = self._engine.lookup([_request_of(message) for message in messages])
+        return [_reply_of(version, message, found) for message, found in zip(messages, lookups, strict=True)]
+
+    async def _answer(self, method: str, context: Any, work: Callable[[], T], num_bytes: int) -> T:
+        """work() within the engine's limits; what it raises becomes a status."""
+        started, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+        try:
+            _check_key(self._engine.settings.api_key, context)
+            with self._engine.slot():
+                reply = await self._engine.run(work, num_bytes)
+            code = grpc.StatusCode.OK
+            return reply
+        except Exception as error:
+            code = _CODES.get(type(error), grpc.StatusCode.INTERNAL)
+            text = str(error)
+            if code is grpc.StatusCode.INTERNAL:
+                logger.exception("%s failed", method)
+                text = "internal error; the server's log says more"
+            await context.abort(code, text)
+            raise AssertionError("abort raises") from error
+        finally:
+            self._engine.metrics.answered("grpc", method, code.name, time.perf_counter() - started)
+
+
+def _check_key(wanted: str | None, context: Any) -> None:
+    if wanted is None:
+        return
+    metadata = dict(context.invocation_metadata() or ())
+    scheme, _, bearer = str(metadata.get("authorization", "")).partition(" ")
+    given = bearer.strip() if scheme.lower() == "bearer" else str(metadata.get("x-api-key", ""))
+    if not given:
+        raise errors.UnauthorizedError("got no API key; send the metadata 'authorization: Bearer KEY' or 'x-api-key'")
+    if not hmac.compare_digest(given.encode(), wanted.encode()):
+        raise errors.UnauthorizedError("got an API key that is not this server's")
+
+
+def _request_of(message: pb.LookupRequest) -> TableRequest:
+    """The engine's form of a request.
+
+    Raises:
+        InvalidRequestError: ids of both kinds, or a number that names no dtype, policy or pooling.
+    """
+    if len(message.ids) and len(message.string_ids):
+        raise errors.InvalidRequestError("ids, string_ids: got both, want those that the table's vocabulary has")
+    pooling = _named(_POOLINGS, message.pooling, "pooling")
+    has_bags = pooling != "none" or len(message.bag_lengths)
+    return TableRequest(
+        table=message.table,
+        ids=list(message.string_ids) if len(message.string_ids) else _array(message.ids),
+        dtype=_named(_DTYPES, message.dtype, "dtype"),
+        missing=_named(_POLICIES, message.missing, "missing"),
+        pooling=pooling,
+        bag_lengths_B=_array(message.bag_lengths) if has_bags else None,
+    )
+
+
+def _named(names: dict[int, T], number: int, what: str) -> T:
+    if number not in names:
+        raise errors.InvalidRequestError(f"{what}: got {number}, want one of {sorted(names)}")
+    return names[number]
+
+
+def _array(numbers: Sequence[int]) -> NDArray[np.int64]:
+    return np.fromiter(numbers, np.int64, len(numbers))
+
+
+def _reply_of(version: str, message: pb.LookupRequest, found: Lookup) -> pb.LookupReply:
+    vectors = found.vectors
+    return pb.LookupReply(
+        vectors=vectors.astype(vectors.dtype.newbyteorder("<"), copy=False).tobytes(),
+        dim=vectors.shape[1],
+        dtype=message.dtype,
+        missing=found.missing.tolist(),
+        version=version,
+    )

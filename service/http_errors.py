@@ -1,0 +1,124 @@
+"""Errors of the HTTP API. In: exceptions. Out: `{"error", "error_type"}` with a status; every request is counted."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dpq_rec import IdTypeError, UnknownIdsError, UnknownTableError
+from service import errors
+from service.engine import Engine
+from service.http_format import JSON
+
+logger = logging.getLogger("service.http")
+
+_STATUS: dict[type[Exception], int] = {
+    errors.MalformedError: 400,
+    errors.UnauthorizedError: 401,
+    errors.NotAcceptableError: 406,
+    errors.TooManyIdsError: 413,
+    errors.TooManyBytesError: 413,
+    errors.UnsupportedMediaTypeError: 415,
+    errors.InvalidRequestError: 422,
+    errors.OverloadedError: 429,
+    errors.NotReadyError: 503,
+    UnknownTableError: 404,
+    UnknownIdsError: 404,
+    IdTypeError: 422,
+}
+_LIBRARY_TYPES: dict[type[Exception], str] = {
+    UnknownTableError: "unknown_table",
+    UnknownIdsError: "unknown_ids",
+    IdTypeError: "wrong_id_type",
+}
+_HEADERS: dict[type[Exception], dict[str, str]] = {
+    errors.UnauthorizedError: {"WWW-Authenticate": "Bearer"},
+    errors.OverloadedError: {"Retry-After": "1"},
+    errors.NotReadyError: {"Retry-After": "1"},
+    # What is left of the body is not worth reading.
+    errors.TooManyBytesError: {"Connection": "close"},
+}
+_CLIENT_LEFT = "499"
+
+
+def error_reply(status: int, error_type: str, text: str, headers: Mapping[str, str] | None = None) -> Response:
+    """`{"error", "error_type"}`."""
+    body = orjson.dumps({"error": text, "error_type": error_type})
+    return Response(body, status, headers=dict(headers or {}), media_type=JSON)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer in one form whatever is raised on purpose, and what the framework raises."""
+    for kind in _STATUS:
+        app.add_exception_handler(kind, _refuse)
+    app.add_exception_handler(RequestValidationError, _refuse_parameters)
+    app.add_exception_handler(HTTPException, _refuse_route)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    kind = type(error)
+    error_type = error.error_type if isinstance(error, errors.RequestError) else _LIBRARY_TYPES[kind]
+    return error_reply(_STATUS[kind], error_type, str(error), _HEADERS.get(kind))
+
+
+async def _refuse_parameters(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    text = f"{first['loc'][-1]}: got {first.get('input')!r}: {first['msg']}"
+    return error_reply(422, errors.InvalidRequestError.error_type, text)
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    error_type = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
+    text = f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is"
+    return error_reply(error.status_code, error_type, text, error.headers)
+
+
+class Observed:
+    """ASGI middleware: counts every request, and turns what nobody expected into a 500 and a line in the log."""
+
+    def __init__(self, app: ASGIApp, engine: Engine) -> None:
+        self.app = app
+        self.metrics = engine.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, code = time.perf_counter(), _CLIENT_LEFT
+
+        async def note_status(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = str(message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note_status)
+        except ClientDisconnect:
+            logger.debug("%s: the client left before its body was complete", _route(scope))
+        except Exception:
+            logger.exception("%s failed", _route(scope))
+            if code != _CLIENT_LEFT:
+                raise
+            reply = error_reply(500, "internal", "internal error; the server's log says more")
+            await reply(scope, receive, note_status)
+        finally:
+            self.metrics.answered("http", _route(scope), code, time.perf_counter() - started)
+
+
+def _route(scope: Scope) -> str:
+    """The route's template, never what the caller wrote: a metric's labels must stay few."""
+    route, method = scope.get("route"), scope["method"]
+    methods = getattr(route, "methods", None) or ("GET", "HEAD")
+    return f"{method} {getattr(route, 'path', '')}" if route is not None and method in methods else "unmatched"

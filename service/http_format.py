@@ -1,0 +1,181 @@
+"""Bodies of the HTTP API. In: headers and bytes. Out: ids; and back, lookups to bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from dpq_rec import Lookup
+from service.errors import InvalidRequestError, MalformedError, NotAcceptableError, UnsupportedMediaTypeError
+
+JSON = "application/json"
+OCTETS = "application/octet-stream"
+Ids = NDArray[np.int64] | list[str]
+_ID_BYTES = 8
+_PIECE_VALUES = 1 << 16  # values written as JSON at a time: orjson keeps every other thread waiting
+
+
+def body_type(content_type: str | None, offered: tuple[str, ...] = (JSON, OCTETS)) -> str:
+    """The media type of a body, without its parameters.
+
+    Raises:
+        UnsupportedMediaTypeError: none, or one that is not offered.
+    """
+    media_type = (content_type or "").partition(";")[0].strip().lower()
+    if media_type not in offered:
+        got = repr(media_type) if media_type else "none"
+        raise UnsupportedMediaTypeError(f"Content-Type: got {got}, want {' or '.join(offered)}")
+    return media_type
+
+
+def reply_type(accept: str, offered: tuple[str, ...] = (JSON, OCTETS)) -> str:
+    """The media type of the reply: the offered one that `accept` prefers, the first of equals.
+
+    Args:
+        accept: the Accept header; "" is */*.
+        offered: media types.
+
+    Raises:
+        NotAcceptableError: it accepts none of them.
+    """
+    qualities = _accepted(accept or "*/*")
+
+    def quality(media_type: str) -> float:
+        ranges = (media_type, media_type.partition("/")[0] + "/*", "*/*")
+        return next((qualities[r] for r in ranges if r in qualities), 0.0)
+
+    best = max(offered, key=quality)
+    if quality(best) <= 0:
+        raise NotAcceptableError(f"Accept: got {accept!r}, this is offered: {', '.join(offered)}")
+    return best
+
+
+def _accepted(accept: str) -> dict[str, float]:
+    """Media range -> quality."""
+    qualities = {}
+    for part in accept.split(","):
+        media_range, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weights = [text.partition("=")[2].strip() for text in parameters if text.partition("=")[0].strip() == "q"]
+        try:
+            qualities[media_range] = float(weights[0]) if weights else 1.0
+        except ValueError:
+            raise NotAcceptableError(f"Accept: got q={weights[0]!r}, want a number from 0 to 1") from None
+    return qualities
+
+
+def ids_from_octets(body: bytes) -> NDArray[np.int64]:
+    """Ids [N] (int64) of little-endian bytes.
+
+    Raises:
+        MalformedError: no multiple of 8 bytes.
+    """
+    if len(body) % _ID_BYTES:
+        raise MalformedError(f"body: got {len(body)} bytes, want a multiple of {_ID_BYTES}: little-endian int64 ids")
+    return np.frombuffer(body, "<i8").astype(np.int64, copy=False)
+
+
+def ids_from_json(body: bytes) -> Ids:
+    """Ids of `{"ids": [...]}`.
+
+    Raises:
+        MalformedError: no JSON.
+        InvalidRequestError: JSON of another form.
+    """
+    return _ids_of(_object(_parsed(body), "body", "ids"), "ids")
+
+
+def tables_from_json(body: bytes) -> dict[str, Ids]:
+    """Table -> ids of `{"tables": {NAME: {"ids": [...]}}}`.
+
+    Raises:
+        MalformedError: no JSON.
+        InvalidRequestError: JSON of another form.
+    """
+    tables = _object(_parsed(body), "body", "tables")
+    if not isinstance(tables, dict):
+        raise InvalidRequestError(f"tables: got {_name_of(tables)}, want an object of table names")
+    return {
+        name: _ids_of(_object(entry, f"tables.{name}", "ids"), f"tables.{name}.ids") for name, entry in tables.items()
+    }
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise MalformedError(f"body: got no JSON: {error}") from None
+
+
+def _object(value: Any, where: str, field: str) -> Any:
+    """value[field] of an object that holds that field and no other."""
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"{where}: got {_name_of(value)}, want an object with {field!r}")
+    if field not in value:
+        raise InvalidRequestError(f"{where}: got no {field!r}")
+    if len(value) > 1:
+        others = ", ".join(repr(name) for name in value if name != field)
+        raise InvalidRequestError(f"{where}: got {others}, want {field!r} alone; dtype and missing stand in the query")
+    return value[field]
+
+
+def _ids_of(value: Any, where: str) -> Ids:
+    """Ids of a list that holds only 64-bit integers (no booleans), or only strings."""
+    if not isinstance(value, list):
+        raise InvalidRequestError(f"{where}: got {_name_of(value)}, want a list")
+    types = set(map(type, value))
+    if types == {str}:
+        return value
+    if types - {int}:
+        wanted = str if type(value[0]) is str else int
+        at = next(i for i, item in enumerate(value) if type(item) is not wanted)
+        raise InvalidRequestError(
+            f"{where}[{at}]: got {_name_of(value[at])}, want 64-bit integers only, or strings only"
+        )
+    try:
+        return np.array(value, np.int64)
+    except OverflowError:
+        at = next(i for i, item in enumerate(value) if item >= 1 << 63)
+        raise InvalidRequestError(f"{where}[{at}]: got {value[at]}, want a 64-bit integer") from None
+
+
+def _name_of(value: Any) -> str:
+    names = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "null")
+
+
+def lookup_to_json(table: str, version: str, lookup: Lookup) -> bytes:
+    """`{"table", "version", "dim", "vectors", "missing"}`. JSON has no NaN and no infinity: they become null."""
+    vectors_NE = lookup.vectors
+    dim = vectors_NE.shape[1]
+    step = max(1, _PIECE_VALUES // dim)
+    rows = b",".join(_dumps(vectors_NE[start : start + step])[1:-1] for start in range(0, len(vectors_NE), step))
+    head = b'{"table":%b,"version":%b,"dim":%d' % (_dumps(table), _dumps(version), dim)
+    return b'%b,"vectors":[%b],"missing":%b}' % (head, rows, _dumps(lookup.missing))
+
+
+def tables_to_json(version: str, lookups: Mapping[str, Lookup]) -> bytes:
+    """`{"version", "tables": {NAME: what `lookup_to_json` gives}}`."""
+    entries = (_dumps(name) + b":" + lookup_to_json(name, version, lookup) for name, lookup in lookups.items())
+    return b'{"version":%b,"tables":{%b}}' % (_dumps(version), b",".join(entries))
+
+
+def _dumps(value: Any) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def lookup_to_octets(version: str, lookup: Lookup) -> tuple[bytes, dict[str, str]]:
+    """The vectors, row major, little endian, then the missing positions as little-endian uint32; and the headers."""
+    vectors_NE, missing = lookup
+    headers = {
+        "X-Num-Rows": str(len(vectors_NE)),
+        "X-Dim": str(vectors_NE.shape[1]),
+        "X-Dtype": str(vectors_NE.dtype),
+        "X-Num-Missing": str(len(missing)),
+        "X-Version": version,
+    }
+    little_endian_NE = vectors_NE.astype(vectors_NE.dtype.newbyteorder("<"), copy=False)
+    return little_endian_NE.tobytes() + missing.astype("<u4").tobytes(), headers

@@ -1,0 +1,125 @@
+"""What /openapi.json says. Out: models of the replies, and each route's bodies, replies and errors.
+
+The models describe; they do not parse: a request's ids go from bytes to an array without an object each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from service.engine import TableInfo
+from service.http_format import JSON, OCTETS
+
+# Swagger UI as bundled reads OpenAPI 3.0, not the 3.1 that FastAPI writes unless told otherwise.
+OPENAPI_VERSION = "3.0.3"
+
+
+class ErrorReply(BaseModel):
+    """Every reply that is not 200."""
+
+    error: str = Field(description="What was got and wanted, and what to do")
+    error_type: str = Field(description="A name that stays the same, to tell errors apart")
+
+
+class Health(BaseModel):
+    """The worker lives, or is ready."""
+
+    status: str
+    version: str
+
+
+class TablesReply(BaseModel):
+    """The tables of the version that is served."""
+
+    version: str
+    tables: list[TableInfo]
+
+
+class LookupReply(BaseModel):
+    """Vectors in the order of the ids; zeros where an id is missing."""
+
+    table: str
+    version: str
+    dim: int
+    vectors: list[list[float]]
+    missing: list[int] = Field(description="Positions of ids that the vocabulary does not hold")
+
+
+class MultiLookupReply(BaseModel):
+    """Lookups of several tables, all from one version."""
+
+    version: str
+    tables: dict[str, LookupReply]
+
+
+_ERRORS = {
+    400: "malformed: the body is no JSON, or no multiple of 8 bytes, or did not arrive",
+    401: "unauthorized: no API key, or a wrong one (where the server asks for one)",
+    404: "unknown_table, or unknown_ids with missing=error",
+    406: "not_acceptable: none of the reply types is accepted",
+    413: "too_many_ids, or too_many_bytes",
+    415: "unsupported_media_type: of the body; octet-stream for string ids too",
+    422: "invalid_request, or wrong_id_type: ids, dtype or missing of the wrong type",
+    429: "overloaded: try again later",
+    500: "internal: the server's log has more",
+    503: "not_ready: still starting",
+}
+_IDS = {
+    "oneOf": [
+        {"type": "array", "items": {"type": "integer", "format": "int64"}},
+        {"type": "array", "items": {"type": "string"}},
+    ]
+}
+_LOOKUP = {"type": "object", "properties": {"ids": _IDS}, "required": ["ids"], "additionalProperties": False}
+_BINARY = {"type": "string", "format": "binary"}
+_OCTET_HEADERS = {
+    "X-Num-Rows": "integer", "X-Dim": "integer", "X-Dtype": "string", "X-Num-Missing": "integer", "X-Version": "string"
+}  # fmt: skip
+
+LOOKUP_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            JSON: {"schema": _LOOKUP, "example": {"ids": [42, 7]}},
+            OCTETS: {"schema": {**_BINARY, "description": "Little-endian int64 ids"}},
+        },
+    }
+}
+MULTI_LOOKUP_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            JSON: {
+                "schema": {
+                    "type": "object",
+                    "properties": {"tables": {"type": "object", "additionalProperties": _LOOKUP}},
+                    "required": ["tables"],
+                    "additionalProperties": False,
+                },
+                "example": {"tables": {"user_id": {"ids": [1]}, "item_id": {"ids": [42, 7]}}},
+            }
+        },
+    }
+}
+OCTET_REPLY: dict[str, Any] = {
+    "description": "The vectors, as JSON or as bytes, as Accept asks",
+    "headers": {
+        name: {"schema": {"type": kind}, "description": f"With {OCTETS}"} for name, kind in _OCTET_HEADERS.items()
+    },
+    "content": {
+        OCTETS: {
+            "schema": {
+                **_BINARY,
+                "description": "X-Num-Rows x X-Dim values of X-Dtype, row major, little endian, then X-Num-Missing "
+                "positions as little-endian uint32",
+            }
+        }
+    },
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Status -> its description and model, in the form that FastAPI's `responses` takes."""
+    return {status: {"model": ErrorReply, "description": _ERRORS[status]} for status in statuses}

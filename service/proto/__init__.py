@@ -1,0 +1,1 @@
+"""The gRPC contract: `dpq/v1/embedding.proto`, and what `python -m service.proto.generate` makes of it."""

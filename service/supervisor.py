@@ -1,0 +1,286 @@
+"""The parent of the workers. In: Settings and an opened artifact. Out: the ready line, and an exit code.
+
+It binds the ports, forks the workers, starts anew one that dies, and passes SIGTERM and SIGINT on. It imports no grpc,
+whose threads would not survive the forks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpq_rec import EmbeddingStore
+from service import worker
+from service.engine import largest_reply_bytes
+from service.settings import Settings
+
+logger = logging.getLogger("service.supervisor")
+
+# prometheus_client's name; what it means to the workers stands in `service.metrics`.
+METRICS_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_MAX_FAILED_STARTS = 3  # in a row; then there is no point in another
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 5.0
+_STEADY_SECONDS = 10.0  # a worker that served so long did not die of how it started
+_KILL_SECONDS = 5.0  # on top of what a worker may take to stop
+
+
+def run(store: EmbeddingStore, settings: Settings) -> int:
+    """Serve until a signal.
+
+    Returns:
+        0 after an orderly end; 1 when workers do not start, or did not stop in time.
+
+    Raises:
+        ConfigError: settings that do not fit the artifact.
+        OSError: a port cannot be listened on.
+    """
+    largest_reply_bytes(store, settings.max_ids)
+    with contextlib.ExitStack() as stack:
+        http_socket = stack.enter_context(bind(settings.host, settings.http_port, shared=False))
+        grpc_socket = stack.enter_context(bind(settings.host, settings.grpc_port, shared=True))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dpq-metrics-"))
+        os.environ[METRICS_FOLDER_VARIABLE] = folder
+        return Supervisor(store, settings, http_socket, grpc_socket, Path(folder)).run()
+
+
+def bind(host: str, port: int, *, shared: bool) -> socket.socket:
+    """A bound socket that does not listen.
+
+    Args:
+        host: a name or an address.
+        port: 0 takes any free one.
+        shared: whether other sockets, the workers' own, may listen on the port.
+
+    Raises:
+        OSError: the port is taken, or the host has no such address.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if shared and port:
+        # A shared port can be bound beside another server's, which would then get half of the calls.
+        _bound(family, kind, protocol, address, reuse_port=False).close()
+    return _bound(family, kind, protocol, address, reuse_port=shared)
+
+
+def _bound(family: int, kind: int, protocol: int, address: object, *, reuse_port: bool) -> socket.socket:
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(address)  # type: ignore[arg-type]
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from error
+    return sock
+
+
+def address_of(sock: socket.socket) -> str:
+    """HOST:PORT; an IPv6 host in brackets."""
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Child:
+    """A running worker."""
+
+    pid: int
+    ready_fd: int
+    started_at: float
+    is_ready: bool = False
+
+
+class Supervisor:
+    """The workers and their fate.
+
+    Args:
+        store: the opened artifact, which the workers inherit mapped.
+        settings: of the server.
+        http_socket: bound; the workers listen on it.
+        grpc_socket: bound and shared; it keeps the port while the workers come and go, and never listens itself.
+        metrics_folder: where the workers count.
+    """
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        settings: Settings,
+        http_socket: socket.socket,
+        grpc_socket: socket.socket,
+        metrics_folder: Path,
+    ) -> None:
+        self._store, self._settings = store, settings
+        self._http_socket = http_socket
+        self._http_address, self._grpc_address = address_of(http_socket), address_of(grpc_socket)
+        self._metrics_folder = metrics_folder
+        self._selector = selectors.DefaultSelector()
+        self._children: dict[int, Child] = {}  # by ready_fd
+        self._starts_at: list[float] = [0.0] * settings.workers  # of workers that are to be started
+        self._num_early_deaths = 0  # in a row, of workers that did not serve for long
+        self._num_failed_starts = 0  # in a row, of workers that never served
+        self._is_announced = False
+        self._kill_at: float | None = None
+        self._exit_code = 0
+        self._alive_read, self._alive_write = os.pipe()
+
+    def run(self) -> int:
+        """Keep the workers running until a signal; the exit code."""
+        with self._signals() as wake_fd:
+            self._selector.register(wake_fd, selectors.EVENT_READ)
+            while self._children or (self._starts_at and self._kill_at is None):
+                self._start_due()
+                for key, _ in self._selector.select(self._pause_seconds()):
+                    if key.fd == wake_fd:
+                        self._forward(os.read(wake_fd, 64))
+                    else:
+                        self._hear(self._children[key.fd])
+                self._kill_late()
+        return self._exit_code
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[int]:
+        """A descriptor that gets a byte, its number, for each signal."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        previous = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        try:
+            yield read_end
+        finally:
+            signal.set_wakeup_fd(previous_fd)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            os.close(read_end)
+            os.close(write_end)
+
+    # Starting
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        due = [at for at in self._starts_at if at <= now] if self._kill_at is None else []
+        for at in due:
+            self._starts_at.remove(at)
+            child = self._fork()
+            self._children[child.ready_fd] = child
+            self._selector.register(child.ready_fd, selectors.EVENT_READ)
+
+    def _fork(self) -> Child:
+        ready_read, ready_write = os.pipe()
+        # A signal between the fork and the child's own handlers would be taken for the parent's.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        pid = os.fork()
+        if pid == 0:
+            self._become_worker(ready_write)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        os.close(ready_write)
+        return Child(pid=pid, ready_fd=ready_read, started_at=time.monotonic())
+
+    def _become_worker(self, ready_fd: int) -> None:
+        """Serve in the child; never returns."""
+        exit_code = 1
+        try:
+            os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
+            signal.set_wakeup_fd(-1)
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            os.close(self._alive_write)
+            wiring = worker.Wiring(
+                http_socket=self._http_socket,
+                grpc_address=self._grpc_address,
+                metrics_folder=self._metrics_folder,
+                ready_fd=ready_fd,
+                parent_fd=self._alive_read,
+            )
+            exit_code = worker.run(self._store, self._settings, wiring)
+        except BaseException:
+            logger.exception("worker %s failed", os.getpid())
+        finally:
+            logging.shutdown()
+            os._exit(exit_code)
+
+    def _hear(self, child: Child) -> None:
+        """A byte from a worker's pipe says that it serves; the pipe's end, that it is gone."""
+        if not os.read(child.ready_fd, 1):
+            self._bury(child)
+            return
+        child.is_ready = True
+        self._num_failed_starts = 0
+        if not self._is_announced and sum(c.is_ready for c in self._children.values()) == self._settings.workers:
+            self._is_announced = True
+            self._announce()
+
+    def _announce(self) -> None:
+        tables = ", ".join(sorted(self._store.tables))
+        addresses = f"http://{self._http_address} grpc://{self._grpc_address}"
+        sys.stdout.write(f"ready: {addresses} version {self._store.version} tables {tables}\n")
+        sys.stdout.flush()
+
+    # Ending
+
+    def _bury(self, child: Child) -> None:
+        self._selector.unregister(child.ready_fd)
+        os.close(child.ready_fd)
+        del self._children[child.ready_fd]
+        _, status = os.waitpid(child.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        for file in self._metrics_folder.glob(f"gauge_live*_{child.pid}.db"):
+            file.unlink(missing_ok=True)  # a dead worker holds no requests and no memory; its counts stay
+        if self._kill_at is not None:
+            self._exit_code = self._exit_code or (0 if code in (0, -signal.SIGTERM) else 1)
+            return
+        self._plan_restart(child, code)
+
+    def _plan_restart(self, child: Child, code: int) -> None:
+        steady = child.is_ready and time.monotonic() - child.started_at > _STEADY_SECONDS
+        self._num_early_deaths = 0 if steady else self._num_early_deaths + 1
+        self._num_failed_starts += not child.is_ready
+        is_serving = self._is_announced and any(other.is_ready for other in self._children.values())
+        if self._num_failed_starts >= _MAX_FAILED_STARTS and not is_serving:
+            logger.error("worker %s died with %s before it was ready; giving up", child.pid, code)
+            self._exit_code = 1
+            self._stop(signal.SIGTERM)
+            return
+        pause = min(_FIRST_PAUSE_SECONDS * 2 ** min(self._num_early_deaths, 10), _LONGEST_PAUSE_SECONDS)
+        logger.warning("worker %s died with %s; another starts in %.1f s", child.pid, code, pause)
+        self._starts_at.append(time.monotonic() + pause)
+
+    def _forward(self, numbers: bytes) -> None:
+        for number in numbers:
+            if number in _SIGNALS:
+                logger.info("%s: stopping", signal.Signals(number).name)
+                self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        if self._kill_at is None:
+            wait = self._settings.drain_seconds + self._settings.stop_seconds + _KILL_SECONDS
+            self._kill_at = time.monotonic() + wait
+            # Else, when the workers have closed theirs, callers would wait for an answer here rather than be refused.
+            self._http_socket.close()
+        for child in self._children.values():
+            os.kill(child.pid, number)
+
+    def _kill_late(self) -> None:
+        if self._kill_at is None or time.monotonic() < self._kill_at:
+            return
+        for child in self._children.values():
+            logger.error("worker %s did not stop in time; killed", child.pid)
+            self._exit_code = 1
+            os.kill(child.pid, signal.SIGKILL)
+        self._kill_at += _KILL_SECONDS
+
+    def _pause_seconds(self) -> float | None:
+        """How long nothing but signals and workers can happen."""
+        times = self._starts_at if self._kill_at is None else [self._kill_at]
+        return max(0.0, min(times) - time.monotonic()) if times else None

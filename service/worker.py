@@ -1,0 +1,144 @@
+"""One serving process. In: an opened artifact, a bound HTTP socket, a gRPC address. Out: an exit code.
+
+HTTP and gRPC share one event loop and one engine. On SIGTERM readiness fails first, then, after `drain_seconds` in
+which the callers learn of it, connections are refused and the requests in flight finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import uvicorn
+import uvloop
+
+from dpq_rec import EmbeddingStore
+from service.engine import Engine
+from service.http_api import create_app
+from service.settings import Settings
+
+if TYPE_CHECKING:  # imported in `serve` only: see there
+    from service.grpc_api import GrpcServer
+    from service.metrics import Metrics
+
+logger = logging.getLogger("service.worker")
+READY = b"r"
+_MEMORY_SECONDS = 5.0
+_POLL_SECONDS = 0.01
+_KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep a connection: they should be the ones who close it
+
+
+class Wiring(NamedTuple):
+    """What a worker gets from its parent.
+
+    Attributes:
+        http_socket: bound; the workers accept from it in turn.
+        grpc_address: HOST:PORT, which each worker listens on beside the others.
+        metrics_folder: where the workers count.
+        ready_fd: a pipe that READY is written to, once, when the worker serves.
+        parent_fd: a pipe that closes when the parent is gone; the worker then stops too.
+    """
+
+    http_socket: socket.socket
+    grpc_address: str
+    metrics_folder: Path
+    ready_fd: int
+    parent_fd: int
+
+
+def run(store: EmbeddingStore, settings: Settings, wiring: Wiring) -> int:
+    """Serve until a signal; 0 after an orderly end."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve(store, settings, wiring))
+
+
+async def serve(store: EmbeddingStore, settings: Settings, wiring: Wiring) -> int:
+    """See `run`."""
+    # Not before the fork: gRPC's threads and the counters' files belong to one process.
+    from service.grpc_api import GrpcServer
+    from service.metrics import Metrics
+
+    signals = _listen_for_stop(wiring.parent_fd)
+    metrics = Metrics(store.version, wiring.metrics_folder)
+    engine = Engine(store, settings, metrics)
+    grpc_server = GrpcServer(engine)
+    http_server = HttpServer(_http_config(engine))
+    http = asyncio.create_task(http_server.serve(sockets=[wiring.http_socket]))
+    memory = asyncio.create_task(_watch_memory(metrics))
+    while not http_server.started:
+        await asyncio.wait([http], timeout=_POLL_SECONDS)
+        if http.done():
+            raise http.exception() or RuntimeError("the HTTP server ended before it started")
+    await grpc_server.start(wiring.grpc_address)
+    engine.start()
+    await grpc_server.serve()
+    os.write(wiring.ready_fd, READY)
+    stop = asyncio.create_task(signals.get())
+    await asyncio.wait([stop, http], return_when=asyncio.FIRST_COMPLETED)
+    failed = http.done()
+    logger.info("draining for %s s", settings.drain_seconds)
+    await _drain(engine, grpc_server, signals)
+    engine.stop()
+    http_server.should_exit = True
+    await asyncio.gather(http, grpc_server.stop(settings.stop_seconds))
+    memory.cancel()
+    return 1 if failed else 0
+
+
+def _listen_for_stop(parent_fd: int) -> asyncio.Queue[None]:
+    """A queue that gets an entry for each SIGTERM or SIGINT, and one when the parent is gone."""
+    loop = asyncio.get_running_loop()
+    stops: asyncio.Queue[None] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stops.put_nowait, None)
+
+    def parent_is_gone() -> None:
+        loop.remove_reader(parent_fd)
+        stops.put_nowait(None)
+
+    loop.add_reader(parent_fd, parent_is_gone)
+    return stops
+
+
+async def _drain(engine: Engine, grpc_server: GrpcServer, signals: asyncio.Queue[None]) -> None:
+    """Fail readiness, and go on serving until the callers know; a second signal ends the wait."""
+    engine.drain()
+    await grpc_server.drain()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(signals.get(), engine.settings.drain_seconds)
+
+
+async def _watch_memory(metrics: Metrics) -> None:
+    while True:
+        metrics.measure_memory()
+        await asyncio.sleep(_MEMORY_SECONDS)
+
+
+def _http_config(engine: Engine) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(engine),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(engine.settings.stop_seconds)),
+    )
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, without hands on the signals: it would refuse connections before readiness has failed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to the worker."""
+        yield
