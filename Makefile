@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml Makefile $(wildcard dpq_rec/kernels/*.cpp dpq
 	@touch $@
 
 demo: venv  ## train on two ranks, freeze, verify, serve, look up, export: the whole path on data it generates
-	$(BIN)/python -m training.demo
+	PYTHONPATH=. $(BIN)/python deploy/demo.py
 
 test: venv  ## the suite, under 12 minutes
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -1,0 +1,279 @@
+import itertools
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpq_rec import ConfigError, Int64Vocabulary
+from training import evaluation as module
+from training.evaluation import EvaluatedUsers, UserItems, evaluate, evaluated_users, training_items
+from training.interactions import TEST, TRAIN, VALIDATION, Interactions, build_vocabulary, count_ids
+
+DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def naive_metrics(rows, split, score, cutoffs):
+    """Contract 2 by sorting. rows: (user, item, split); score: of a user's and an item's id."""
+    items_of = {each: defaultdict(set) for each in (TRAIN, VALIDATION, TEST)}
+    for user, item, of in rows:
+        items_of[of][user].add(item)
+    catalogue = {item for _, item, of in rows if of == TRAIN}
+    seen_users = set(items_of[TRAIN])
+    metrics = {}
+    for user, wanted in items_of[split].items():
+        left_out = items_of[TRAIN][user] | (items_of[VALIDATION][user] if split == TEST else set())
+        candidates = sorted(catalogue - left_out, key=lambda item: (-score(user, item), item in wanted))
+        ranking = candidates if user in seen_users else []
+        metrics[user] = []
+        for k in cutoffs:
+            hits = [rank for rank, item in enumerate(ranking[:k]) if item in wanted]
+            ideal = sum(1 / math.log2(rank + 2) for rank in range(min(k, len(wanted))))
+            metrics[user] += [len(hits) / len(wanted), sum(1 / math.log2(rank + 2) for rank in hits) / ideal]
+    return metrics
+
+
+def open_rows(path, rows):
+    users, items, splits = zip(*rows, strict=True)
+    columns = {"user_id": pa.array(users, pa.int64()), "item_id": pa.array(items, pa.int64())}
+    pq.write_table(pa.table({**columns, "split": pa.array(splits, pa.int8())}), path)
+    return Interactions.open(path)
+
+
+def vocabularies(interactions):
+    return {c: Int64Vocabulary.from_ids(build_vocabulary(interactions, c)) for c in ("user_id", "item_id")}
+
+
+def from_table(vectors_VE):
+    return lambda rows: vectors_VE[torch.from_numpy(rows)]
+
+
+def users_with(tests, excluded, num_misses=0):
+    """One user for each list of test items, with as many more test items that have no row."""
+    num_users = len(tests)
+
+    def user_items(lists):
+        pairs = [(user, item) for user, items in enumerate(lists) for item in items]
+        return UserItems.from_pairs(*np.array(pairs, np.int64).reshape(-1, 2).T, num_users)
+
+    counts = np.array([len(items) + num_misses for items in tests], np.int64)
+    return EvaluatedUsers(np.arange(num_users), np.arange(num_users), counts, user_items(tests), user_items(excluded))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluation")
+
+
+ROWS = st.tuples(st.integers(0, 4), st.integers(10, 21), st.sampled_from([TRAIN, TRAIN, VALIDATION, TEST, TEST]))
+
+
+class TestAgainstSorting:
+    @settings(deadline=None, max_examples=150)
+    @given(
+        rows=st.lists(ROWS, min_size=1, max_size=70),
+        split=st.sampled_from([VALIDATION, TEST]),
+        cutoffs=st.sampled_from([(10, 20), (1, 3), (2,)]),
+        vectors=st.lists(st.integers(-1, 1), min_size=34, max_size=34),
+        chunk_items=st.integers(1, 15),
+        tile_scores=st.integers(1, 40),
+    )
+    def test_metrics_are_those_of_a_sorted_ranking_with_test_items_last_among_equals(
+        self, folder, rows, split, cutoffs, vectors, chunk_items, tile_scores
+    ):
+        rows = [*rows, (0, 10, TRAIN)]
+        interactions = open_rows(folder / "rows.parquet", rows)
+        known = vocabularies(interactions)
+        user_vectors = np.array(vectors[:10], np.float32).reshape(5, 2)
+        item_vectors = np.array(vectors[10:], np.float32).reshape(12, 2)
+        expected = naive_metrics(rows, split, lambda u, i: float(user_vectors[u] @ item_vectors[i - 10]), cutoffs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_CHUNK_ITEMS", chunk_items)
+            patch.setattr(module, "_TILE_SCORES", tile_scores)
+            found = evaluate(
+                evaluated_users(interactions, known, split),
+                from_table(torch.from_numpy(user_vectors[build_vocabulary(interactions, "user_id")])),
+                from_table(torch.from_numpy(item_vectors[build_vocabulary(interactions, "item_id") - 10])),
+                num_items=len(known["item_id"].ids_U),
+                cutoffs=cutoffs,
+            )
+        assert found.names == tuple(f"{name}@{k}" for k in cutoffs for name in ("recall", "ndcg"))
+        assert found.user_ids_U.tolist() == sorted(expected)
+        np.testing.assert_allclose(found.values_UC, [expected[u] for u in sorted(expected)] or found.values_UC)
+
+    def test_popularity_on_movielens_1m(self):
+        path = DATA / "movielens_1m" / "interactions.parquet"
+        if not path.exists():
+            pytest.skip(f"no {path}: set TEST_DATA_DIR")
+        interactions = Interactions.open(path)
+        known = vocabularies(interactions)
+        ids, counts = count_ids(interactions, "item_id")
+        popularity = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+        table = torch.tensor([[float(popularity[i])] for i in build_vocabulary(interactions, "item_id").tolist()])
+        found = evaluate(
+            evaluated_users(interactions, known, TEST),
+            lambda rows: torch.ones(len(rows), 1),
+            from_table(table),
+            num_items=3416,
+        )
+        table = pq.read_table(path)
+        table = table.filter(np.isin(table["user_id"], found.user_ids_U[:150]))
+        rows = list(zip(*(table[name].to_pylist() for name in ("user_id", "item_id", "split")), strict=True))
+        rows += [(-1, item, TRAIN) for item in popularity]
+        expected = naive_metrics(rows, TEST, lambda user, item: popularity[item], (10, 20))
+        np.testing.assert_allclose(found.values_UC[:150], [expected[user] for user in sorted(expected)])
+        assert found.means()["recall@10"] == pytest.approx(0.03692, abs=1e-5)
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("embedding_dim", [1, 3, 64, 257])
+    def test_ranks_a_test_item_below_equal_vectors_wherever_they_stand(self, embedding_dim):
+        torch.manual_seed(embedding_dim)
+        items = torch.randn(1, embedding_dim).repeat(5_003, 1)
+        users = torch.randn(300, embedding_dim)
+        found = evaluate(
+            users_with([[i * 16] for i in range(300)], [[]] * 300),
+            from_table(users),
+            from_table(items),
+            num_items=5_003,
+        )
+        assert found.means() == {"recall@10": 0, "ndcg@10": 0, "recall@20": 0, "ndcg@20": 0}
+
+    def test_tells_apart_scores_that_differ_by_more_than_rounding(self):
+        items = torch.tensor([[1.0], [1 - 1e-5], [1 - 2e-5]])
+        found = evaluate(
+            users_with([[0], [1], [2]], [[]] * 3),
+            lambda rows: torch.ones(len(rows), 1),
+            from_table(items),
+            num_items=3,
+            cutoffs=(1, 2, 3),
+        )
+        assert found.values_UC[:, ::2].tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
+
+    def test_gives_log2_gains_over_the_ideal(self):
+        items = torch.arange(5, 0, -1.0)[:, None]
+        users = users_with([[1, 3]], [[0]], num_misses=1)
+        found = evaluate(users, lambda rows: torch.ones(len(rows), 1), from_table(items), num_items=5, cutoffs=(2, 4))
+        first, second, third = 1, 1 / math.log2(3), 1 / 2
+        expected = [1 / 3, first / (first + second), 2 / 3, (first + third) / (first + second + third)]
+        np.testing.assert_allclose(found.values_UC, [expected])
+
+    def test_ranks_more_test_items_than_the_cutoff(self):
+        items = torch.arange(50, 0, -1.0)[:, None]
+        users = users_with([list(range(40))], [[]])
+        found = evaluate(users, lambda rows: torch.ones(len(rows), 1), from_table(items), num_items=50)
+        np.testing.assert_allclose(found.values_UC, [[10 / 40, 1, 20 / 40, 1]])
+
+    @pytest.mark.parametrize("broken", ["users", "items", "test item"])
+    def test_never_rewards_vectors_that_are_not_numbers(self, broken):
+        users, items = torch.ones(2, 4), torch.rand(100, 4)
+        items[7] = 2
+        for each in {"users": [users], "items": [items], "test item": [items[7]]}[broken]:
+            each[:] = torch.nan
+        found = evaluate(users_with([[7], [7]], [[], []]), from_table(users), from_table(items), num_items=100)
+        assert not found.values_UC.any()
+
+    def test_calls_for_vectors_equally_often_whatever_the_users(self, monkeypatch):
+        monkeypatch.setattr(module, "_CHUNK_ITEMS", 4)
+
+        def count_calls(tests):
+            calls = []
+
+            def vectors(rows):
+                calls.append(len(rows))
+                return torch.ones(len(rows), 2)
+
+            evaluate(users_with(tests, [[]] * len(tests), num_misses=1), vectors, vectors, num_items=10)
+            return len(calls)
+
+        assert count_calls([]) == count_calls([[1], [2, 3]]) == count_calls([[]]) == 2 + 3
+
+    def test_of_parts_of_the_users_adds_up_to_the_whole(self):
+        rng = np.random.default_rng(0)
+        num_users, num_items = 41, 90
+        tests = [rng.choice(num_items, rng.integers(1, 30), replace=False) for _ in range(num_users)]
+        excluded = [np.setdiff1d(rng.choice(num_items, rng.integers(30)), items) for items in tests]
+        users = users_with(tests, excluded)
+        vectors = from_table(torch.randn(num_users, 5)), from_table(torch.randn(num_items, 5))
+        whole = evaluate(users, *vectors, num_items=num_items)
+        parts = [evaluate(users.take(np.arange(r, num_users, 3)), *vectors, num_items=num_items) for r in range(3)]
+        assert sum(part.num_users for part in parts) == whole.num_users
+        np.testing.assert_allclose(sum(part.sums for part in parts), whole.sums)
+        np.testing.assert_allclose(whole.sums / num_users, list(whole.means().values()))
+
+    def test_of_nobody_has_sums_but_no_means(self):
+        found = evaluate(
+            users_with([], []),
+            lambda rows: torch.ones(len(rows), 2),
+            lambda rows: torch.ones(len(rows), 2),
+            num_items=3,
+        )
+        assert found.sums.tolist() == [0, 0, 0, 0]
+        with pytest.raises(ConfigError, match="got no users with items in the split"):
+            found.means()
+
+
+class TestEvaluatedUsers:
+    def test_keeps_in_the_denominators_what_can_only_be_missed(self, tmp_path):
+        rows = [
+            (1, 5, TRAIN),
+            (1, 6, TRAIN),
+            (2, 7, TRAIN),
+            (2, 8, VALIDATION),
+            (1, 6, TEST),
+            (1, 7, TEST),
+            (1, 7, TEST),
+            (1, 99, TEST),
+            (3, 5, TEST),
+        ]
+        interactions = open_rows(tmp_path / "a.parquet", rows)
+        users = evaluated_users(interactions, vocabularies(interactions), TEST)
+        assert users.user_ids_U.tolist() == [1, 3]
+        assert users.user_rows_U.tolist() == [0, -1]
+        assert users.num_test_items_U.tolist() == [3, 1]
+        assert users.test_items.offsets.tolist() == [0, 1, 1]
+        assert users.test_items.item_rows_T.tolist() == [2]
+
+    def test_draws_as_many_users_as_asked(self, tmp_path):
+        rows = [(user, item, split) for user in range(30) for item, split in ((1, TRAIN), (2, TRAIN), (3, TEST))]
+        interactions = open_rows(tmp_path / "a.parquet", [*rows, (0, 3, TRAIN)])
+        known = vocabularies(interactions)
+        draws = [evaluated_users(interactions, known, TEST, max_users=7, seed=seed) for seed in (0, 0, 1)]
+        ids = [draw.user_ids_U.tolist() for draw in draws]
+        assert ids[0] == ids[1] == sorted(set(ids[0])) != ids[2]
+        assert {len(each) for each in ids} == {7}
+        assert np.diff(draws[0].excluded_items.offsets).tolist() == [2 + (user == 0) for user in ids[0]]
+        assert len(evaluated_users(interactions, known, TEST, max_users=30).user_ids_U) == 30
+
+    def test_training_items_leave_out_validation_unless_asked(self, tmp_path):
+        rows = [
+            (4, 1, TRAIN),
+            (4, 1, TRAIN),
+            (4, 2, VALIDATION),
+            (4, 3, TEST),
+            (5, 2, TRAIN),
+            (5, 3, TRAIN),
+            (6, 3, TRAIN),
+        ]
+        interactions = open_rows(tmp_path / "a.parquet", rows)
+        items = Int64Vocabulary.from_ids([3, 2, 1])
+        found = training_items(interactions, np.array([4, 5]), items)
+        assert [found.offsets.tolist(), found.item_rows_T.tolist()] == [[0, 1, 3], [2, 0, 1]]
+        found = training_items(interactions, np.array([4, 5]), items, with_validation=True)
+        assert [found.offsets.tolist(), found.item_rows_T.tolist()] == [[0, 2, 4], [1, 2, 0, 1]]
+
+    @given(lists=st.lists(st.lists(st.integers(0, 9), unique=True), max_size=6), data=st.data())
+    def test_user_items_take_follows_the_order_given(self, lists, data):
+        pairs = np.array([(u, i) for u, items in enumerate(lists) for i in items], np.int64).reshape(-1, 2)
+        picked = data.draw(st.lists(st.sampled_from(range(len(lists))))) if lists else []
+        found = UserItems.from_pairs(*pairs.T, len(lists)).take(np.array(picked, np.int64))
+        ends = found.offsets.tolist()
+        per_user = [found.item_rows_T[a:b].tolist() for a, b in itertools.pairwise(ends)]
+        assert per_user == [sorted(lists[user]) for user in picked]

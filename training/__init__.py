@@ -1,0 +1,1 @@
+"""Training of models whose tables are compressed: `torchrun -m training`."""

@@ -1,0 +1,131 @@
+"""A run's resumable state. In: model, optimizers, progress. Out: DIR/checkpoints/epoch-NNNN, and the way back.
+
+torch.distributed.checkpoint writes every rank's shards; DIR is one folder that all ranks see. A checkpoint counts once
+its folder has its final name, so a run that is killed while it writes goes on from the one before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torchrec.optim.keyed import CombinedOptimizer
+
+from dpq_rec import ConfigError
+from training.config import RunConfig
+
+CONFIG = "config.json"
+_KEPT = 2  # the newest, and the one before it in case a disk lied
+_MAY_CHANGE = {"out", "device"}  # settings that do not change what is trained
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+    """Where a run stands after an epoch.
+
+    Attributes:
+        epoch: epochs that are done.
+        best_epoch: the one with the best validation metric, 0 before the first.
+        best_metric: that metric.
+        train_seconds: time spent on training steps alone.
+        seconds: time spent on everything, before this process too.
+        examples: examples trained on, over all ranks.
+        history: one entry an epoch, as metrics.json shows it.
+    """
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_metric: float = -1.0
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    examples: int = 0
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+def claim_folder(config: RunConfig) -> None:
+    """Make DIR this run's, or find that it is already. Rank 0 alone calls it.
+
+    Raises:
+        ConfigError: DIR belongs to a run with another configuration, or holds something else.
+    """
+    path = Path(config.out) / CONFIG
+    wanted = {k: v for k, v in config.as_dict().items() if k not in _MAY_CHANGE}
+    if path.is_file():
+        found = json.loads(path.read_text())
+        differing = [f"{k}: {found.get(k)!r} there, {v!r} here" for k, v in wanted.items() if found.get(k) != v]
+        if differing:
+            raise ConfigError(
+                f"--out: {config.out} belongs to another run ({'; '.join(differing)}); name another folder"
+            )
+        return
+    if Path(config.out).is_dir() and any(Path(config.out).iterdir()):
+        raise ConfigError(f"--out: {config.out} is not empty and holds no run; name another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """The whole file or none of it."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.rename(path)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: DIR/checkpoints.
+        model: wrapped in DistributedModelParallel.
+        optimizer: of all its parameters.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: CombinedOptimizer) -> None:
+        self.folder, self.model, self.optimizer = folder, model, optimizer
+
+    def save(self, progress: Progress) -> None:
+        """Write the state after an epoch; every rank calls it."""
+        aside, final = self.folder / ".writing", self.folder / f"epoch-{progress.epoch:04d}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        dist.barrier()
+        dcp.save(self._state(), checkpoint_id=str(aside))
+        if dist.get_rank() == 0:
+            write_json(aside / "progress.json", dataclasses.asdict(progress))
+            aside.rename(final)
+            for old in self._found()[:-_KEPT]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def load_latest(self) -> Progress:
+        """Bring model and optimizer to the last checkpoint; a new run's progress where there is none."""
+        found = self._found()
+        if not found:
+            return Progress()
+        state = self._state()
+        dcp.load(state, checkpoint_id=str(found[-1]))
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return Progress(**json.loads((found[-1] / "progress.json").read_text()))
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def _found(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(p for p in self.folder.iterdir() if re.fullmatch(r"epoch-\d{4,}", p.name))
+
+
+def dense_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the artifact does not hold: every weight and buffer outside the tables."""
+    state = model.state_dict()
+    return {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith("tables.")}

@@ -1,0 +1,345 @@
+"""Retrieval metrics over all items (contract 2). In: users, their held-out items, and vectors. Out: RetrievalMetrics.
+
+The order of a user's candidates is never made: it is enough to count, for each test item, the candidates that score at
+least as high. Scores exist for a tile of users and items at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpq_rec.errors import ConfigError
+from dpq_rec.kernels import MISSING_ROW
+from dpq_rec.vocabulary import Vocabulary
+from training.interactions import TEST, TRAIN, VALIDATION, Interactions, Pairs, find_rows, held_out
+
+VectorsOf: TypeAlias = Callable[[NDArray[np.int64]], torch.Tensor]
+"""Rows [N] (int64) -> vectors [N, E] (float32), on any one device."""
+
+_CHUNK_ITEMS = 1 << 14
+_TILE_SCORES = 1 << 21  # 8 MB: stays in the cache between the product and the counting
+_BLOCK_PAIRS = 1 << 16
+# Equal vectors get scores that differ in their last bits, depending on where in a matrix product they stand, by a few
+# times this, times sqrt(E) and both norms at most. What is that close counts as equal, and so ranks above a test item.
+_ROUNDING = 2.0**-23
+
+
+class UserItems(NamedTuple):
+    """Item rows of users 0 to U-1: those of user u are item_rows_T[offsets[u] : offsets[u + 1]], all int64."""
+
+    offsets: NDArray[np.int64]
+    item_rows_T: NDArray[np.int64]
+
+    @classmethod
+    def from_pairs(cls, users_T: NDArray[np.int64], item_rows_T: NDArray[np.int64], num_users: int) -> UserItems:
+        """Pairs of a user and an item row in any order, gathered by user, each pair once."""
+        users_T, item_rows_T = distinct_pairs(users_T, item_rows_T)
+        return cls(np.searchsorted(users_T, np.arange(num_users + 1)), item_rows_T)
+
+    def users(self) -> NDArray[np.int64]:
+        """The user of each item row (int64)."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    def take(self, users_N: NDArray[np.int64]) -> UserItems:
+        """Those of some users, in the order given."""
+        lengths_N = np.diff(self.offsets)[users_N]
+        offsets = np.append(0, np.cumsum(lengths_N))
+        shifts_T = np.repeat(self.offsets[users_N] - offsets[:-1], lengths_N)
+        return UserItems(offsets, self.item_rows_T[np.arange(offsets[-1]) + shifts_T])
+
+
+class EvaluatedUsers(NamedTuple):
+    """U users and all that their metrics depend on, besides the vectors.
+
+    Attributes:
+        user_ids_U: ascending (int64).
+        user_rows_U: (int64); MISSING_ROW for a user that is not in the training split.
+        num_test_items_U: distinct test items (int64), those that can only be missed too.
+        test_items: rows of the test items that are candidates.
+        excluded_items: rows that are no candidates.
+    """
+
+    user_ids_U: NDArray[np.int64]
+    user_rows_U: NDArray[np.int64]
+    num_test_items_U: NDArray[np.int64]
+    test_items: UserItems
+    excluded_items: UserItems
+
+    def take(self, users_N: NDArray[np.int64]) -> EvaluatedUsers:
+        """Some of the users, in the order given. A rank's part is np.arange(rank, len(user_ids_U), world_size)."""
+        return EvaluatedUsers(
+            self.user_ids_U[users_N],
+            self.user_rows_U[users_N],
+            self.num_test_items_U[users_N],
+            self.test_items.take(users_N),
+            self.excluded_items.take(users_N),
+        )
+
+
+class RetrievalMetrics(NamedTuple):
+    """Each user's metrics.
+
+    Attributes:
+        names: "recall@10", "ndcg@10", ...: the C columns.
+        user_ids_U: (int64).
+        values_UC: (float64).
+    """
+
+    names: tuple[str, ...]
+    user_ids_U: NDArray[np.int64]
+    values_UC: NDArray[np.float64]
+
+    @property
+    def num_users(self) -> int:
+        """U, to be added up over ranks."""
+        return len(self.user_ids_U)
+
+    @property
+    def sums(self) -> NDArray[np.float64]:
+        """Of each column [C] over users (float64), to be added up over ranks."""
+        return self.values_UC.sum(0)
+
+    def means(self) -> dict[str, float]:
+        """Name -> mean over users.
+
+        Raises:
+            ConfigError: there are no users.
+        """
+        if not self.num_users:
+            raise ConfigError("evaluation: got no users with items in the split, want at least one")
+        return dict(zip(self.names, (self.sums / self.num_users).tolist(), strict=True))
+
+
+def evaluated_users(
+    interactions: Interactions,
+    vocabularies: Mapping[str, Vocabulary],
+    split: int,
+    *,
+    max_users: int | None = None,
+    seed: int = 0,
+) -> EvaluatedUsers:
+    """The users that have items in a split. Memory grows with those evaluated and with the split.
+
+    A user's training items are no candidates, and its validation items neither where the test is measured. A test item
+    that is among them stays in the denominators and is a miss, as in LightGCN's evaluation (SASRec's would rank it):
+    the contract leaves those items out whatever they are. A test item that is not in the training split has no row
+    and is a miss; all items of a user that is not in the training split are.
+
+    Args:
+        interactions: the data.
+        vocabularies: of user_id and item_id, built from the training split; each item has a row of its own.
+        split: VALIDATION or TEST.
+        max_users: where more have items in the split, so many drawn at random.
+        seed: of that draw.
+    """
+    test = Pairs(*distinct_pairs(*held_out(interactions, split)))
+    user_ids_U = np.unique(test.user_ids_N)
+    if max_users is not None and len(user_ids_U) > max_users:
+        user_ids_U = np.sort(np.random.default_rng(seed).choice(user_ids_U, max_users, replace=False))
+    users_T = _positions(user_ids_U, test.user_ids_N)
+    item_ids_T, users_T = test.item_ids_N[users_T >= 0], users_T[users_T >= 0]
+    user_rows_U = find_rows(vocabularies["user_id"], user_ids_U)
+    excluded = training_items(interactions, user_ids_U, vocabularies["item_id"], with_validation=split == TEST)
+    item_rows_T = find_rows(vocabularies["item_id"], item_ids_T)
+    ranked_T = (item_rows_T != MISSING_ROW) & (user_rows_U[users_T] != MISSING_ROW)
+    ranked_T &= ~_pairs_in(users_T, item_rows_T, excluded)
+    return EvaluatedUsers(
+        user_ids_U,
+        user_rows_U,
+        np.bincount(users_T, minlength=len(user_ids_U)).astype(np.int64),
+        UserItems.from_pairs(users_T[ranked_T], item_rows_T[ranked_T], len(user_ids_U)),
+        excluded,
+    )
+
+
+def training_items(
+    interactions: Interactions,
+    user_ids_U: NDArray[np.int64],
+    item_vocabulary: Vocabulary,
+    *,
+    with_validation: bool = False,
+) -> UserItems:
+    """The distinct item rows that users have in the training split. Memory grows with theirs alone.
+
+    Args:
+        interactions: the data.
+        user_ids_U: ids of the users, ascending and distinct (int64); the result is in their order.
+        item_vocabulary: of item_id; an item it does not know has no row and is left out.
+        with_validation: those of the validation split too.
+    """
+    users, items = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    last_split = VALIDATION if with_validation else TRAIN
+    for piece in interactions.scan(("user_id", "item_id")):
+        users_N = _positions(user_ids_U, piece["user_id"])
+        wanted_N = (users_N >= 0) & (piece["split"] <= last_split)
+        users.append(users_N[wanted_N])
+        items.append(piece["item_id"][wanted_N])
+    users_T, item_rows_T = np.concatenate(users), find_rows(item_vocabulary, np.concatenate(items))
+    known_T = item_rows_T != MISSING_ROW
+    return UserItems.from_pairs(users_T[known_T], item_rows_T[known_T], len(user_ids_U))
+
+
+def distinct_pairs(
+    first_N: NDArray[np.int64], second_N: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each pair once, ascending by the first and then by the second."""
+    order_N = np.lexsort((second_N, first_N))
+    first_N, second_N = first_N[order_N], second_N[order_N]
+    new_N = np.ones(len(first_N), np.bool_)
+    new_N[1:] = (first_N[1:] != first_N[:-1]) | (second_N[1:] != second_N[:-1])
+    return first_N[new_N], second_N[new_N]
+
+
+def evaluate(
+    users: EvaluatedUsers,
+    user_vectors: VectorsOf,
+    item_vectors: VectorsOf,
+    *,
+    num_items: int,
+    cutoffs: Sequence[int] = (10, 20),
+) -> RetrievalMetrics:
+    """Recall and ndcg of each user, ranking all items by dot product (contract 2).
+
+    recall@k is hits / the user's test items; ndcg@k has gains 1 / log2(rank + 1) and divides by the ideal over
+    min(k, test items). A test item ranks below every other item of the same score; test items of the same score follow
+    each other. A score that is not a number ranks last as a test item's and first as another's.
+
+    user_vectors is called once, item_vectors 1 + ceil(num_items / 16384) times, whatever the users are, also for none:
+    a collective may run in them. What stays in memory are the vectors of the users, and of their test items.
+
+    Args:
+        users: whom to measure; on several ranks each a part of them.
+        user_vectors: of rows of users.
+        item_vectors: of rows of items, 0 to num_items-1.
+        num_items: rows of the item table.
+        cutoffs: the ks.
+    """
+    ranks_UP = _ranks(users, user_vectors, item_vectors, num_items, max(cutoffs))
+    gains = 1 / np.log2(np.arange(max(cutoffs)) + 2)
+    ideal = np.append(np.nan, np.cumsum(gains))
+    names, columns = [], []
+    for k in cutoffs:
+        hits_UP = ranks_UP < k
+        dcg_U = np.where(hits_UP, gains[np.minimum(ranks_UP, len(gains) - 1)], 0).sum(1)
+        names += [f"recall@{k}", f"ndcg@{k}"]
+        columns += [hits_UP.sum(1) / users.num_test_items_U, dcg_U / ideal[np.minimum(users.num_test_items_U, k)]]
+    return RetrievalMetrics(tuple(names), users.user_ids_U, np.stack(columns, 1))
+
+
+@torch.no_grad()
+def _ranks(
+    users: EvaluatedUsers, user_vectors: VectorsOf, item_vectors: VectorsOf, num_items: int, num_best: int
+) -> NDArray[np.int64]:
+    """How many candidates rank above each user's best test items [U, P], best first; num_best or more is too many."""
+    lengths_U = np.diff(users.test_items.offsets)
+    asked_A = np.flatnonzero(lengths_U)
+    lengths_A = np.minimum(lengths_U[asked_A], num_best)
+    asked = users.take(asked_A)
+    queries_AE = user_vectors(asked.user_rows_U)
+    thresholds_AP = _thresholds(queries_AE, asked.test_items, item_vectors, lengths_A)
+    counts_AP = torch.zeros_like(thresholds_AP, dtype=torch.int64)
+    slots_P = np.arange(counts_AP.shape[1])
+    hidden = _Hidden.of(asked)
+    for start in range(0, num_items, _CHUNK_ITEMS):
+        items_NE = item_vectors(np.arange(start, min(start + _CHUNK_ITEMS, num_items)))
+        lost_AP = (counts_AP.cpu().numpy() + slots_P >= num_best) | (slots_P >= lengths_A[:, None])
+        live_A = lost_AP.shape[1] - lost_AP.sum(1)  # a prefix: thresholds fall, and so counts rise
+        _count_chunk(queries_AE, items_NE, hidden.within(start, len(items_NE)), thresholds_AP, live_A, counts_AP)
+    ranks_UP = np.full((len(lengths_U), len(slots_P)), num_best)
+    ranks_UP[asked_A] = np.where(slots_P < lengths_A[:, None], counts_AP.cpu().numpy() + slots_P, num_best)
+    return ranks_UP
+
+
+def _thresholds(
+    queries_UE: torch.Tensor, tests: UserItems, item_vectors: VectorsOf, lengths_U: NDArray[np.int64]
+) -> torch.Tensor:
+    """What counts as scoring at least as much as each user's best test items [U, P] (float32), falling."""
+    rows_R, at_T = np.unique(tests.item_rows_T, return_inverse=True)
+    vectors_RE = item_vectors(rows_R)
+    users_T = tests.users()
+    parts = [queries_UE.new_empty(0)]
+    relative = _ROUNDING * vectors_RE.shape[1] ** 0.5
+    for begin in range(0, len(users_T), _BLOCK_PAIRS):
+        block = slice(begin, begin + _BLOCK_PAIRS)
+        user_TE = queries_UE[_tensor(users_T[block], queries_UE)]
+        item_TE = vectors_RE[_tensor(at_T[block], queries_UE)]
+        margins_T = relative * user_TE.norm(dim=1) * item_TE.norm(dim=1)
+        parts.append((user_TE * item_TE).sum(1) - margins_T)
+    thresholds_T = torch.cat(parts).cpu().numpy()
+    thresholds_T = thresholds_T[np.lexsort((-thresholds_T, users_T))]
+    slots_T = np.arange(len(users_T)) - tests.offsets[users_T]
+    best_T = slots_T < lengths_U[users_T]
+    thresholds_UP = np.zeros((len(lengths_U), lengths_U.max(initial=0)), np.float32)
+    thresholds_UP[users_T[best_T], slots_T[best_T]] = thresholds_T[best_T]
+    return _tensor(thresholds_UP, queries_UE)
+
+
+class _Hidden(NamedTuple):
+    """Pairs [T] of a user and an item row that are not counted, ascending by row: all but the user's other items."""
+
+    users_T: NDArray[np.int64]
+    item_rows_T: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, users: EvaluatedUsers) -> _Hidden:
+        pairs = (users.test_items, users.excluded_items)
+        users_T = np.concatenate([each.users() for each in pairs])
+        item_rows_T = np.concatenate([each.item_rows_T for each in pairs])
+        order_T = np.argsort(item_rows_T, kind="stable")
+        return cls(users_T[order_T], item_rows_T[order_T])
+
+    def within(self, start: int, num_items: int) -> _Hidden:
+        """Those of rows from start on, counted from start."""
+        begin, end = np.searchsorted(self.item_rows_T, [start, start + num_items])
+        return _Hidden(self.users_T[begin:end], self.item_rows_T[begin:end] - start)
+
+
+def _count_chunk(
+    queries_UE: torch.Tensor,
+    items_NE: torch.Tensor,
+    hidden: _Hidden,
+    thresholds_UP: torch.Tensor,
+    live_U: NDArray[np.int64],
+    counts_UP: torch.Tensor,
+) -> None:
+    """Add to counts_UP the items of a chunk that reach the thresholds; the first live_U of each user matter."""
+    order_U = np.argsort(-live_U, kind="stable")[: np.count_nonzero(live_U)]
+    places_U = np.full(len(live_U), len(live_U))
+    places_U[order_U] = np.arange(len(order_U))
+    places_T = places_U[hidden.users_T]
+    by_place_T = np.argsort(places_T, kind="stable")
+    places_T, items_T = places_T[by_place_T], hidden.item_rows_T[by_place_T]
+    tile_users = max(1, _TILE_SCORES // len(items_NE))
+    for start in range(0, len(order_U), tile_users):
+        users_B = _tensor(order_U[start : start + tile_users], queries_UE)
+        begin, end = np.searchsorted(places_T, [start, start + len(users_B)])
+        scores_BN = queries_UE[users_B] @ items_NE.t()
+        hidden_T = _tensor(places_T[begin:end] - start, queries_UE), _tensor(items_T[begin:end], queries_UE)
+        scores_BN[hidden_T] = -torch.inf
+        live_B = live_U[order_U[start : start + tile_users]]
+        for slot in range(live_B[0]):
+            users_L = users_B[: np.count_nonzero(live_B > slot)]
+            below_LN = scores_BN[: len(users_L)] < thresholds_UP[users_L, slot, None]
+            counts_UP[users_L, slot] += len(items_NE) - below_LN.sum(1)
+
+
+def _positions(sorted_U: NDArray[np.int64], ids_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each id stands in a sorted list, -1 where it does not."""
+    if not len(sorted_U):
+        return np.full(len(ids_N), -1)
+    at_N = np.minimum(np.searchsorted(sorted_U, ids_N), len(sorted_U) - 1)
+    return np.where(sorted_U[at_N] == ids_N, at_N, -1)
+
+
+def _pairs_in(users_N: NDArray[np.int64], item_rows_N: NDArray[np.int64], items: UserItems) -> NDArray[np.bool_]:
+    """Whether each pair is among the users' items. Both are far below 2^31, so that a pair fits 64 bits."""
+    return np.isin(users_N << 32 | item_rows_N, items.users() << 32 | items.item_rows_T)
+
+
+def _tensor(array: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)

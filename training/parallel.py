@@ -1,0 +1,106 @@
+"""Ranks, devices and sharding. In: a model of plain modules. Out: the model under DistributedModelParallel.
+
+Stock TorchRec throughout: its planner places the tables, its fused optimizers update them in the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from training.config import RunConfig
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this rank: `auto` takes CUDA where present."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The ranks that torchrun started; without torchrun, one rank of its own."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(
+    model: nn.Module, config: RunConfig, device: torch.device
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """The model under DistributedModelParallel, and the optimizer of all its parameters.
+
+    Tables and queries take row-wise Adagrad, fused into the backward pass; all other parameters Adam.
+    """
+    collections = [m for m in model.modules() if isinstance(m, EmbeddingBagCollection | EmbeddingCollection)]
+    names = []
+    for collection in collections:
+        _apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": config.learning_rate, "eps": 1e-8})
+        plain = isinstance(collection, EmbeddingBagCollection)
+        names += [t.name for t in (collection.embedding_bag_configs() if plain else collection.embedding_configs())]
+    sharders: list[Any] = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
+    # Data-parallel EmbeddingCollections compute wrongly on CPU (FBGEMM #4586), and column-wise shards cannot be frozen.
+    constraint = ParameterConstraints(sharding_types=["table_wise", "row_wise"], compute_kernels=["fused"])
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=dist.get_world_size(), compute_device=device.type),
+        constraints=dict.fromkeys(names, constraint),
+    )
+    plan = planner.collective_plan(model, sharders, dist.group.WORLD)
+    wrapped = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
+    dense = dict(in_backward_optimizer_filter(wrapped.named_parameters()))
+    optimizers: list[Any] = [("fused", wrapped.fused_optimizer)]
+    if dense:
+        adam = KeyedOptimizerWrapper(dense, lambda p: torch.optim.Adam(p, lr=config.quantizer_learning_rate))
+        adam.init_state()  # so that a checkpoint has a place to load its state into
+        optimizers.append(("dense", adam))
+    return wrapped, CombinedOptimizer(optimizers)
+
+
+def array_from_rank_0(array: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Rank 0's array [N], on every rank."""
+    length = torch.tensor([0 if array is None else len(array)])
+    dist.broadcast(length, 0)
+    content = torch.empty(int(length), dtype=torch.int64) if array is None else torch.from_numpy(array.copy())
+    dist.broadcast(content, 0)
+    return content.numpy()
+
+
+def object_from_rank_0(value: Any) -> Any:
+    """Rank 0's object, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Each number summed over ranks."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,220 @@
+"""A population with planted structure. In: SyntheticConfig. Out: Parquet files of user_id, item_id, split (contract 1).
+
+Items belong to clusters. Each user likes two, and takes most of its items from the first, some from the second, the
+rest from anywhere; within a cluster and over all, popularity falls with rank as Zipf's law has it. How many items
+users take follows a power law too. Every user trains, and so does every item where there are interactions enough.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from dpq_rec.errors import ConfigError
+from training.interactions import TEST, TRAIN, VALIDATION
+
+_FORMAT = 1  # of what is generated: another number where the same settings give other rows
+_DESCRIPTION = "_synthetic.json"  # readers of Parquet folders skip names that start so
+_FIRST_TASTE, _SECOND_TASTE = 0.6, 0.25  # of a user's items; the rest comes from all items
+_FLAT_RANKS = 5  # Zipf-Mandelbrot: popularity is 1 / (rank + 5)
+_PARETO_SHAPE, _MAX_ACTIVITY = 1.5, 200.0
+_REDRAWS = 3
+_BLOCK_ROWS = 1 << 20
+_GROUP_ROWS = 1 << 17  # small row groups, so that a shuffle window holds users from all over
+_ID_BITS = 48  # JSON numbers and doubles hold ids exactly
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """What to generate.
+
+    Attributes:
+        num_users: users, every one in the training split.
+        num_items: items; every one is in the training split where num_interactions exceeds users, items and held-out
+            rows together, otherwise the most popular ones that fit.
+        num_interactions: rows of all splits.
+        num_held_out_users: users with a validation and a test item, evenly drawn; all where there are fewer users.
+        seed: 0 or more.
+    """
+
+    num_users: int
+    num_items: int
+    num_interactions: int
+    num_held_out_users: int = 20_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_users", 1), ("num_items", 3), ("num_held_out_users", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, want at least {least}")
+        if self.num_interactions < self.num_users + self.num_held_out_rows:
+            want = f"at least {self.num_users + self.num_held_out_rows}"
+            parts = f"one for each of {self.num_users} users and {self.num_held_out_rows} held out"
+            raise ConfigError(f"num_interactions: got {self.num_interactions}, want {want}: {parts}")
+
+    @property
+    def num_held_out_rows(self) -> int:
+        """Rows of the validation and test splits, at most."""
+        return 2 * min(self.num_held_out_users, self.num_users)
+
+    @property
+    def num_clusters(self) -> int:
+        """Clusters of items, of sqrt(num_items) * 2 or so items each."""
+        return max(1, min(self.num_users, round(self.num_items**0.5 / 2)))
+
+
+def generate(config: SyntheticConfig, folder: str | os.PathLike[str]) -> Path:
+    """Write the population to part-00000.parquet, ... in a folder, or find that it is there already.
+
+    The same settings give the same rows. Memory grows with the users (32 bytes each), not with the interactions.
+    The folder appears at once when all is written.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    folder = Path(folder)
+    description = json.dumps({"format": _FORMAT, **dataclasses.asdict(config)})
+    if folder.exists():
+        told = folder / _DESCRIPTION
+        if not told.is_file() or told.read_text() != description:
+            raise ConfigError(f"{folder}: got another population or other files, want {description}; name a new folder")
+        return folder
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    activity = _Activity.draw(config)
+    for number, block in enumerate(_blocks(activity.rows_per_user)):
+        rows = _draw_block(config, activity, block, number)
+        options = {"use_dictionary": ["user_id", "split"], "compression": "zstd", "row_group_size": _GROUP_ROWS}
+        pq.write_table(pa.table(rows._asdict()), unfinished / f"part-{number:05}.parquet", **options)
+    (unfinished / _DESCRIPTION).write_text(description)
+    unfinished.rename(folder)
+    return folder
+
+
+class _Activity(NamedTuple):
+    """What each user has [U]: training rows (int64), and whether items are held out."""
+
+    num_train: NDArray[np.int64]
+    is_held_out: NDArray[np.bool_]
+    num_covered: int
+
+    @classmethod
+    def draw(cls, config: SyntheticConfig) -> _Activity:
+        """Pareto-distributed training rows that add up to what is asked, and an even draw of users to hold out."""
+        rng = np.random.default_rng([config.seed, 0])
+        num_users = config.num_users
+        is_held_out_U = np.zeros(num_users, np.bool_)
+        is_held_out_U[rng.choice(num_users, config.num_held_out_rows // 2, replace=False)] = True
+        num_train = config.num_interactions - config.num_held_out_rows
+        num_covered = min(config.num_items, num_train - num_users)
+        least_U = np.maximum(_num_covering(config, num_covered, np.arange(num_users)), 1)
+        weights_U = np.minimum(rng.random(num_users) ** (-1 / _PARETO_SHAPE), _MAX_ACTIVITY)
+        share_U = np.cumsum(weights_U)
+        up_to_U = (share_U / share_U[-1] * (num_train - least_U.sum())).astype(np.int64)
+        return cls(least_U + np.diff(up_to_U, prepend=0), is_held_out_U, num_covered)
+
+    @property
+    def rows_per_user(self) -> NDArray[np.int64]:
+        """Rows of all splits [U]."""
+        return self.num_train + 2 * self.is_held_out
+
+
+class _Rows(NamedTuple):
+    """Columns of a file, by their names in it."""
+
+    user_id: NDArray[np.int64]
+    item_id: NDArray[np.int64]
+    split: NDArray[np.int8]
+
+
+def _blocks(rows_per_user: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Users 0 to U-1, in stretches of a million rows or so."""
+    numbers_U = (np.cumsum(rows_per_user) - 1) // _BLOCK_ROWS
+    starts = np.flatnonzero(np.diff(numbers_U, prepend=-1))
+    for start, stop in zip(starts, [*starts[1:], len(rows_per_user)], strict=True):
+        yield np.arange(start, stop)
+
+
+def _draw_block(config: SyntheticConfig, activity: _Activity, block_B: NDArray[np.int64], number: int) -> _Rows:
+    """The rows of some users, user by user: the training rows, then validation and test."""
+    rng = np.random.default_rng([config.seed, 1, number])
+    num_rows_B = activity.rows_per_user[block_B]
+    users_N = np.repeat(block_B, num_rows_B)
+    place_N = np.arange(len(users_N)) - np.repeat(np.cumsum(num_rows_B) - num_rows_B, num_rows_B)
+    covering_N = place_N < _num_covering(config, activity.num_covered, users_N)
+    drawn_N = np.flatnonzero(~covering_N)
+    items_N = users_N % _num_coverers(config) + place_N * _num_coverers(config)
+    items_N[drawn_N] = _draw_items(config, users_N[drawn_N], rng)
+    for _ in range(_REDRAWS):
+        again_N = _repeats(users_N, items_N)
+        items_N[again_N] = _draw_items(config, users_N[again_N], rng)
+    left_N = np.repeat(num_rows_B, num_rows_B) - place_N
+    splits_N = np.where(left_N == 1, TEST, np.where(left_N == 2, VALIDATION, TRAIN)).astype(np.int8)
+    splits_N[~activity.is_held_out[users_N]] = TRAIN
+    # What the user has already can only be missed: it trains, and where it was to be held out, nothing is.
+    again_N = _repeats(users_N, items_N)
+    splits_N[np.isin(users_N, users_N[again_N[splits_N[again_N] != TRAIN]])] = TRAIN
+    return _Rows(_scatter(users_N, 2 * config.seed), _scatter(items_N, 2 * config.seed + 1), splits_N)
+
+
+def _num_coverers(config: SyntheticConfig) -> int:
+    """Users who take one item after the other so that every item is taken: a multiple of the clusters."""
+    return config.num_users // config.num_clusters * config.num_clusters
+
+
+def _num_covering(config: SyntheticConfig, num_covered: int, users_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many items each user takes for that: user u of U takes items u, u + U, ... which are of its first cluster."""
+    coverers = _num_coverers(config)
+    return np.where(users_N < coverers, np.maximum((num_covered - users_N + coverers - 1) // coverers, 0), 0)
+
+
+def _draw_items(config: SyntheticConfig, users_N: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """An item for each row. Item i is of cluster i % C, where it has popularity rank i // C."""
+    clusters = config.num_clusters
+    second_N = _mix(users_N.astype(np.uint64) + np.uint64(1)).astype(np.int64) % clusters
+    source_N = rng.random(len(users_N))
+    tastes_N = np.where(source_N < _FIRST_TASTE, users_N % clusters, second_N)
+    anywhere_N = source_N >= _FIRST_TASTE + _SECOND_TASTE
+    sizes_N = np.where(anywhere_N, config.num_items, (config.num_items - 1 - tastes_N) // clusters + 1)
+    ranks_N = _zipf_ranks(sizes_N, rng)
+    return np.where(anywhere_N, ranks_N, tastes_N + clusters * ranks_N)
+
+
+def _zipf_ranks(sizes_N: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Ranks below sizes_N with probability about 1 / (rank + 5), by inverting the continuous distribution."""
+    ranks_N = _FLAT_RANKS * (np.exp(np.log1p(sizes_N / _FLAT_RANKS) * rng.random(len(sizes_N))) - 1)
+    return np.minimum(ranks_N.astype(np.int64), sizes_N - 1)
+
+
+def _repeats(users_N: NDArray[np.int64], items_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where a row repeats an earlier pair. Users come in order."""
+    order_N = np.argsort((users_N - users_N[:1]) * (items_N.max(initial=0) + 1) + items_N, kind="stable")
+    same_N = (users_N[order_N[1:]] == users_N[order_N[:-1]]) & (items_N[order_N[1:]] == items_N[order_N[:-1]])
+    return order_N[1:][same_N]
+
+
+def _scatter(numbers_N: NDArray[np.int64], salt: int) -> NDArray[np.int64]:
+    """Distinct numbers below 2^48 to distinct ids below 2^48 that look random."""
+    salted_N = numbers_N.astype(np.uint64) ^ (_mix(np.array([salt + 1], np.uint64)))
+    return _mix(salted_N).astype(np.int64)
+
+
+def _mix(numbers_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection of the numbers below 2^48: each step, a multiplication by an odd number or a xor-shift, is one."""
+    mask = np.uint64((1 << _ID_BITS) - 1)
+    mixed_N = numbers_N & mask
+    for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        mixed_N = mixed_N ^ (mixed_N >> np.uint64(_ID_BITS // 2))
+        mixed_N = (mixed_N * np.uint64(factor)) & mask
+    return mixed_N ^ (mixed_N >> np.uint64(_ID_BITS // 2))
