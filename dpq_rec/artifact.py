@@ -31,7 +31,8 @@ from dpq_rec.vocabulary import Vocabulary, load_vocabulary
 FORMAT, FORMAT_VERSION = "dpq-rec", 1
 MANIFEST = "manifest.json"
 PRODUCER = "dpq_rec 0.1.0"
-_TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SIZES = ("num_embeddings", "embedding_dim", "num_subspaces", "num_levels", "num_codes", "code_bits", "row_bytes")
 _CHECK_ROWS = 1 << 16
 
 
@@ -145,16 +146,17 @@ def write_artifact(
     target = Path(path)
     if target.exists():
         raise FileExistsError(f"{target} exists; an artifact is never changed: write to another folder")
-    for name in tables:
-        if not _TABLE_NAME.fullmatch(name):
-            raise ConfigError(f"table name: got {name!r}, want letters, digits, '_', '-' and '.'")
     now = datetime.datetime.now(datetime.UTC)
-    with _renamed_into(target) as folder:
+    version = version or f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    for what, name in [("version", version), *(("table name", name) for name in tables)]:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{what}: got {name!r}, want letters, digits, '_', '-' and '.'")
+    with renamed_into(target) as folder:
         (folder / "tables").mkdir()
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "version": version or f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}",
+            "version": version,
             "created_at": now.isoformat(timespec="seconds"),
             "producer": PRODUCER,
             "tables": {name: dataclasses.asdict(_write_table(folder, name, t)) for name, t in tables.items()},
@@ -169,9 +171,12 @@ def _write_table(folder: Path, name: str, contents: TableContents) -> TableManif
     if layout is None:
         tensors["vectors"] = Stream(np.float32, (rows, dim), contents.chunks)
     else:
-        if values is None or values.shape not in _value_shapes(layout, dim):
-            got = None if values is None else values.shape
-            raise ConfigError(f"table {name!r}: got values {got}, want one of {_value_shapes(layout, dim)}")
+        if dim % layout.num_subspaces:
+            raise ConfigError(f"table {name!r}: num_subspaces {layout.num_subspaces} does not divide {dim}")
+        shapes = _value_shapes(layout, dim)
+        if values is None or values.shape not in shapes or values.dtype not in (np.float32, np.float16):
+            got = "nothing" if values is None else f"{values.dtype} {values.shape}"
+            raise ConfigError(f"table {name!r}: values: got {got}, want float32 or float16 in one of {shapes}")
         tensors["values"] = values
         tensors["packed_codes"] = Stream(np.uint8, (rows, layout.row_bytes), contents.chunks)
     file = f"tables/{name}.safetensors"
@@ -200,7 +205,7 @@ def _value_shapes(layout: CodeLayout, embedding_dim: int) -> list[tuple[int, ...
     return [(layout.codes_per_row, *tail), (layout.num_levels, *tail)]
 
 
-class _renamed_into:  # noqa: N801 - reads as the statement it is: `with _renamed_into(target) as folder`
+class renamed_into:  # noqa: N801 - reads as the statement it is: `with renamed_into(target) as folder`
     """A folder beside the target, renamed to it when the block succeeds, removed when it does not."""
 
     def __init__(self, target: Path) -> None:
@@ -212,13 +217,14 @@ class _renamed_into:  # noqa: N801 - reads as the statement it is: `with _rename
         return self.folder
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                for folder in [*(p for p in self.folder.rglob("*") if p.is_dir()), self.folder]:
+                    _sync_folder(folder)
+                self.folder.rename(self.target)
+                _sync_folder(self.target.parent)
+        finally:
             shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        for folder in [*(p for p in self.folder.rglob("*") if p.is_dir()), self.folder]:
-            _sync_folder(folder)
-        self.folder.rename(self.target)
-        _sync_folder(self.target.parent)
 
 
 def _write_file(path: Path, text: str) -> None:
@@ -259,7 +265,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
             producer=str(manifest["producer"]),
             tables={name: _open_table(folder, name, entry) for name, entry in manifest["tables"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedArtifactError(f"{folder / MANIFEST}: {type(error).__name__}: {error}") from error
 
 
@@ -269,6 +275,8 @@ def _open_table(folder: Path, name: str, entry: dict[str, Any]) -> Table:
     manifest = TableManifest(**{**fields, "features": tuple(fields["features"])})
     if manifest.kind not in ("dpq", "dense"):
         raise ArtifactError(f"table {name!r}: got kind {manifest.kind!r}, this version reads dpq and dense")
+    if not all(type(fields[size]) is int and fields[size] >= 0 for size in _SIZES):
+        raise DamagedArtifactError(f"table {name!r}: the manifest's sizes are no counts: {manifest}")
     path = folder / manifest.file
     if Path(manifest.file).is_absolute() or ".." in Path(manifest.file).parts:
         raise DamagedArtifactError(f"table {name!r}: file {manifest.file!r} lies outside the artifact")
@@ -278,7 +286,7 @@ def _open_table(folder: Path, name: str, entry: dict[str, Any]) -> Table:
     tensors = map_tensors(path)
     _check_table(name, manifest, tensors)
     if "values" in tensors:  # small, and read at every lookup: in memory, in the type that the sums are made in
-        tensors = {**tensors, "values_fp32": np.ascontiguousarray(tensors["values"], np.float32)}
+        tensors = {**tensors, "values_fp32": np.array(tensors["values"], np.float32)}
     vocabulary = load_vocabulary(manifest.vocabulary["kind"], manifest.num_embeddings, tensors)
     return Table(name=name, manifest=manifest, tensors=tensors, vocabulary=vocabulary)
 
@@ -311,7 +319,7 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int], object] = lam
 
     Args:
         path: an artifact or a store.
-        progress: called with the bytes of each piece that was checked; they add up to twice the files' bytes at most.
+        progress: called with the bytes of each piece that was checked: of every file, then of its packed codes.
 
     Raises:
         ArtifactError, DamagedArtifactError: as `open_artifact`, and for bytes that are not what was published.
@@ -323,18 +331,23 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int], object] = lam
             raise DamagedArtifactError(
                 f"{table.manifest.file}: got sha256 {digest}, the manifest says {table.manifest.sha256}"
             )
-        table.vocabulary.check(table.manifest.num_embeddings)
+        try:
+            table.vocabulary.check(table.manifest.num_embeddings)
+        except DamagedArtifactError as error:
+            raise DamagedArtifactError(f"table {name!r}: {error}") from error
         if table.manifest.kind == "dpq":
-            _check_codes(name, table)
+            _check_codes(name, table, progress)
     return artifact
 
 
-def _check_codes(name: str, table: Table) -> None:
+def _check_codes(name: str, table: Table, progress: Callable[[int], object]) -> None:
     packed_VW = table.tensors["packed_codes"]
     for start in range(0, len(packed_VW), _CHECK_ROWS):
-        damaged = find_damaged_row(packed_VW[start : start + _CHECK_ROWS], table.manifest.layout)
+        piece_NW = packed_VW[start : start + _CHECK_ROWS]
+        damaged = find_damaged_row(piece_NW, table.manifest.layout)
         if damaged is not None:
             raise DamagedArtifactError(f"table {name!r}: row {start + damaged} holds an impossible code or padding bit")
+        progress(piece_NW.nbytes)
 
 
 # A store: a folder of published versions, and CURRENT
@@ -351,8 +364,8 @@ def find_artifact(path: Path) -> Path:
     current = path / "CURRENT"
     if not current.is_file():
         raise ArtifactError(f"{path}: holds neither {MANIFEST} (an artifact) nor CURRENT (a store of artifacts)")
-    version = current.read_text().removesuffix("\n")
-    if not _TABLE_NAME.fullmatch(version) or not (path / version / MANIFEST).is_file():
+    version = current.read_text(errors="replace").removesuffix("\n")
+    if not _NAME.fullmatch(version) or not (path / version / MANIFEST).is_file():
         raise DamagedArtifactError(f"{current}: names {version!r}, which is not a version in this store")
     return path / version
 
@@ -366,13 +379,13 @@ def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> 
     """
     verified = verify(artifact)
     target = Path(store) / verified.version
-    if not _TABLE_NAME.fullmatch(verified.version):
+    if not _NAME.fullmatch(verified.version):
         raise ConfigError(f"version: got {verified.version!r}, want letters, digits, '_', '-' and '.'")
     if target.exists():
         raise FileExistsError(f"{target} exists; a version is published once")
-    with _renamed_into(target) as folder:
+    with renamed_into(target) as folder:
         for file in [*(table.manifest.file for table in verified.tables.values()), MANIFEST]:
-            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(verified.path / file, folder / file)
             descriptor = os.open(folder / file, os.O_RDONLY)
             os.fsync(descriptor)

@@ -1,1 +1,239 @@
-"""The `dpq-rec` command."""
+"""The `dpq-rec` command. In: arguments. Out: text on stdout, errors as one line on stderr, an exit code.
+
+Exit codes: 0; 1 a damaged artifact or a missing id; 2 usage: whatever another call would put right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpq_rec.artifact import Artifact, Table, open_artifact, publish, verify
+from dpq_rec.errors import DamagedArtifactError, DpqRecError
+from dpq_rec.export import ExportConfig, export_table
+from dpq_rec.lookup import EmbeddingStore
+
+OK, DAMAGED_OR_MISSING, USAGE = 0, 1, 2
+
+_DESCRIPTION = "Look into, check, publish and export the compressed embedding tables that dpq_rec trains and serves."
+_EXAMPLES = """\
+ARTIFACT is the folder that a training run leaves (RUN/artifact), or a store of published versions.
+
+examples:
+  dpq-rec inspect run/artifact                               what is in it, and how much smaller it is
+  dpq-rec verify run/artifact                                is every byte what was published?
+  dpq-rec lookup run/artifact --table item_id 42 7 -1        the vectors of three ids, as JSON
+  dpq-rec export run/artifact --table item_id --out vectors  Parquet files for Spark, DuckDB, pandas
+  dpq-rec publish run/artifact store                         a new version for the servers that read the store
+
+exit codes: 0; 1 a damaged artifact or a missing id; 2 usage
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is returned (argparse itself leaves with 2)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except DamagedArtifactError as error:
+        return _fail(f"{error}; get a sound copy: an artifact never changes once published", DAMAGED_OR_MISSING)
+    except (DpqRecError, OSError) as error:
+        return _fail(str(error), USAGE)
+
+
+def _fail(message: str, code: int) -> int:
+    print("dpq-rec:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("dpq-rec", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=layout)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def command(run: Callable[[argparse.Namespace], int], name: str, summary: str, rest: str = "") -> Any:
+        example = f"example:\n  dpq-rec {name} run/artifact {rest}"
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=example, formatter_class=layout)
+        sub.add_argument("artifact", metavar="ARTIFACT", type=Path, help="an artifact's folder, or a store")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(_export, "export", "write a table as Parquet files", "--table item_id --out vectors")
+    sub.add_argument("--table", metavar="TABLE", required=True, help="`dpq-rec inspect` lists them")
+    sub.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to make; it must not exist")
+    sub.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the vectors (float32)")
+    sub.add_argument("--codes", action="store_true", help="the codes of each row instead of its vector")
+
+    sub = command(_inspect, "inspect", "list the tables of an artifact")
+    sub.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+    command(_verify, "verify", "read every byte: digests, codes, padding bits, vocabularies")
+
+    sub = command(_lookup, "lookup", "print the vectors of ids, as the server's JSON", "--table item_id 42 7 -1")
+    sub.add_argument("--table", metavar="TABLE", required=True, help="`dpq-rec inspect` lists them")
+    sub.add_argument("ids", metavar="ID", type=int, nargs="+", help="integer; an unknown one: zeros and exit code 1")
+
+    sub = command(_publish, "publish", "verify, copy into a store, make it the store's current version", "store")
+    sub.add_argument("store", metavar="STORE", type=Path, help="a folder of published versions; made if need be")
+    return parser
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, unit: str, *, scale: bool = False) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr where that is a terminal and tqdm is installed; else nothing is shown."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        yield lambda amount: None
+        return
+    with tqdm(total=total, unit=unit, unit_scale=True, unit_divisor=1024 if scale else 1000, disable=None) as bar:
+        yield bar.update
+
+
+# Commands
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    table = EmbeddingStore.open(arguments.artifact).table(arguments.table)
+    config = ExportConfig(dtype=arguments.dtype, codes=arguments.codes)
+    with _progress_bar(table.manifest.num_embeddings, " rows") as progress:
+        exported = export_table(table, arguments.out, config, progress)
+    print(f"{arguments.out}: {exported.num_ids:,} ids in {exported.num_parts:,} part(s)")
+    return OK
+
+
+def _lookup(arguments: argparse.Namespace) -> int:
+    store = EmbeddingStore.open(arguments.artifact)
+    vectors_NE, missing = store.lookup(arguments.table, arguments.ids)
+    reply = {
+        "table": arguments.table,
+        "version": store.version,
+        "dim": vectors_NE.shape[1],
+        "vectors": [[_json_number(number) for number in vector_E] for vector_E in vectors_NE],
+        "missing": missing.tolist(),
+    }
+    print(json.dumps(reply))
+    return DAMAGED_OR_MISSING if len(missing) else OK
+
+
+def _json_number(number: np.float32) -> float | None:
+    """The shortest text that reads back as the same fp32 number: 0.1, not 0.10000000149. JSON has no NaN: null."""
+    return float(str(number)) if np.isfinite(number) else None
+
+
+def _publish(arguments: argparse.Namespace) -> int:
+    print(f"{publish(arguments.artifact, arguments.store)} is the current version of {arguments.store}")
+    return OK
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    artifact = open_artifact(arguments.artifact)
+    tables = artifact.tables.values()
+    packed_bytes = sum(table.tensors["packed_codes"].nbytes for table in tables if table.manifest.kind == "dpq")
+    with _progress_bar(sum(table.manifest.bytes for table in tables) + packed_bytes, "B", scale=True) as progress:
+        verify(artifact.path, progress)
+    for table in tables:
+        checked = [f"sha256 of {table.manifest.bytes:,} bytes"]
+        if table.manifest.kind == "dpq":
+            checked.append(f"codes and padding bits of {table.manifest.num_embeddings:,} rows")
+        checked.append(f"{table.vocabulary.kind} vocabulary")
+        print(f"{table.name}: {', '.join(checked)}")
+    print(f"{artifact.path} is sound: version {artifact.version}, {len(tables)} table(s)")
+    return OK
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    artifact = open_artifact(arguments.artifact)
+    print(json.dumps(_as_json(artifact), indent=1) if arguments.json else _as_text(artifact))
+    return OK
+
+
+def _sizes(tables: Sequence[Table]) -> dict[str, Any]:
+    full_bytes, artifact_bytes = sum(t.full_bytes for t in tables), sum(t.artifact_bytes for t in tables)
+    return {
+        "num_embeddings": sum(t.manifest.num_embeddings for t in tables),
+        "full_bytes": full_bytes,
+        "artifact_bytes": artifact_bytes,
+        "vocabulary_bytes": sum(t.vocabulary_bytes for t in tables),
+        "compression_ratio": full_bytes / max(1, artifact_bytes),
+    }
+
+
+def _values_type(table: Table) -> str:
+    return str(table.tensors["values" if table.manifest.kind == "dpq" else "vectors"].dtype)
+
+
+def _as_json(artifact: Artifact) -> dict[str, Any]:
+    tables = {
+        name: {**dataclasses.asdict(table.manifest), "values_dtype": _values_type(table), **_sizes([table])}
+        for name, table in artifact.tables.items()
+    }
+    return {
+        "path": str(artifact.path),
+        "version": artifact.version,
+        "created_at": artifact.created_at,
+        "producer": artifact.producer,
+        "tables": tables,
+        "total": _sizes([*artifact.tables.values()]),
+    }
+
+
+_HEADINGS = (
+    *(
+        "table",
+        "kind",
+        "rows V",
+        "dim E",
+        "groups D",
+        "levels L",
+        "codes K",
+        "bits",
+        "row bytes",
+        "values",
+        "vocabulary",
+    ),
+    *("bytes", "vocab. bytes", "full bytes", "ratio"),
+)
+
+
+def _as_text(artifact: Artifact) -> str:
+    lines = [_HEADINGS, *(_table_line(table) for table in artifact.tables.values())]
+    total = _sizes([*artifact.tables.values()])
+    lines.append(("total", "", f"{total['num_embeddings']:,}", *[""] * 8, *_size_cells(total)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text_columns = {0, 1, 9, 10}
+    rows = [
+        "  ".join(
+            cell.ljust(w) if i in text_columns else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    heading = f"{artifact.path}\nversion {artifact.version}, made {artifact.created_at} by {artifact.producer}\n"
+    note = "bytes: codes and values, or dense vectors, on disk; ratio: full bytes (fp32) / bytes, the vocabulary apart"
+    return "\n".join([heading, *(row.rstrip() for row in rows), "", note])
+
+
+def _table_line(table: Table) -> tuple[str, ...]:
+    manifest = table.manifest
+    values = f"{_values_type(table)}{', shared' if manifest.shared_values else ''}"
+    sizes = (manifest.num_subspaces, manifest.num_levels, manifest.num_codes, manifest.code_bits)
+    return (
+        *(table.name, manifest.kind, f"{manifest.num_embeddings:,}", str(manifest.embedding_dim)),
+        *((f"{size:,}" for size in sizes) if manifest.kind == "dpq" else "----"),
+        *(f"{manifest.row_bytes:,}", values, table.vocabulary.kind),
+        *_size_cells(_sizes([table])),
+    )
+
+
+def _size_cells(sizes: dict[str, Any]) -> tuple[str, ...]:
+    counts = (f"{sizes[name]:,}" for name in ("artifact_bytes", "vocabulary_bytes", "full_bytes"))
+    return (*counts, f"{sizes['compression_ratio']:.1f}")

@@ -79,15 +79,20 @@ def unpack_codes(packed_NW: NDArray[np.uint8], layout: CodeLayout) -> NDArray[np
     bits = layout.code_bits
     if bits == 8:
         return packed_NW.astype(np.uint16)
-    flat_bits = np.unpackbits(packed_NW, axis=1, bitorder="little", count=layout.codes_per_row * bits)
-    bits_NMb = flat_bits.reshape(len(packed_NW), layout.codes_per_row, bits)
-    weights = np.left_shift(1, np.arange(bits), dtype=np.int64)
-    return (bits_NMb @ weights).astype(np.uint16)
+    # A code spans 23 bits at most (16 of them, begun at bit 7): it lies in the 3 bytes from its first.
+    first_bit_M = np.arange(layout.codes_per_row) * bits
+    padded_NW = np.pad(packed_NW, ((0, 0), (0, 2)))
+    window_NM = np.zeros((len(packed_NW), layout.codes_per_row), np.uint32)
+    for byte in range(3):
+        window_NM |= padded_NW[:, first_bit_M // 8 + byte].astype(np.uint32) << (8 * byte)
+    return (window_NM >> (first_bit_M % 8).astype(np.uint32) & ((1 << bits) - 1)).astype(np.uint16)
 
 
 def find_damaged_row(packed_NW: NDArray[np.uint8], layout: CodeLayout) -> int | None:
     """The first row with a code of K or more, or with a padding bit set; None where all are sound."""
-    damaged_N = (unpack_codes(packed_NW, layout) >= layout.num_codes).any(axis=1)
+    damaged_N = np.zeros(len(packed_NW), np.bool_)
+    if layout.num_codes < 1 << layout.code_bits:
+        damaged_N |= (unpack_codes(packed_NW, layout) >= layout.num_codes).any(axis=1)
     padding_bits = layout.row_bytes * 8 - layout.codes_per_row * layout.code_bits
     if padding_bits:
         damaged_N |= (packed_NW[:, -1] >> (8 - padding_bits)) != 0

@@ -111,8 +111,11 @@ def decode_rows(table: Table, rows_N: NDArray[np.int64]) -> NDArray[np.float32]:
             table.tensors["packed_codes"], table.tensors["values_fp32"], rows_N, table.manifest.layout
         )
     present_N = rows_N != kernels.MISSING_ROW
-    if len(rows_N) and rows_N.max() >= table.manifest.num_embeddings:
-        raise DamagedArtifactError(f"row {rows_N.max()} is outside the table's {table.manifest.num_embeddings} rows")
+    outside_N = (rows_N < kernels.MISSING_ROW) | (rows_N >= table.manifest.num_embeddings)
+    if outside_N.any():
+        raise DamagedArtifactError(
+            f"row {rows_N[outside_N][0]} is outside the table's {table.manifest.num_embeddings} rows"
+        )
     vectors_NE = np.zeros((len(rows_N), table.manifest.embedding_dim), np.float32)
     vectors_NE[present_N] = table.tensors["vectors"][rows_N[present_N]]
     return vectors_NE

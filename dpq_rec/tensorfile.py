@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any] | Stream]) -> W
     """Write tensors as one safetensors file; wide types first, so that each is aligned to its own size.
 
     Raises:
-        ValueError: a stream's chunks do not add up to its shape.
+        ValueError: a stream's chunks are of another type than the stream, or do not add up to its shape.
     """
     streams = {name: t if isinstance(t, Stream) else Stream(t.dtype, t.shape, [t]) for name, t in tensors.items()}
     order = sorted(streams, key=lambda name: -np.dtype(streams[name].dtype).itemsize)
@@ -90,6 +90,9 @@ def _blocks(streams: Mapping[str, Stream], order: list[str]) -> Iterable[bytes]:
     for name in order:
         stream, num_rows = streams[name], 0
         for chunk in stream.chunks:
+            if chunk.shape[1:] != stream.shape[1:] or not np.can_cast(chunk.dtype, stream.dtype):
+                wanted = f"{np.dtype(stream.dtype)} [N, {', '.join(map(str, stream.shape[1:]))}]"
+                raise ValueError(f"tensor {name!r}: got a chunk {chunk.dtype} {chunk.shape}, want {wanted}")
             num_rows += len(chunk)
             yield np.ascontiguousarray(chunk, np.dtype(stream.dtype).newbyteorder("<")).tobytes()
         if num_rows != stream.shape[0]:
@@ -117,15 +120,27 @@ def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
     try:
         header = json.loads(mapped[8 : 8 + header_bytes])
         header.pop("__metadata__", None)
+        _check_offsets(sorted(tuple(entry["data_offsets"]) for entry in header.values()), size - 8 - header_bytes)
         return {name: _view(mapped, 8 + header_bytes, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedArtifactError(f"{path}: the header does not describe the file: {error}") from error
+
+
+def _check_offsets(spans: Sequence[tuple[int, int]], data_bytes: int) -> None:
+    """Tensors lie one behind the other and fill the file, as the safetensors format wants it."""
+    at = 0
+    for begin, end in spans:
+        if begin != at:
+            raise ValueError(f"a tensor begins at byte {begin} of the data, want {at}: no gaps and no overlaps")
+        at = end
+    if at != data_bytes:
+        raise ValueError(f"the tensors take {at} bytes, the file holds {data_bytes}")
 
 
 def _view(mapped: mmap.mmap, data_start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
         raise ValueError(f"shape and offsets must be counts, got {entry}")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"offsets and shape disagree: {entry}")

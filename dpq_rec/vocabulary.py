@@ -57,7 +57,12 @@ def int64_ids(ids: Any) -> NDArray[np.int64]:
     Raises:
         IdTypeError: not a flat list of integers that fit 64 bits.
     """
-    array = np.asarray(ids)
+    if isinstance(ids, (list, tuple)) and bool in set(map(type, ids)):  # numpy takes [True, 2] for integers
+        raise IdTypeError("ids: got booleans, want a flat list of 64-bit integers")
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:  # lists of different lengths
+        raise IdTypeError(f"ids: got no flat list of 64-bit integers: {error}") from error
     if array.size == 0:
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -64,6 +64,8 @@ class RunConfig:
                 raise ConfigError(f"--{field.name}: got {value!r}, want one of {', '.join(choices)}")
             if field.type in ("int", "float") and field.name != "seed" and value <= 0:
                 raise ConfigError(f"--{field.name.replace('_', '-')}: got {value}, want more than 0")
+        if self.seed < 0:
+            raise ConfigError(f"--seed: got {self.seed}, want 0 or more")
         if self.num_negatives > self.batch_size:
             got = f"{self.num_negatives} negatives, a batch of {self.batch_size}"
             raise ConfigError(f"--num-negatives: got {got}; want at most as many as the batch")

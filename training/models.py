@@ -65,8 +65,12 @@ class TwoTower(nn.Module):
         users_BE, positives_BE = (functional.normalize(pooled[name], dim=1) for name in (USER, ITEM))
         sampled_ME = functional.normalize(pooled[NEGATIVE][: len(negatives_M)], dim=1)
         users_BE = users_BE / self.temperature  # here, not at the B x M scores: those set the time of a step
-        blocks = zip(*(t.split(_BLOCK_USERS) for t in (users_BE, positives_BE, items_B)), strict=True)
-        losses = [_sampled_softmax(*block, sampled_ME, negatives_M) for block in blocks]
+        losses = [
+            _sampled_softmax(users_NE, positives_NE, items_N, sampled_ME, negatives_M)
+            for users_NE, positives_NE, items_N in zip(
+                *(tensor.split(_BLOCK_USERS) for tensor in (users_BE, positives_BE, items_B)), strict=True
+            )
+        ]
         return torch.cat(losses).mean()
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from dpq_rec import EmbeddingStore, Vocabulary
+from dpq_rec import ConfigError, EmbeddingStore, Vocabulary
 from dpq_rec.lookup import decode_rows
 from training.config import RunConfig
 from training.evaluation import EvaluatedUsers, VectorsOf, evaluate, evaluated_users
@@ -51,6 +51,8 @@ class Retrieval:
             num_items=store.table("item_id").manifest.num_embeddings,
         )
         *sums, num_users = sum_over_ranks([*found.sums, found.num_users])
+        if not num_users:
+            raise ConfigError(f"data: got no user with items in the {split} split, want at least one")
         return {name: total / num_users for name, total in zip(found.names, sums, strict=True)}
 
 

@@ -23,7 +23,7 @@ def decode(
     shared = len(values_MKS) == layout.num_levels != layout.codes_per_row
     group_values = values_MKS.repeat(layout.num_subspaces, axis=0) if shared else values_MKS
     chosen_NMS = np.stack([values_KS[codes_NM[:, m]] for m, values_KS in enumerate(group_values)], axis=1)
-    levels_NLE = chosen_NMS.reshape(len(rows_N), layout.num_levels, -1)
+    levels_NLE = chosen_NMS.reshape(len(rows_N), layout.num_levels, layout.num_subspaces * values_MKS.shape[2])
     vectors_NE = levels_NLE[:, 0]
     for level in range(1, layout.num_levels):
         vectors_NE = vectors_NE + levels_NLE[:, level]
