@@ -56,7 +56,7 @@ class Settings:
     threads: int = _option(int, "N", "threads of a worker that answer its large requests", 2)
     max_ids: int = _option(int, "N", "most ids in one request, all of its tables together", 65_536)
     max_body_bytes: int | None = _option(int, "N", _MAX_BODY_HELP, None)
-    max_in_flight: int = _option(int, "N", "requests that a worker holds at a time; more are refused (429)", 64)
+    max_in_flight: int = _option(int, "N", "requests that a worker holds at a time; more are refused (429)", 256)
     api_key: str | None = _option(str, "KEY", _API_KEY_HELP, None)
     drain_seconds: float = _option(
         float, "S", "time from SIGTERM, when readiness starts to fail, until connections are refused", 5.0
