@@ -37,7 +37,7 @@ check: venv  ## ruff, ruff format, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: venv  ## the decode kernel beside torch.index_select and a prefetching gather
+bench: venv  ## the decode kernel beside torch.index_select
 	$(BIN)/python -m dpq_rec.kernels.bench
 
 clean:  ## remove what make made

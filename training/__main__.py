@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("training").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    for name in ("torchrec", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         config = parse(arguments)
         with warnings.catch_warnings():

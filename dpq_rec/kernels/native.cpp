@@ -72,40 +72,44 @@ DPQ_INLINE bool every_code_exists(const DecodeArgs& a, Codes codes) {
   return largest < a.num_codes;
 }
 
-// A group is made in pieces of a width known at compile time: each is a vector register, or a part of one, in which
-// the levels are added up.
-template <int kPiece, typename Codes>
-DPQ_INLINE void emit_row(const DecodeArgs& a, Codes codes, float* out) {
+// kPiece floats: a vector register or a part of one. The level-0 value is copied, those of higher levels are added.
+template <int kPiece, bool kAdd>
+DPQ_INLINE void emit_piece(const float* value, float* out) {
   typedef float Piece __attribute__((vector_size(kPiece * sizeof(float))));
-  const int64_t values_per_level = a.num_codes * a.subspace_dim;
-  const int64_t subspace_stride = a.shared ? 0 : values_per_level;
-  const int64_t level_stride = a.shared ? values_per_level : a.num_subspaces * values_per_level;
-  if (a.num_levels == 1 && a.subspace_dim == kPiece) {  // the common case, without inner loops: half the time
+  Piece piece;
+  std::memcpy(&piece, value, sizeof(piece));
+  if (kAdd) {
+    Piece sum;
+    std::memcpy(&sum, out, sizeof(sum));
+    piece = sum + piece;
+  }
+  std::memcpy(out, &piece, sizeof(piece));
+}
+
+template <int kPiece, bool kAdd, typename Codes>
+DPQ_INLINE void emit_level(const DecodeArgs& a, Codes codes, int64_t level, float* out) {
+  const int64_t values_per_group = a.num_codes * a.subspace_dim;
+  const int64_t subspace_stride = a.shared ? 0 : values_per_group;
+  const int64_t first = level * a.num_subspaces;
+  const float* values = a.values + (a.shared ? level : first) * values_per_group;
+  if (a.subspace_dim == kPiece) {  // the common case, without an inner loop: half the time
 #pragma GCC unroll 8
     for (int64_t j = 0; j < a.num_subspaces; ++j) {
-      std::memcpy(out + j * kPiece, a.values + j * subspace_stride + codes[j] * kPiece, sizeof(Piece));
+      emit_piece<kPiece, kAdd>(values + j * subspace_stride + codes[first + j] * kPiece, out + j * kPiece);
     }
     return;
   }
   for (int64_t j = 0; j < a.num_subspaces; ++j) {
-    for (int64_t s = 0; s < a.subspace_dim; s += kPiece, out += kPiece) {
-      const float* values = a.values + j * subspace_stride + s;
-      Piece sum, value;
-      std::memcpy(&sum, values + codes[j] * a.subspace_dim, sizeof(sum));
-      for (int64_t l = 1; l < a.num_levels; ++l) {
-        const int64_t code = codes[l * a.num_subspaces + j];
-        std::memcpy(&value, values + l * level_stride + code * a.subspace_dim, sizeof(value));
-        sum += value;
-      }
-      std::memcpy(out, &sum, sizeof(sum));
-    }
+    const float* value = values + j * subspace_stride + codes[first + j] * a.subspace_dim;
+    for (int64_t s = 0; s < a.subspace_dim; s += kPiece, out += kPiece) emit_piece<kPiece, kAdd>(value + s, out);
   }
 }
 
 template <int kPiece, typename Codes>
 DPQ_INLINE bool decode_row(const DecodeArgs& a, Codes codes, float* out) {
   if (!every_code_exists(a, codes)) return false;
-  emit_row<kPiece>(a, codes, out);
+  emit_level<kPiece, false>(a, codes, 0, out);
+  for (int64_t level = 1; level < a.num_levels; ++level) emit_level<kPiece, true>(a, codes, level, out);
   return true;
 }
 

@@ -1,0 +1,142 @@
+"""A table to Parquet. In: a table of an opened artifact. Out: a folder of part-00000.parquet, part-00001.parquet, ...
+
+Columns: `id` (int64), and `vector` (list<float32> or list<halffloat>) or `codes` (list<uint16>); ascending rows. Ids
+that share a row get a line each; a row without an id gets none. Parts are ranges of rows, decoded and written a small
+batch at a time: the memory this takes does not grow with the table. The only module that imports pyarrow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpq_rec.artifact import Table, renamed_into
+from dpq_rec.codes import find_damaged_row, unpack_codes
+from dpq_rec.errors import ConfigError, DamagedArtifactError, MissingDependencyError
+from dpq_rec.lookup import VectorType, decode_rows
+
+_BATCH_BYTES = 1 << 24  # of a row group's vectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What is written of a table.
+
+    Attributes:
+        dtype: of the vectors.
+        codes: the codes [L*D] of each row instead of its vector.
+        rows_per_part: rows of the table whose ids stand in one file.
+    """
+
+    dtype: VectorType = "float32"
+    codes: bool = False
+    rows_per_part: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "float16"):
+            raise ConfigError(f"dtype: got {self.dtype!r}, want float32 or float16")
+        if self.codes and self.dtype != "float32":
+            raise ConfigError(f"dtype: got {self.dtype} with codes, which are always uint16: ask for one of the two")
+        if self.rows_per_part < 1:
+            raise ConfigError(f"rows_per_part: got {self.rows_per_part}, want 1 or more")
+
+
+class Exported(NamedTuple):
+    """What an export came to."""
+
+    num_parts: int
+    num_ids: int
+
+
+def export_table(
+    table: Table,
+    out: str | os.PathLike[str],
+    config: ExportConfig | None = None,
+    progress: Callable[[int], object] = lambda num_rows: None,
+) -> Exported:
+    """Write a table as Parquet files; on any error nothing is left behind.
+
+    Args:
+        table: a table of an opened artifact: `EmbeddingStore.open(path).table(name)`.
+        out: the folder to make; it must not exist.
+        config: what is written; float32 vectors if not given.
+        progress: called with the number of rows that each batch covers; they add up to num_embeddings.
+
+    Raises:
+        ConfigError: codes of a table that has none.
+        DamagedArtifactError: a row's codes are not what was published.
+        FileExistsError: `out` exists.
+        MissingDependencyError: pyarrow is not installed.
+    """
+    config = config or ExportConfig()
+    target = Path(out)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; an export goes into a folder of its own: name another one")
+    if config.codes and table.manifest.kind != "dpq":
+        raise ConfigError(f"table {table.name!r} is {table.manifest.kind} and has no codes: export its vectors instead")
+    pyarrow, parquet = _import_pyarrow()
+    column = _Column(pyarrow, table, config)
+    num_rows = table.manifest.num_embeddings
+    starts = range(0, max(1, num_rows), config.rows_per_part)
+    num_ids = 0
+    with renamed_into(target) as folder:
+        for part, start in enumerate(starts):
+            reached, stop = start, min(start + config.rows_per_part, num_rows)
+            with parquet.ParquetWriter(folder / f"part-{part:05}.parquet", column.schema) as writer:
+                for batch, last_row in column.batches(start, stop):
+                    writer.write_batch(batch)
+                    num_ids += batch.num_rows
+                    progress(last_row + 1 - reached)
+                    reached = last_row + 1
+            progress(stop - reached)
+    return Exported(len(starts), num_ids)
+
+
+def _import_pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("pyarrow", "export") from error
+    return pyarrow, pyarrow.parquet
+
+
+class _Column:
+    """What stands beside the ids: vectors or codes, in batches."""
+
+    def __init__(self, pyarrow: Any, table: Table, config: ExportConfig) -> None:
+        self.pyarrow, self.table, self.config = pyarrow, table, config
+        name, element = ("codes", "uint16") if config.codes else ("vector", config.dtype)
+        item = {"uint16": pyarrow.uint16, "float32": pyarrow.float32, "float16": pyarrow.float16}[element]()
+        self.schema = pyarrow.schema({"id": pyarrow.int64(), name: pyarrow.list_(item)})
+        self.rows_per_batch = max(1, _BATCH_BYTES // (4 * max(1, table.manifest.embedding_dim)))
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[Any, int]]:
+        """Record batches of the ids that live in rows start to stop-1, each with its last row."""
+        ids_N, rows_N = self.table.vocabulary.ids_of_rows(start, stop)
+        for begin in range(0, len(ids_N), self.rows_per_batch):
+            batch = slice(begin, begin + self.rows_per_batch)
+            items_NX = self._items(rows_N[batch])
+            num_items, width = items_NX.shape
+            offsets = np.arange(num_items + 1, dtype=np.int32) * np.int32(width)
+            lists = self.pyarrow.ListArray.from_arrays(offsets, items_NX.reshape(-1), type=self.schema.field(1).type)
+            columns = [self.pyarrow.array(ids_N[batch]), lists]
+            yield self.pyarrow.record_batch(columns, schema=self.schema), int(rows_N[batch][-1])
+
+    def _items(self, rows_N: NDArray[np.int64]) -> NDArray[Any]:
+        """Vectors [N, E], or codes [N, M] (uint16), of rows."""
+        if not self.config.codes:
+            return decode_rows(self.table, rows_N).astype(self.config.dtype, copy=False)
+        packed_NW, layout = self.table.tensors["packed_codes"][rows_N], self.table.manifest.layout
+        damaged = find_damaged_row(packed_NW, layout)
+        if damaged is not None:
+            raise DamagedArtifactError(
+                f"table {self.table.name!r}: row {rows_N[damaged]} holds an impossible code or padding bit"
+            )
+        return unpack_codes(packed_NW, layout)

@@ -1,0 +1,62 @@
+import subprocess
+import sys
+
+import pytest
+
+import dpq_rec
+from tests.dpq_rec.builders import small_artifact
+
+OPTIONAL = ("torch", "torchrec", "pyarrow", "tqdm", "safetensors", "grpc", "fastapi")
+
+
+def run_without(modules, code, *arguments):
+    """Run code in a fresh interpreter in which the modules cannot be imported."""
+    hidden = f"import sys\nfor name in {modules!r}: sys.modules[name] = None\n"
+    command = [sys.executable, "-c", hidden + code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("module", ["dpq_rec", "dpq_rec.cli", "dpq_rec.export", "dpq_rec.kernels.bench"])
+def test_import_loads_numpy_alone(module):
+    code = f"import sys, {module}\nprint(sorted(name for name in {OPTIONAL!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "lookup"])
+def test_command_works_with_numpy_alone(tmp_path, command):
+    path = small_artifact(tmp_path / "artifact")
+    rest = ["--table", "dense", "1"] if command == "lookup" else []
+    code = "from dpq_rec.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = run_without(OPTIONAL, code, command, path, *rest)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_bench_says_how_to_install_torch():
+    done = run_without(("torch",), "from dpq_rec.kernels.bench import main; sys.argv[1:] = []; sys.exit(main())")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("torch")
+    assert "pip install 'dpq-rec[train]'" in done.stderr
+
+
+def test_bench_prints_both_times_and_their_ratio():
+    sizes = [
+        "--num-embeddings",
+        "500",
+        "--num-codes",
+        "20",
+        "--num-levels",
+        "2",
+        "--num-ids",
+        "50",
+        "--num-rounds",
+        "3",
+    ]
+    command = [sys.executable, "-m", "dpq_rec.kernels.bench", *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "V=500 E=64 D=16 K=20 L=2, 50 random ids, 1 thread, median of 3 rounds" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["decode", "torch.index_select", "ratio"]
+
+
+def test_dpq_rec_exports_what_it_says():
+    assert sorted(set(dir(dpq_rec)) & set(dpq_rec.__all__)) == sorted(dpq_rec.__all__)

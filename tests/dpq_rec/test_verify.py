@@ -1,0 +1,68 @@
+import pytest
+
+from dpq_rec import DamagedArtifactError, verify
+from tests.dpq_rec.builders import overwrite, small_artifact
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    return small_artifact(tmp_path / "artifact")
+
+
+def test_verify_accepts_what_write_artifact_writes(artifact):
+    assert verify(artifact).version == "v1"
+
+
+def test_verify_tells_its_progress_in_bytes_of_files_and_codes(artifact):
+    seen = []
+    opened = verify(artifact, seen.append)
+    files = sum(table.manifest.bytes for table in opened.tables.values())
+    assert sum(seen) == files + opened.tables["item"].tensors["packed_codes"].nbytes
+
+
+def test_verify_finds_any_flipped_byte(artifact):
+    file = artifact / "tables/item.safetensors"
+    content = file.read_bytes()
+    for at in range(len(content)):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(DamagedArtifactError):
+            verify(artifact)
+
+
+def test_verify_finds_a_wrong_digest(artifact):
+    overwrite(artifact, "item", "values", 0, b"\x00\x00\x80\x3f", forge_digest=False)
+    with pytest.raises(DamagedArtifactError, match="got sha256"):
+        verify(artifact)
+
+
+# Rows of `item` are 5 codes of 3 bits, K=5, and 1 padding bit.
+def test_verify_finds_a_code_that_cannot_be(artifact):
+    overwrite(artifact, "item", "packed_codes", 4, b"\x05\x00")
+    with pytest.raises(DamagedArtifactError, match="table 'item': row 2 holds an impossible code"):
+        verify(artifact)
+
+
+def test_verify_finds_a_padding_bit(artifact):
+    overwrite(artifact, "item", "packed_codes", 6, b"\x00\x80")
+    with pytest.raises(DamagedArtifactError, match="table 'item': row 3 holds an impossible code or padding bit"):
+        verify(artifact)
+
+
+def test_verify_finds_a_damaged_row_beyond_the_first_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpq_rec.artifact._CHECK_ROWS", 2)
+    artifact = small_artifact(tmp_path / "artifact")
+    overwrite(artifact, "item", "packed_codes", 6, b"\xff\x00")
+    with pytest.raises(DamagedArtifactError, match="row 3"):
+        verify(artifact)
+
+
+def test_verify_finds_ids_out_of_order(artifact):
+    overwrite(artifact, "item", "ids", 0, (41).to_bytes(8, "little"))
+    with pytest.raises(DamagedArtifactError, match=r"table 'item': .* not strictly ascending"):
+        verify(artifact)
+
+
+def test_verify_finds_an_id_that_lives_outside_the_table(artifact):
+    overwrite(artifact, "item", "rows", 4, (4).to_bytes(4, "little"))
+    with pytest.raises(DamagedArtifactError, match=r"table 'item': .* a row outside the table's 4"):
+        verify(artifact)

@@ -1,0 +1,180 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpq_rec import (
+    ArtifactError,
+    ConfigError,
+    DamagedArtifactError,
+    IdentityVocabulary,
+    IdTypeError,
+    Int64Vocabulary,
+    ModuloVocabulary,
+)
+from dpq_rec import vocabulary as vocabulary_module
+from dpq_rec.kernels import MISSING_ROW
+from dpq_rec.vocabulary import load_vocabulary
+
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+ids = st.one_of(st.integers(-9, 9), st.integers(INT64_MIN, INT64_MAX), st.sampled_from([INT64_MIN, INT64_MAX]))
+rows_of_ids = st.dictionaries(ids, st.integers(0, 12), max_size=20)
+
+
+def int64_vocabulary(row_of_id):
+    ids_U = np.array(sorted(row_of_id), np.int64)
+    return Int64Vocabulary(ids_U, np.array([row_of_id[int(i)] for i in ids_U], np.uint32))
+
+
+@pytest.fixture(params=[IdentityVocabulary(10), ModuloVocabulary(10), Int64Vocabulary.from_ids([5, -2, 9])])
+def vocabulary(request):
+    return request.param
+
+
+@given(rows_of_ids, st.lists(ids, max_size=30))
+def test_int64_vocabulary_finds_the_rows_that_a_dict_finds(row_of_id, asked):
+    asked = asked + list(row_of_id)
+    found_N = int64_vocabulary(row_of_id).rows(asked)
+    assert found_N.tolist() == [row_of_id.get(i, MISSING_ROW) for i in asked]
+
+
+@given(st.lists(ids, unique=True, max_size=20), st.lists(ids, max_size=20))
+def test_int64_vocabulary_from_ids_puts_each_id_into_its_own_row(ids_V, asked):
+    row_of_id = {i: row for row, i in enumerate(ids_V)}
+    found_N = Int64Vocabulary.from_ids(ids_V).rows(asked + ids_V)
+    assert found_N.tolist() == [row_of_id.get(i, MISSING_ROW) for i in asked + ids_V]
+
+
+@given(st.integers(0, 50), st.lists(ids))
+def test_identity_vocabulary_finds_ids_that_are_rows(num_embeddings, asked):
+    row_of_id = {row: row for row in range(num_embeddings)}
+    assert IdentityVocabulary(num_embeddings).rows(asked).tolist() == [row_of_id.get(i, MISSING_ROW) for i in asked]
+
+
+@given(st.integers(1, 50), st.lists(ids))
+def test_modulo_vocabulary_finds_the_remainder_of_any_id(num_embeddings, asked):
+    assert ModuloVocabulary(num_embeddings).rows(asked).tolist() == [i % num_embeddings for i in asked]
+
+
+@given(rows_of_ids, st.integers(0, 13), st.integers(0, 13))
+def test_int64_vocabulary_ids_of_rows_lists_every_id_of_the_range_by_row(row_of_id, start, stop):
+    ids_N, rows_N = int64_vocabulary(row_of_id).ids_of_rows(start, stop)
+    wanted = sorted((row, i) for i, row in row_of_id.items() if start <= row < stop)
+    assert list(zip(rows_N.tolist(), ids_N.tolist(), strict=True)) == wanted
+
+
+def test_int64_vocabulary_ids_of_rows_looks_through_every_piece_of_a_long_list(monkeypatch):
+    monkeypatch.setattr(vocabulary_module, "_SCAN_ROWS", 3)
+    ids_V = np.random.default_rng(0).permutation(20) - 7
+    ids_N, rows_N = Int64Vocabulary.from_ids(ids_V).ids_of_rows(4, 17)
+    assert (ids_N.tolist(), rows_N.tolist()) == (ids_V[4:17].tolist(), list(range(4, 17)))
+
+
+@pytest.mark.parametrize("kind", [IdentityVocabulary, ModuloVocabulary])
+def test_ids_of_rows_are_the_rows_where_ids_are_rows(kind):
+    ids_N, rows_N = kind(10).ids_of_rows(3, 6)
+    assert (ids_N.tolist(), rows_N.tolist()) == ([3, 4, 5], [3, 4, 5])
+
+
+def test_rows_of_no_ids_are_no_rows(vocabulary):
+    assert (vocabulary.rows([]).shape, vocabulary.rows([]).dtype) == ((0,), np.int64)
+
+
+def test_int64_vocabulary_without_ids_finds_nothing():
+    assert Int64Vocabulary.from_ids([]).rows([0, 1]).tolist() == [MISSING_ROW, MISSING_ROW]
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64, np.uint8, np.uint32, np.uint64, ">i8"])
+def test_rows_takes_any_integer_type(vocabulary, dtype):
+    assert vocabulary.rows(np.array([5, 9], dtype)).tolist() == vocabulary.rows([5, 9]).tolist()
+
+
+def test_rows_takes_every_other_element_of_an_array(vocabulary):
+    assert vocabulary.rows(np.arange(10)[::2]).tolist() == vocabulary.rows([0, 2, 4, 6, 8]).tolist()
+
+
+REFUSED = {
+    "floats": [1.0, 2.0],
+    "integers and a float": [1, 2.5],
+    "booleans": [True, False],
+    "integers and a boolean": [1, True],
+    "an array of booleans": np.array([True]),
+    "strings": ["5", "9"],
+    "integers and a string": [5, "9"],
+    "integers and None": [5, None],
+    "a string": "59",
+    "a number": 5,
+    "nothing": None,
+    "lists": [[5], [9]],
+    "lists of different lengths": [[5], [9, 1]],
+    "a dict": {5: 9},
+    "2**63": [2**63],
+    "2**63 as uint64": np.array([2**63], np.uint64),
+    "2**63 and a negative": [2**63, -1],
+    "2**64": [2**64],
+    "-2**63-1": [-(2**63) - 1],
+    "dates": np.array(["2020-01-01"], "datetime64[D]"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rows_refuses_what_is_not_a_flat_list_of_integers(vocabulary, name):
+    with pytest.raises(IdTypeError, match="ids: got"):
+        vocabulary.rows(REFUSED[name])
+
+
+def test_from_ids_refuses_an_id_in_two_rows():
+    with pytest.raises(ConfigError, match="id 7 stands in two rows"):
+        Int64Vocabulary.from_ids([3, 7, 1, 7])
+
+
+def test_int64_vocabulary_refuses_ids_and_rows_of_different_lengths():
+    with pytest.raises(ConfigError, match="want two equal lengths"):
+        Int64Vocabulary(np.arange(3), np.arange(2, dtype=np.uint32))
+
+
+@pytest.mark.parametrize("scan_rows", [2, 3, 100])
+@pytest.mark.parametrize("ids_U", [[1, 2, 2, 3, 4], [1, 2, 3, 5, 4], [2, 1, 3, 4, 5], [1, 2, 4, 3, 5]])
+def test_check_finds_ids_that_are_not_strictly_ascending(monkeypatch, scan_rows, ids_U):
+    monkeypatch.setattr(vocabulary_module, "_SCAN_ROWS", scan_rows)
+    with pytest.raises(DamagedArtifactError, match="not strictly ascending"):
+        Int64Vocabulary(np.array(ids_U), np.zeros(5, np.uint32)).check(1)
+
+
+def test_check_finds_a_row_outside_the_table():
+    with pytest.raises(DamagedArtifactError, match="a row outside the table's 3"):
+        Int64Vocabulary(np.arange(3), np.array([0, 3, 1], np.uint32)).check(3)
+
+
+def test_check_accepts_what_from_ids_makes():
+    Int64Vocabulary.from_ids([INT64_MAX, 0, INT64_MIN]).check(3)
+
+
+def test_load_vocabulary_gives_back_what_was_stored(vocabulary):
+    loaded = load_vocabulary(vocabulary.kind, 10, vocabulary.tensors())
+    assert (loaded.kind, loaded.rows([5, 9, -1]).tolist()) == (vocabulary.kind, vocabulary.rows([5, 9, -1]).tolist())
+
+
+def test_load_vocabulary_refuses_a_kind_that_it_does_not_know():
+    with pytest.raises(ArtifactError, match="got 'string'"):
+        load_vocabulary("string", 3, {})
+
+
+INT64, UINT32 = np.arange(3), np.arange(3, dtype=np.uint32)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"ids": INT64},
+        {"rows": UINT32},
+        {"ids": INT64.astype(np.float32), "rows": UINT32},
+        {"ids": INT64, "rows": INT64},
+        {"ids": INT64, "rows": UINT32[:2]},
+        {"ids": INT64[:, None], "rows": UINT32[:, None]},
+    ],
+)
+def test_load_vocabulary_calls_tensors_that_do_not_fit_damaged(tensors):
+    with pytest.raises(DamagedArtifactError):
+        load_vocabulary("int64", 3, tensors)
