@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from dpq_rec import (
     CodeLayout,
+    DPQConfig,
     IdentityVocabulary,
     Int64Vocabulary,
     ModuloVocabulary,
     TableContents,
     Vocabulary,
+    open_artifact,
     pack_codes,
     write_artifact,
 )
+from dpq_rec.nn import DPQEmbeddingBagCollection, freeze
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 NUM_ROWS = 50
@@ -27,6 +35,8 @@ SHARING_IDS, SHARING_ROWS = [-20, -10, 5, 60, 2**40], [3, 0, 3, 49, 3]
 TABLES = [
     *("plain", "identity", "modulo", "odd_bits", "two_levels", "half", "shared", "sharing_rows", "dense", "one_row"),
 ]
+TRAINED = ["trained_sx", "trained_vq", "trained_plain"]  # frozen from `trained_model`; the others are made up
+TABLES += TRAINED
 IDS = ["hits", "unknown", "mixed", "duplicates", "first_and_last_row", "none", "one"]
 WRONG_IDS: dict[str, list[object]] = {"strings": ["a", "7"], "floats": [1.5, 7.0], "booleans": [True, False]}
 UNKNOWN_TABLE = "nobody"
@@ -57,8 +67,55 @@ def write_cases(path: Path) -> Path:
             Int64Vocabulary.from_ids([42]), CodeLayout(num_subspaces=1, num_codes=2), subspace_dim=1, num_rows=1
         ),
     }
+    tables |= _frozen(path.with_name("frozen"), long)
     assert list(tables) == TABLES
     return write_artifact(path, tables, version="contract-1")
+
+
+def trained_model() -> nn.ModuleList:
+    """Torch modules with one table each, the same at every call, after a step of training."""
+    torch.manual_seed(0)
+    configs = [
+        EmbeddingBagConfig(name=name, num_embeddings=NUM_ROWS, embedding_dim=12, feature_names=[name])
+        for name in TRAINED
+    ]
+    dpq = DPQConfig(method="sx", num_subspaces=6, num_codes=7)
+    model = nn.ModuleList(
+        [
+            DPQEmbeddingBagCollection(configs[:1], dpq),
+            DPQEmbeddingBagCollection(configs[1:2], dataclasses.replace(dpq, method="vq")),
+            EmbeddingBagCollection(tables=configs[2:]),
+        ]
+    )
+    for name, collection in zip(TRAINED, model, strict=True):
+        collection(bags_of_one(name, torch.arange(NUM_ROWS // 3))).values().square().sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    return model
+
+
+def bags_of_one(feature: str, rows_N: torch.Tensor) -> KeyedJaggedTensor:
+    """A bag for each row, so that pooling changes nothing."""
+    return KeyedJaggedTensor(keys=[feature], values=rows_N, lengths=torch.ones_like(rows_N))
+
+
+def _frozen(path: Path, vocabulary: Vocabulary) -> dict[str, TableContents]:
+    """The trained tables, as `freeze` stores them."""
+    freeze(trained_model(), path, vocabularies=dict.fromkeys(TRAINED, vocabulary))
+    contents = {}
+    for name, table in open_artifact(path).tables.items():
+        is_dpq = table.manifest.kind == "dpq"
+        contents[name] = TableContents(
+            num_embeddings=NUM_ROWS,
+            embedding_dim=table.manifest.embedding_dim,
+            vocabulary=vocabulary,
+            layout=table.manifest.layout if is_dpq else None,
+            values=table.tensors["values"] if is_dpq else None,
+            chunks=[table.tensors["packed_codes" if is_dpq else "vectors"]],
+        )
+    return contents
 
 
 def _dpq(

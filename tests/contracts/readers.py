@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
+import torch
 
 from dpq_rec import CodeLayout, EmbeddingStore, IdTypeError, UnknownIdsError, UnknownTableError, publish
 from dpq_rec.cli import main
@@ -27,6 +28,7 @@ from dpq_rec.export import ExportConfig, export_table
 from dpq_rec.kernels import MISSING_ROW, reference
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
+from tests.contracts import cases
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,11 +48,13 @@ class Reader(Protocol):
     """One way to get vectors out of an artifact.
 
     Attributes:
+        tables: those it knows.
         dtypes: what it can be asked for.
         id_types: the keys of `cases.WRONG_IDS` that it can be given at all.
         takes_no_ids: whether it can be asked for no ids.
     """
 
+    tables: Sequence[str]
     dtypes: tuple[str, ...]
     id_types: tuple[str, ...]
     takes_no_ids: bool
@@ -69,6 +73,7 @@ class Reader(Protocol):
 class _Anything:
     """A reader without limits, that holds nothing."""
 
+    tables: Sequence[str] = cases.TABLES
     dtypes: tuple[str, ...] = ("float32", "float16")
     id_types: tuple[str, ...] = ("strings", "floats", "booleans")
     takes_no_ids = True
@@ -131,6 +136,30 @@ class StoreReader(_Anything):
         except IdTypeError as error:
             raise ReaderError("id_type") from error
         return Answer(found.vectors, found.missing.tolist())
+
+
+class ModuleReader(_Anything):
+    """The torch modules in eval mode, before they were frozen. They take rows, so the vocabulary is put before them."""
+
+    tables = cases.TRAINED
+    dtypes = ("float32",)
+    id_types = ()
+    takes_no_ids = False  # a KeyedJaggedTensor has at least one bag
+
+    def __init__(self, artifact: Path) -> None:
+        self.modules = dict(zip(cases.TRAINED, cases.trained_model().eval(), strict=True))
+
+    def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
+        if table not in self.modules:
+            raise ReaderError("unknown_table")
+        rows = [cases.LONG_IDS.index(i) if i in cases.LONG_IDS else MISSING_ROW for i in ids]
+        unknown = [at for at, row in enumerate(rows) if row == MISSING_ROW]
+        if unknown and missing == "error":
+            raise ReaderError("unknown_ids")
+        known_N = torch.tensor([max(row, 0) for row in rows], dtype=torch.long)
+        vectors_NE = self.modules[table](cases.bags_of_one(table, known_N)).values().detach().numpy().copy()
+        vectors_NE[unknown] = 0
+        return Answer(vectors_NE, unknown)
 
 
 class PublishedReader(StoreReader):
@@ -340,6 +369,7 @@ class GrpcBatchReader(GrpcReader):
 # Readers of the artifact's folder, and of the server that serves it.
 OF_ARTIFACT: dict[str, type[Any]] = {
     "reference": ReferenceReader,
+    "module": ModuleReader,
     "store": StoreReader,
     "published": PublishedReader,
     "cli": CommandLineReader,

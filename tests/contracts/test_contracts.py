@@ -51,9 +51,11 @@ def reader(request, open_reader):
 
 
 def each_reader(names, values_of):
-    """Parametrize over each reader and what it can be asked."""
-    cases_of_readers = [(name, *values) for name, kind in READERS.items() for values in values_of(kind)]
-    return pytest.mark.parametrize(("reader", *names), cases_of_readers, indirect=["reader"])
+    """Parametrize over each reader, the tables it knows, and what it can be asked of each."""
+    cases_of_readers = [
+        (name, table, *values) for name, kind in READERS.items() for table in kind.tables for values in values_of(kind)
+    ]
+    return pytest.mark.parametrize(("reader", "table", *names), cases_of_readers, indirect=["reader"])
 
 
 def lists_of_ids(kind):
@@ -65,7 +67,6 @@ def lists_of_ids_and_dtypes(kind):
 
 
 @each_reader(["ids", "dtype"], lists_of_ids_and_dtypes)
-@pytest.mark.parametrize("table", cases.TABLES)
 def test_lookup_gives_the_vectors_of_the_reference_bit_for_bit(reader, reference, table, ids, dtype):
     asked = cases.ids_of(table, ids)
     vectors, _ = reader.lookup(table, asked, dtype, "zeros")
@@ -75,7 +76,6 @@ def test_lookup_gives_the_vectors_of_the_reference_bit_for_bit(reader, reference
 
 
 @each_reader(["ids"], lists_of_ids)
-@pytest.mark.parametrize("table", cases.TABLES)
 def test_lookup_reports_the_positions_of_unknown_ids(reader, reference, table, ids):
     asked = cases.ids_of(table, ids)
     wanted = reference.lookup(table, asked, "float32", "zeros").missing
@@ -83,7 +83,7 @@ def test_lookup_reports_the_positions_of_unknown_ids(reader, reference, table, i
     assert list(reader.lookup(table, asked, "float32", "zeros").missing) == wanted
 
 
-@pytest.mark.parametrize("table", cases.TABLES)
+@each_reader([], lambda kind: [()])
 def test_lookup_gives_zeros_to_unknown_ids_alone(reader, table):
     vectors, missing = reader.lookup(table, cases.ids_of(table, "mixed"), "float32", "zeros")
     is_missing = np.isin(np.arange(len(vectors)), list(missing))
@@ -92,7 +92,6 @@ def test_lookup_gives_zeros_to_unknown_ids_alone(reader, table):
 
 
 @each_reader(["ids"], lists_of_ids)
-@pytest.mark.parametrize("table", cases.TABLES)
 def test_lookup_with_missing_error_fails_for_unknown_ids_alone(reader, reference, table, ids):
     asked = cases.ids_of(table, ids)
     if cases.has_unknown_ids(table, ids):
@@ -111,7 +110,6 @@ def test_lookup_in_an_unknown_table_fails(reader, missing):
 
 
 @each_reader(["wrong"], lambda kind: [(wrong,) for wrong in kind.id_types])
-@pytest.mark.parametrize("table", cases.TABLES)
 def test_lookup_of_ids_of_another_type_fails(reader, table, wrong):
     with pytest.raises(ReaderError, match=r"^id_type$"):
         reader.lookup(table, cases.WRONG_IDS[wrong], "float32", "zeros")
