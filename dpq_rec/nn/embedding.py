@@ -40,7 +40,8 @@ class DPQEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     The penalty of DPQ-VQ needs no line in the training loop: whoever differentiates the output differentiates it too.
     Sharding and fused optimizers apply to the queries (`DistributedModelParallel` finds them); keys and values are data
-    parallel. In training every rank must call forward equally often: batch statistics are summed over ranks.
+    parallel. In training every rank must call forward equally often: batch statistics are summed over ranks. Keep
+    data-parallel queries out of plans on CPU, where TorchRec's fail (FBGEMM #4586); stock plans are row-wise.
 
     Args:
         tables: TorchRec's configs; SUM or MEAN pooling; a table of any embedding_dim. Without an init_fn, queries start
@@ -111,15 +112,7 @@ class DPQEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
             keyed = KeyedJaggedTensor(keys=names, values=torch.cat(rows), lengths=lengths)
             asked[dim] = (names, collection(keyed))  # sharded collections answer later: ask all, then wait
-        queries = {name: answer[name].values() for names, answer in asked.values() for name in names}
-        for name, queries_NE in queries.items():
-            if len(queries_NE) != len(distinct[name].rows_N):
-                raise ConfigError(
-                    f"table {name!r}: asked for {len(distinct[name].rows_N)} queries, got {len(queries_NE)}: "
-                    "TorchRec's data-parallel EmbeddingCollection pools on CPU (FBGEMM #4586); "
-                    "constrain the planner to table_wise or row_wise"
-                )
-        return queries
+        return {name: answer[name].values() for names, answer in asked.values() for name in names}
 
     def _quantize(self, name: str, queries_NE: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
         quantized: Quantized = self.quantizers[name](queries_NE, counts_N.to(queries_NE.dtype))
