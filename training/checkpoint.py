@@ -7,11 +7,12 @@ its folder has its final name, so a run that is killed while it writes goes on f
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -50,26 +51,35 @@ class Progress:
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
-def claim_folder(config: RunConfig) -> None:
+def claim_folder(config: RunConfig) -> IO[str]:
     """Make DIR this run's, or find that it is already. Rank 0 alone calls it.
 
+    Returns:
+        An open file; while it is open, no other process can claim DIR.
+
     Raises:
-        ConfigError: DIR belongs to a run with another configuration, or holds something else.
+        ConfigError: DIR belongs to another configuration, to a run that is going on, or holds something else.
     """
     path = Path(config.out) / CONFIG
     wanted = {k: v for k, v in config.as_dict().items() if k not in _MAY_CHANGE}
-    if path.is_file():
-        found = json.loads(path.read_text())
-        differing = [f"{k}: {found.get(k)!r} there, {v!r} here" for k, v in wanted.items() if found.get(k) != v]
-        if differing:
-            raise ConfigError(
-                f"--out: {config.out} belongs to another run ({'; '.join(differing)}); name another folder"
-            )
-        return
-    if Path(config.out).is_dir() and any(Path(config.out).iterdir()):
-        raise ConfigError(f"--out: {config.out} is not empty and holds no run; name another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, wanted)
+    if not path.is_file():
+        if Path(config.out).is_dir() and any(Path(config.out).iterdir()):
+            raise ConfigError(f"--out: {config.out} is not empty and holds no run; name another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+    found = json.loads(path.read_text())
+    differing = [f"{k}: {found.get(k)!r} there, {v!r} here" for k, v in wanted.items() if found.get(k) != v]
+    if differing:
+        raise ConfigError(f"--out: {config.out} belongs to another run ({'; '.join(differing)}); name another folder")
+    claim = path.open()
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        claim.close()
+        raise ConfigError(
+            f"--out: a run is going on in {config.out}; wait for it, stop it, or name another folder"
+        ) from None
+    return claim
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

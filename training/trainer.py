@@ -5,12 +5,13 @@ Every epoch ends with a freeze, and its metrics are measured on the artifact: wh
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,26 @@ def train(config: RunConfig) -> dict[str, Any]:
         ConfigError: settings, data or DIR that make no sense.
     """
     device = choose_device(config.device)
-    with process_group(device):
-        refusal = object_from_rank_0(_refusal(lambda: claim_folder(config)) if dist.get_rank() == 0 else None)
-        if refusal:
-            raise ConfigError(refusal)
+    with process_group(device), _claimed(config):
         return Run(config, device).finish()
 
 
-def _refusal(check: Callable[[], None]) -> str:
+@contextlib.contextmanager
+def _claimed(config: RunConfig) -> Iterator[None]:
+    """DIR is this run's; every rank learns from rank 0 where it cannot be."""
+    claim, refusal = None, ""
+    if dist.get_rank() == 0:
+        try:
+            claim = claim_folder(config)
+        except ConfigError as error:
+            refusal = str(error)
+    if refusal := object_from_rank_0(refusal):
+        raise ConfigError(refusal)
     try:
-        check()
-    except ConfigError as error:
-        return str(error)
-    return ""
+        yield
+    finally:
+        if claim is not None:
+            claim.close()
 
 
 class Run:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,26 +122,47 @@ def test_run_refuses_a_folder_with_other_things(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
-    arguments = ["--embedding", "dpq-sx", "--epochs", 4, *QUICK]
-    process = subprocess.Popen(
-        command(*arguments, "--out", tmp_path / "killed"), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+def start(*arguments):
+    return subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
+
+
+def ranks_of(process):
+    """The ranks' process ids: torchrun's children."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_for(path, process):
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoints" / "epoch-0001").exists():
-        assert time.monotonic() < deadline, "no checkpoint came"
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not come"
+        assert process.poll() is None, f"the run ended before {path} came"
+        time.sleep(0.01)
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
+    arguments = ["--embedding", "dpq-sx", "--epochs", 6, *QUICK]
+    process = start(*arguments, "--out", tmp_path / "killed")
+    wait_for(tmp_path / "killed" / "checkpoints" / "epoch-0002", process)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
     assert not (tmp_path / "killed" / "metrics.json").exists()
     again = run(*arguments, "--out", tmp_path / "killed")
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "going on after epoch" in again.stderr
+    assert re.search("going on after epoch [2-5] ", again.stderr)
     assert run(*arguments, "--out", tmp_path / "whole").returncode == 0
     killed, whole = metrics_of(tmp_path / "killed"), metrics_of(tmp_path / "whole")
     assert killed["metrics"] == pytest.approx(whole["metrics"], abs=1e-6)
     assert [e["loss"] for e in killed["history"]] == pytest.approx([e["loss"] for e in whole["history"]], abs=1e-5)
+
+
+def test_run_refuses_a_folder_in_which_a_run_is_going_on(tmp_path):
+    process = start("--epochs", 9, "--out", tmp_path / "run", *QUICK)
+    wait_for(tmp_path / "run" / "synthetic", process)
+    second = run("--epochs", 9, "--out", tmp_path / "run", *QUICK, ranks=1)
+    process.terminate()
+    process.wait(timeout=60)
+    assert second.returncode != 0
+    assert "a run is going on in" in second.stderr
 
 
 def test_run_stops_early_and_keeps_the_best_epoch(tmp_path):
