@@ -53,46 +53,42 @@ class TwoTower(nn.Module):
         self.temperature: torch.Tensor
         self.register_buffer("temperature", torch.tensor(config.temperature, device=device))
 
-    def forward(self, features: KeyedJaggedTensor, items_B: torch.Tensor, negatives_M: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: KeyedJaggedTensor, items_B: torch.Tensor, negatives_N: torch.Tensor) -> torch.Tensor:
         """Mean loss of a batch.
 
         Args:
             features: rows by feature, as `two_tower_features` lays them out.
             items_B: the positive rows, and
-            negatives_M: the sampled rows again, to leave out a negative that is the example's own item.
+            negatives_N: the sampled rows again, to leave out a negative that is the example's own item.
         """
         pooled = self.tables(features)
         users_BE, positives_BE = (functional.normalize(pooled[name], dim=1) for name in (USER, ITEM))
-        sampled_ME = functional.normalize(pooled[NEGATIVE][: len(negatives_M)], dim=1)
-        users_BE = users_BE / self.temperature  # here, not at the B x M scores: those set the time of a step
-        losses = [
-            _sampled_softmax(users_NE, positives_NE, items_N, sampled_ME, negatives_M)
-            for users_NE, positives_NE, items_N in zip(
-                *(tensor.split(_BLOCK_USERS) for tensor in (users_BE, positives_BE, items_B)), strict=True
-            )
-        ]
+        sampled_NE = functional.normalize(pooled[NEGATIVE][: len(negatives_N)], dim=1)
+        users_BE = users_BE / self.temperature  # here, not at the B x N scores: those set the time of a step
+        blocks = zip(*(t.split(_BLOCK_USERS) for t in (users_BE, positives_BE, items_B)), strict=True)
+        losses = [_sampled_softmax(u_BE, p_BE, i_B, sampled_NE, negatives_N) for u_BE, p_BE, i_B in blocks]
         return torch.cat(losses).mean()
 
 
 def _sampled_softmax(
-    users_NE: torch.Tensor,
-    positives_NE: torch.Tensor,
-    items_N: torch.Tensor,
-    sampled_ME: torch.Tensor,
-    negatives_M: torch.Tensor,
+    users_BE: torch.Tensor,
+    positives_BE: torch.Tensor,
+    items_B: torch.Tensor,
+    sampled_NE: torch.Tensor,
+    negatives_N: torch.Tensor,
 ) -> torch.Tensor:
-    """-log softmax of each example's own item among itself and the sampled ones [N]."""
-    positive_N = (users_NE * positives_NE).sum(1)
-    negative_NM = (users_NE @ sampled_ME.t()).masked_fill_(items_N[:, None] == negatives_M, -torch.inf)
-    return torch.logaddexp(positive_N, negative_NM.logsumexp(1)) - positive_N
+    """-log softmax of each example's own item among itself and the sampled ones [B]."""
+    positive_B = (users_BE * positives_BE).sum(1)
+    negative_BN = (users_BE @ sampled_NE.t()).masked_fill_(items_B[:, None] == negatives_N, -torch.inf)
+    return torch.logaddexp(positive_B, negative_BN.logsumexp(1)) - positive_B
 
 
-def two_tower_features(users_B: torch.Tensor, items_B: torch.Tensor, negatives_M: torch.Tensor) -> KeyedJaggedTensor:
-    """Rows (int64) as TorchRec takes them. Only the first M bags of the negatives hold one; M is at most B."""
+def two_tower_features(users_B: torch.Tensor, items_B: torch.Tensor, negatives_N: torch.Tensor) -> KeyedJaggedTensor:
+    """Rows (int64) as TorchRec takes them. Only the first N bags of the negatives hold one; N is at most B."""
     ones_B = torch.ones_like(users_B)
-    with_negative_B = (torch.arange(len(users_B), device=users_B.device) < len(negatives_M)).long()
+    with_negative_B = (torch.arange(len(users_B), device=users_B.device) < len(negatives_N)).long()
     return KeyedJaggedTensor(
         keys=[USER, ITEM, NEGATIVE],
-        values=torch.cat([users_B, items_B, negatives_M]),
+        values=torch.cat([users_B, items_B, negatives_N]),
         lengths=torch.cat([ones_B, ones_B, with_negative_B]),
     )

@@ -200,8 +200,8 @@ def train_epoch(run: Run, epoch: int) -> float:
     )
     for step, batch in enumerate(bar):
         users_B, items_B = (torch.from_numpy(rows_B).to(device) for rows_B in batch)
-        negatives_M = torch.randint(num_items, (config.num_negatives,), generator=generator).to(device)
-        loss = train_step(run.model, run.optimizer, users_B, items_B, negatives_M)
+        negatives_N = torch.randint(num_items, (config.num_negatives,), generator=generator).to(device)
+        loss = train_step(run.model, run.optimizer, users_B, items_B, negatives_N)
         total += loss
         if step % 20 == 0:
             bar.set_postfix(loss=f"{float(loss):.4f}")
@@ -213,11 +213,11 @@ def train_step(
     optimizer: CombinedOptimizer,
     users_B: torch.Tensor,
     items_B: torch.Tensor,
-    negatives_M: torch.Tensor,
+    negatives_N: torch.Tensor,
 ) -> torch.Tensor:
     """Forward, backward (which updates the tables), and the dense parameters' step; this rank's loss."""
     optimizer.zero_grad()
-    loss = model(two_tower_features(users_B, items_B, negatives_M), items_B, negatives_M)
+    loss = model(two_tower_features(users_B, items_B, negatives_N), items_B, negatives_N)
     loss.backward()
     optimizer.step()
     return loss.detach()

@@ -1,5 +1,5 @@
 // The hot loops. Each has a plain numpy twin in reference.py, which the tests hold it to bit for bit.
-// Arrays arrive checked (dtypes, shapes, contiguity) from __init__.py; what depends on the data is checked here.
+// Shapes are trusted to fit each other (artifact.py checks a file's); what depends on the data is checked here.
 //
 // One source, three instruction sets: DPQ_MULTIVERSION compiles a function for AVX-512, AVX2 and the baseline and lets
 // the loader choose. Helpers are force-inlined so that they take the instruction set of the function they stand in.

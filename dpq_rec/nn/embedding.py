@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torchrec import EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface, get_embedding_names_by_table
 
 from dpq_rec.config import DPQConfig
@@ -76,7 +76,11 @@ class DPQEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 raise ConfigError(f"tables: two are named {table.name!r}")
             if table.pooling not in _POOLING:
                 raise ConfigError(f"table {table.name!r}: got pooling {table.pooling}, want SUM or MEAN")
-            chosen = config if isinstance(config, DPQConfig) else config[table.name]
+            if table.data_type != DataType.FP32:
+                raise ConfigError(f"table {table.name!r}: got data_type {table.data_type}, want FP32")
+            chosen = config if isinstance(config, DPQConfig) else config.get(table.name)
+            if chosen is None:
+                raise ConfigError(f"config: got none for table {table.name!r}, want one for every table")
             self.quantizers[table.name] = Quantizer(table.embedding_dim, chosen, device)
             by_dim.setdefault(str(table.embedding_dim), []).append(_query_config(table))
         # TorchRec's EmbeddingCollection holds tables of one dimension.
@@ -144,8 +148,9 @@ class DPQEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 def _query_config(table: EmbeddingBagConfig) -> EmbeddingConfig:
     """The table's queries: as its config says, but for TorchRec's default init, which shrinks as the table grows."""
     init_fn = table.init_fn
+    upstream = {"a": table.get_weight_init_min(), "b": table.get_weight_init_max()}
     limits = (table.weight_init_min, table.weight_init_max)
-    if limits == (None, None) and isinstance(init_fn, partial) and init_fn.func is nn.init.uniform_:
+    if limits == (None, None) and isinstance(init_fn, partial) and init_fn.keywords == upstream:
         bound = table.embedding_dim**-0.5
         init_fn = partial(nn.init.uniform_, a=-bound, b=bound)
     return EmbeddingConfig(
@@ -162,6 +167,8 @@ def _bags_by_feature(features: KeyedJaggedTensor, tables: Sequence[EmbeddingBagC
     wanted = {name for table in tables for name in table.feature_names}
     if missing := wanted - set(features.keys()):
         raise KeyError(f"features: got {features.keys()}, want {', '.join(sorted(missing))} too")
+    if features.weights_or_none() is not None:
+        raise ConfigError("features: got per-sample weights, which bags do not take")
     if features.variable_stride_per_key():
         raise ConfigError("features: got a batch size per feature, want one batch size for all")
     if int(features.offsets()[-1]) != len(features.values()):

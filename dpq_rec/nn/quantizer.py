@@ -75,10 +75,10 @@ class Quantizer(nn.Module):
             queries_NE: raw vectors of distinct rows.
             counts_N: how often each row occurs in the batch; once each if not given. Weighs batch norm and penalty.
         """
-        queries_NDS = self._grouped(queries_NE)
         if not self.training:
             codes_ND = self.encode(queries_NE)
             return Quantized(codes_ND, self.decode(codes_ND), queries_NE.new_zeros(()))
+        queries_NDS = self._grouped(queries_NE)
         if counts_N is None:
             counts_N = queries_NE.new_ones(len(queries_NE))
         if self.config.method == "sx":

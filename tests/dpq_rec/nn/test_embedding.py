@@ -1,9 +1,11 @@
 """The drop-in held to TorchRec's own EmbeddingBagCollection over a dense table of the decoded vectors."""
 
+from functools import partial
+
 import pytest
 import torch
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 
 from dpq_rec import ConfigError, DPQConfig
 from dpq_rec.nn import DPQEmbeddingBagCollection
@@ -94,9 +96,18 @@ def test_penalty_reaches_the_values_without_a_line_in_the_training_loop():
     torch.testing.assert_close(ebc.penalties["a"], again.penalty.detach())
 
 
-def test_collection_keeps_an_init_of_the_users_own():
-    ebc = make([table("a", feature_names=["f"], init_fn=torch.nn.init.ones_)])
-    assert (ebc.queries["8"].embeddings["a"].weight == 1).all()
+@pytest.mark.parametrize("init_fn", [torch.nn.init.ones_, partial(torch.nn.init.uniform_, a=1.0, b=2.0)])
+def test_collection_keeps_an_init_of_the_users_own(init_fn):
+    ebc = make([table("a", feature_names=["f"], init_fn=init_fn)])
+    assert (ebc.queries["8"].embeddings["a"].weight >= 1).all()
+
+
+def test_collection_rejects_bags_with_weights():
+    features = KeyedJaggedTensor(
+        keys=["a"], values=torch.arange(3), lengths=torch.tensor([1, 2]), weights=torch.ones(3)
+    )
+    with pytest.raises(ConfigError, match="got per-sample weights"):
+        make([table("a")])(features)
 
 
 def test_collection_starts_queries_on_the_scale_of_the_keys():
@@ -135,6 +146,8 @@ def test_collection_rejects_lengths_that_do_not_fit_the_ids():
         ({"is_weighted": True}, "is_weighted: got True"),
         ({"tables": [table("a"), table("a")]}, "two are named 'a'"),
         ({"tables": [table("a", pooling=PoolingType.NONE)]}, "want SUM or MEAN"),
+        ({"tables": [table("a", data_type=DataType.FP16)]}, "want FP32"),
+        ({"config": {"b": DPQConfig(num_subspaces=4)}}, "got none for table 'a'"),
     ],
 )
 def test_collection_rejects_what_it_cannot_do(arguments, message):
