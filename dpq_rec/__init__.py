@@ -1,4 +1,4 @@
-"""Embedding tables 20 to 200 times smaller, by differentiable product quantization (DPQ; Chen, Li and Sun, 2020).
+"""Embedding tables that are tens of times smaller, by differentiable product quantization (DPQ; Chen, Li and Sun, 2020).
 
 Read the modules in this order and you have read DPQ:
 
@@ -13,7 +13,8 @@ Read the modules in this order and you have read DPQ:
 9. `lookup`         ids -> vectors, from the mapped artifact
 10. `export`, `cli`, `errors`
 
-Importing this package needs numpy alone; `dpq_rec.nn` is the only place that imports torch.
+Importing this package needs numpy alone. `dpq_rec.nn` imports torch; nothing else does, but for `kernels.bench`, which
+compares with it where it is installed.
 """
 
 from dpq_rec.artifact import Artifact, TableContents, open_artifact, publish, verify, write_artifact

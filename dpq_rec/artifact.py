@@ -167,6 +167,10 @@ def write_artifact(
 
 def _write_table(folder: Path, name: str, contents: TableContents) -> TableManifest:
     rows, dim, layout, values = contents.num_embeddings, contents.embedding_dim, contents.layout, contents.values
+    try:
+        contents.vocabulary.check(rows)
+    except DamagedArtifactError as error:
+        raise ConfigError(f"table {name!r}: {error}") from error
     tensors: dict[str, NDArray[Any] | Stream] = dict(contents.vocabulary.tensors())
     if layout is None:
         tensors["vectors"] = Stream(np.float32, (rows, dim), contents.chunks)
@@ -373,16 +377,37 @@ def find_artifact(path: Path) -> Path:
 def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> Path:
     """Verify an artifact, copy it into a store under its version and make it the current one.
 
+    A version that the store has already is made current again: a way back, and the end of a publish that was cut off.
+
     Raises:
         ArtifactError: as `verify`.
-        FileExistsError: the store has that version already.
+        FileExistsError: the store has another artifact of that version, or this one is the current one already.
     """
     verified = verify(artifact)
     target = Path(store) / verified.version
     if not _NAME.fullmatch(verified.version):
         raise ConfigError(f"version: got {verified.version!r}, want letters, digits, '_', '-' and '.'")
     if target.exists():
-        raise FileExistsError(f"{target} exists; a version is published once")
+        _check_published(verified, target)
+    else:
+        _copy_into(target, verified)
+    switch = target.with_name(f".CURRENT.{secrets.token_hex(4)}.tmp")
+    _write_file(switch, f"{verified.version}\n")
+    switch.rename(Path(store) / "CURRENT")
+    _sync_folder(Path(store))
+    return target
+
+
+def _check_published(verified: Artifact, target: Path) -> None:
+    if (target / MANIFEST).read_bytes() != (verified.path / MANIFEST).read_bytes():
+        raise FileExistsError(f"{target} holds another artifact of that version; give this one a version of its own")
+    current = target.with_name("CURRENT")
+    if current.is_file() and current.read_text(errors="replace").removesuffix("\n") == verified.version:
+        raise FileExistsError(f"{target} is the current version already; a version is published once")
+    verify(target)
+
+
+def _copy_into(target: Path, verified: Artifact) -> None:
     with renamed_into(target) as folder:
         for file in [*(table.manifest.file for table in verified.tables.values()), MANIFEST]:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -391,8 +416,3 @@ def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> 
             os.fsync(descriptor)
             os.close(descriptor)
         verify(folder)
-    switch = target.with_name(f".CURRENT.{secrets.token_hex(4)}.tmp")
-    _write_file(switch, f"{verified.version}\n")
-    switch.rename(Path(store) / "CURRENT")
-    _sync_folder(Path(store))
-    return target

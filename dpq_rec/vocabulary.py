@@ -47,7 +47,7 @@ class Vocabulary(Protocol):
         """Look at every entry.
 
         Raises:
-            DamagedArtifactError: ids out of order, or a row outside the table.
+            DamagedArtifactError: ids out of order, a row outside the table, or another number of rows.
         """
 
 
@@ -101,7 +101,11 @@ class IdentityVocabulary:
         return {}
 
     def check(self, num_embeddings: int) -> None:
-        """Nothing can be wrong."""
+        """See `Vocabulary.check`."""
+        if self.num_embeddings != num_embeddings:
+            raise DamagedArtifactError(
+                f"the {self.kind} vocabulary is one of {self.num_embeddings} rows, the table has {num_embeddings}"
+            )
 
 
 class ModuloVocabulary(IdentityVocabulary):

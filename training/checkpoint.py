@@ -21,9 +21,10 @@ from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dpq_rec import ConfigError
-from training.config import RunConfig
+from training.config import SYNTHETIC, RunConfig
 
-CONFIG = "config.json"
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+_LOCK = ".lock"
 _KEPT = 2  # the newest, and the one before it in case a disk lied
 _MAY_CHANGE = {"out", "device"}  # settings that do not change what is trained
 
@@ -51,8 +52,10 @@ class Progress:
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
-def claim_folder(config: RunConfig) -> IO[str]:
+def claim_folder(config: RunConfig, world_size: int) -> IO[str]:
     """Make DIR this run's, or find that it is already. Rank 0 alone calls it.
+
+    A run that left no checkpoint has trained nothing worth keeping: other settings take its place.
 
     Returns:
         An open file; while it is open, no other process can claim DIR.
@@ -60,32 +63,39 @@ def claim_folder(config: RunConfig) -> IO[str]:
     Raises:
         ConfigError: DIR belongs to another configuration, to a run that is going on, or holds something else.
     """
-    path = Path(config.out) / CONFIG
-    wanted = {k: v for k, v in config.as_dict().items() if k not in _MAY_CHANGE}
-    if not path.is_file():
-        if Path(config.out).is_dir() and any(Path(config.out).iterdir()):
-            raise ConfigError(f"--out: {config.out} is not empty and holds no run; name another folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
-    found = json.loads(path.read_text())
-    differing = [f"{k}: {found.get(k)!r} there, {v!r} here" for k, v in wanted.items() if found.get(k) != v]
-    if differing:
-        raise ConfigError(f"--out: {config.out} belongs to another run ({'; '.join(differing)}); name another folder")
-    claim = path.open()
+    out = Path(config.out)
+    if out.is_dir() and not (out / CONFIG).is_file() and any(not p.name.startswith(".") for p in out.iterdir()):
+        raise ConfigError(f"--out: {out} is not empty and holds no run; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    claim = (out / _LOCK).open("w")
     try:
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         claim.close()
-        raise ConfigError(
-            f"--out: a run is going on in {config.out}; wait for it, stop it, or name another folder"
-        ) from None
+        raise ConfigError(f"--out: a run is going on in {out}; wait for it, stop it, or name another folder") from None
+    wanted = {k: v for k, v in config.as_dict().items() if k not in _MAY_CHANGE} | {"world_size": world_size}
+    found = json.loads((out / CONFIG).read_text()) if (out / CONFIG).is_file() else wanted
+    differing = [f"{k}: {found.get(k)!r} there, {v!r} here" for k, v in wanted.items() if found.get(k) != v]
+    if differing and find_checkpoints(out / CHECKPOINTS):
+        claim.close()
+        raise ConfigError(f"--out: {out} belongs to another run ({'; '.join(differing)}); name another folder")
+    if differing:
+        shutil.rmtree(out / SYNTHETIC, ignore_errors=True)
+    write_json(out / CONFIG, wanted)
     return claim
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if re.fullmatch(r"epoch-\d{4,}", p.name))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """The whole file or none of it."""
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     aside.rename(path)
 
 
@@ -111,13 +121,13 @@ class Checkpoints:
         if dist.get_rank() == 0:
             write_json(aside / "progress.json", dataclasses.asdict(progress))
             aside.rename(final)
-            for old in self._found()[:-_KEPT]:
+            for old in find_checkpoints(self.folder)[:-_KEPT]:
                 shutil.rmtree(old)
         dist.barrier()
 
     def load_latest(self) -> Progress:
         """Bring model and optimizer to the last checkpoint; a new run's progress where there is none."""
-        found = self._found()
+        found = find_checkpoints(self.folder)
         if not found:
             return Progress()
         state = self._state()
@@ -128,11 +138,6 @@ class Checkpoints:
 
     def _state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def _found(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return sorted(p for p in self.folder.iterdir() if re.fullmatch(r"epoch-\d{4,}", p.name))
 
 
 def dense_weights(model: nn.Module) -> dict[str, torch.Tensor]:

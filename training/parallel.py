@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,10 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from dpq_rec import ConfigError, DpqRecError
 from training.config import RunConfig
+
+T = TypeVar("T")
 
 
 def choose_device(name: str) -> torch.device:
@@ -83,8 +86,32 @@ def shard(
     return wrapped, CombinedOptimizer(optimizers)
 
 
-def array_from_rank_0(array: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Rank 0's array [N], on every rank."""
+def on_rank_0(work: Callable[[], T]) -> T | None:
+    """What rank 0's call returns, on rank 0; None on the others, who wait for it.
+
+    Raises:
+        ConfigError: rank 0 raised one, or an OSError: on every rank, so that none is left waiting.
+    """
+    result, refusal = None, ""
+    if dist.get_rank() == 0:
+        try:
+            result = work()
+        except (DpqRecError, OSError) as error:
+            refusal = str(error)
+    box = [refusal]
+    dist.broadcast_object_list(box, 0)
+    if box[0]:
+        raise ConfigError(box[0])
+    return result
+
+
+def array_from_rank_0(work: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The array [N] that rank 0's call returns, on every rank.
+
+    Raises:
+        ConfigError: as `on_rank_0`.
+    """
+    array = on_rank_0(work)
     length = torch.tensor([0 if array is None else len(array)])
     dist.broadcast(length, 0)
     content = torch.empty(int(length), dtype=torch.int64) if array is None else torch.from_numpy(array.copy())
@@ -92,15 +119,8 @@ def array_from_rank_0(array: NDArray[np.int64] | None) -> NDArray[np.int64]:
     return content.numpy()
 
 
-def object_from_rank_0(value: Any) -> Any:
-    """Rank 0's object, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
-
-
-def sum_over_ranks(values: list[float]) -> list[float]:
-    """Each number summed over ranks."""
+def add_up(values: list[float]) -> list[float]:
+    """Each number, added up over ranks."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()

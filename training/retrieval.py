@@ -15,7 +15,8 @@ from dpq_rec.lookup import decode_rows
 from training.config import RunConfig
 from training.evaluation import EvaluatedUsers, VectorsOf, evaluate, evaluated_users
 from training.interactions import TEST, VALIDATION, Interactions
-from training.parallel import sum_over_ranks
+from training.models import ITEM, USER
+from training.parallel import add_up
 
 _SPLITS = {"validation": VALIDATION, "test": TEST}
 
@@ -46,11 +47,11 @@ class Retrieval:
             self._users[split] = users.take(np.arange(dist.get_rank(), len(users.user_ids_U), dist.get_world_size()))
         found = evaluate(
             self._users[split],
-            _unit_vectors(store, "user_id"),
-            _unit_vectors(store, "item_id"),
-            num_items=store.table("item_id").manifest.num_embeddings,
+            _unit_vectors(store, USER),
+            _unit_vectors(store, ITEM),
+            num_items=store.table(ITEM).manifest.num_embeddings,
         )
-        *sums, num_users = sum_over_ranks([*found.sums, found.num_users])
+        *sums, num_users = add_up([*found.sums, found.num_users])
         if not num_users:
             raise ConfigError(f"data: got no user with items in the {split} split, want at least one")
         return {name: total / num_users for name, total in zip(found.names, sums, strict=True)}

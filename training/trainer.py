@@ -5,13 +5,13 @@ Every epoch ends with a freeze, and its metrics are measured on the artifact: wh
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ from tqdm import tqdm
 from dpq_rec import ConfigError, EmbeddingStore, Int64Vocabulary
 from dpq_rec.artifact import Table
 from dpq_rec.nn import freeze
-from training.checkpoint import Checkpoints, Progress, claim_folder, dense_weights, write_json
+from training.checkpoint import CHECKPOINTS, Checkpoints, Progress, claim_folder, dense_weights, write_json
 from training.config import SYNTHETIC, RunConfig
 from training.interactions import Interactions, build_vocabulary, train_batches
 from training.models import ITEM, USER, TwoTower, two_tower_features
-from training.parallel import array_from_rank_0, choose_device, object_from_rank_0, process_group, shard, sum_over_ranks
+from training.parallel import add_up, array_from_rank_0, choose_device, on_rank_0, process_group, shard
 from training.retrieval import Retrieval
 from training.synthetic import SyntheticConfig, generate
 
@@ -47,26 +47,13 @@ def train(config: RunConfig) -> dict[str, Any]:
         ConfigError: settings, data or DIR that make no sense.
     """
     device = choose_device(config.device)
-    with process_group(device), _claimed(config):
-        return Run(config, device).finish()
-
-
-@contextlib.contextmanager
-def _claimed(config: RunConfig) -> Iterator[None]:
-    """DIR is this run's; every rank learns from rank 0 where it cannot be."""
-    claim, refusal = None, ""
-    if dist.get_rank() == 0:
+    with process_group(device):
+        claim = on_rank_0(lambda: claim_folder(config, dist.get_world_size()))
         try:
-            claim = claim_folder(config)
-        except ConfigError as error:
-            refusal = str(error)
-    if refusal := object_from_rank_0(refusal):
-        raise ConfigError(refusal)
-    try:
-        yield
-    finally:
-        if claim is not None:
-            claim.close()
+            return Run(config, device).finish()
+        finally:
+            if claim is not None:
+                claim.close()
 
 
 class Run:
@@ -79,11 +66,12 @@ class Run:
         self.interactions = Interactions.open(self._data())
         self.vocabularies = {name: self._vocabulary(name) for name in (USER, ITEM)}
         num_embeddings = {name: len(v.ids_U) for name, v in self.vocabularies.items()}
-        self.num_steps = self.interactions.count_splits().train // (config.batch_size * self.world_size)
+        self.num_steps = self._count_steps()
         torch.manual_seed(config.seed)
         model = TwoTower(config, num_embeddings, device)
+        torch.manual_seed(config.seed + self.rank)  # shards start anew, and those of two ranks must not start alike
         self.model, self.optimizer = shard(model, config, device)
-        self.checkpoints = Checkpoints(self.out / "checkpoints", self.model, self.optimizer)
+        self.checkpoints = Checkpoints(self.out / CHECKPOINTS, self.model, self.optimizer)
         self.retrieval = Retrieval(self.interactions, self.vocabularies, config)
 
     def finish(self) -> dict[str, Any]:
@@ -99,16 +87,20 @@ class Run:
         if self.config.data != SYNTHETIC:
             return Path(self.config.data)
         c, path = self.config, self.out / SYNTHETIC
-        if self.rank == 0:
-            sizes = {"num_users": c.num_users, "num_items": c.num_items, "num_interactions": c.num_interactions}
-            generate(SyntheticConfig(**sizes, seed=c.seed), path)
-        dist.barrier()
+        sizes = {"num_users": c.num_users, "num_items": c.num_items, "num_interactions": c.num_interactions}
+        on_rank_0(lambda: generate(SyntheticConfig(**sizes, seed=c.seed), path))
         return path
 
     def _vocabulary(self, name: str) -> Int64Vocabulary:
         """Rows by falling frequency in the training split; rank 0 reads for all."""
-        ids_V = build_vocabulary(self.interactions, name) if self.rank == 0 else None
-        return Int64Vocabulary.from_ids(array_from_rank_0(ids_V))
+        return Int64Vocabulary.from_ids(array_from_rank_0(lambda: build_vocabulary(self.interactions, name)))
+
+    def _count_steps(self) -> int:
+        counts = self.interactions.count_splits()
+        if not (counts.validation and counts.test):
+            got = f"{counts.validation} validation and {counts.test} test rows"
+            raise ConfigError(f"data: got {got}, want some of each; without a column `split`, users need three rows")
+        return counts.train // (self.config.batch_size * self.world_size)
 
     def _epoch(self, progress: Progress) -> None:
         progress.epoch += 1
@@ -135,7 +127,7 @@ class Run:
             shutil.rmtree(superseded, ignore_errors=True)
 
     def _candidate(self, epoch: int) -> Path:
-        return self.out / "checkpoints" / f"candidate-{epoch:04d}"
+        return self.out / CHECKPOINTS / f"candidate-{epoch:04d}"
 
     def _freeze(self, folder: Path) -> None:
         if self.rank == 0:
@@ -157,7 +149,7 @@ class Run:
         dist.barrier()
         store = EmbeddingStore.open(self.out / "artifact")
         test = self.retrieval.measure(store, "test")
-        peak = object_from_rank_0(_peak_memory_bytes(self.device))
+        peak = _peak_memory_bytes(self.device)
         tables = {name: _sizes(table) for name, table in store.tables.items()}
         result = {
             "recipe": self.config.recipe,
@@ -180,7 +172,11 @@ class Run:
 
 
 def train_epoch(run: Run, epoch: int) -> float:
-    """One pass over the training split; the mean loss over all ranks."""
+    """One pass over the training split; the mean loss over all ranks.
+
+    Raises:
+        ConfigError: the training diverged.
+    """
     config, device = run.config, run.device
     generator = torch.Generator().manual_seed(hash((config.seed, epoch, run.rank)) % 2**63)
     num_items = len(run.vocabularies[ITEM].ids_U)
@@ -205,7 +201,10 @@ def train_epoch(run: Run, epoch: int) -> float:
         total += loss
         if step % 20 == 0:
             bar.set_postfix(loss=f"{float(loss):.4f}")
-    return sum_over_ranks([float(total)])[0] / (run.num_steps * run.world_size)
+    (sum_of_losses,) = add_up([float(total)])
+    if not math.isfinite(sum_of_losses):
+        raise ConfigError(f"epoch {epoch}: the loss is {sum_of_losses}; try a lower --learning-rate")
+    return sum_of_losses / (run.num_steps * run.world_size)
 
 
 def train_step(

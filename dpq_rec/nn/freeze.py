@@ -22,13 +22,14 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from dpq_rec.artifact import TableContents, write_artifact
 from dpq_rec.codes import pack_codes
-from dpq_rec.errors import ConfigError
+from dpq_rec.errors import ConfigError, DpqRecError
 from dpq_rec.nn.collectives import rank, world_size
 from dpq_rec.nn.embedding import DPQEmbeddingBagCollection
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.vocabulary import IdentityVocabulary, Vocabulary
 
 _CHUNK_ROWS = 1 << 16
+_NO_MINUS_ZERO = 0.0  # added, makes zero of minus zero, as pooling does: a bag's sum begins at zero
 
 Progress = Callable[[int], object]
 
@@ -84,15 +85,31 @@ def freeze(
         name: _contents(table, (vocabularies or {}).get(name) or IdentityVocabulary(table.num_embeddings), progress)
         for name, table in tables.items()
     }
+    refusal = _write_on_rank_0(path, contents, version)
+    if world_size() > 1:
+        box = [refusal]
+        dist.broadcast_object_list(box, 0)
+        refusal = box[0]
+    if refusal is not None:
+        raise refusal
+    return Path(path)
+
+
+def _write_on_rank_0(
+    path: str | os.PathLike[str], contents: Mapping[str, TableContents], version: str | None
+) -> Exception | None:
+    """Rank 0 writes what the others send; its error, for every rank to raise."""
+    error = None
     if rank() == 0:
-        write_artifact(path, contents, version=version)
-    else:
+        try:
+            write_artifact(path, contents, version=version)
+        except (DpqRecError, OSError) as raised:
+            error = raised
+    if rank() != 0 or error is not None:
         for table in contents.values():
             for _ in table.chunks:
-                pass  # the chunks of this rank's shards were sent
-    if world_size() > 1:
-        dist.barrier()
-    return Path(path)
+                pass  # running through them sends this rank's rows, or takes what the others still send
+    return error
 
 
 def _contents(table: _TrainedTable, vocabulary: Vocabulary, progress: Progress) -> TableContents:
@@ -101,7 +118,7 @@ def _contents(table: _TrainedTable, vocabulary: Vocabulary, progress: Progress) 
 
     def to_stored(rows_NE: torch.Tensor) -> NDArray[Any]:
         if quantizer is None or layout is None:
-            return rows_NE.float().cpu().numpy()
+            return (rows_NE.float() + _NO_MINUS_ZERO).cpu().numpy()
         return pack_codes(quantizer.encode(rows_NE).cpu().numpy(), layout)
 
     width, dtype = (table.embedding_dim, torch.float32) if layout is None else (layout.row_bytes, torch.uint8)
@@ -111,7 +128,7 @@ def _contents(table: _TrainedTable, vocabulary: Vocabulary, progress: Progress) 
         vocabulary=vocabulary,
         chunks=_chunks_to_rank_0(table.weight_VE, to_stored, width, dtype, progress),
         layout=layout,
-        values=quantizer.values_DKS.detach().float().cpu().numpy() if quantizer else None,
+        values=(quantizer.values_DKS.detach().float() + _NO_MINUS_ZERO).cpu().numpy() if quantizer else None,
         features=table.features,
     )
 

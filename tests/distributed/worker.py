@@ -109,8 +109,18 @@ def run(method, sharding, out):
         dist.all_reduce(total)
         losses.append((total / world_size).tolist())
     freeze(wrapped, out / f"{method}-{sharding}", version=f"{method}-{sharding}")
+    check_refused(wrapped, out / f"{method}-{sharding}")
     check_frozen(model.tables.eval(), out / f"{method}-{sharding}")
     return losses
+
+
+def check_refused(wrapped, path):
+    """Rank 0 alone finds that the folder exists; every rank must raise, and none may wait for another."""
+    try:
+        freeze(wrapped, path)
+    except FileExistsError:
+        return
+    raise AssertionError(f"rank {dist.get_rank()} froze into {path}, which exists")
 
 
 def check_frozen(tables, path):

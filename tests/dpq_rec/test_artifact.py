@@ -15,6 +15,7 @@ from dpq_rec import (
     EmbeddingStore,
     IdentityVocabulary,
     Int64Vocabulary,
+    ModuloVocabulary,
     TableContents,
     open_artifact,
     pack_codes,
@@ -370,3 +371,20 @@ def test_dense_table_is_stored_as_it_is(tmp_path):
     vectors_VE = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32)
     path = write_artifact(tmp_path / "a", {"t": dense_contents(vectors_VE)})
     np.testing.assert_array_equal(verify(path).tables["t"].tensors["vectors"], vectors_VE)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        (Int64Vocabulary(np.array([9, 3]), np.array([0, 1], np.uint32)), "not strictly ascending"),
+        (Int64Vocabulary(np.array([3, 9]), np.array([0, 4], np.uint32)), "a row outside the table's 4"),
+        (IdentityVocabulary(5), "one of 5 rows, the table has 4"),
+        (ModuloVocabulary(5), "one of 5 rows, the table has 4"),
+    ],
+)
+def test_write_artifact_refuses_a_vocabulary_that_verify_would_call_damaged(tmp_path, vocabulary, message):
+    vectors = np.zeros((4, 2), np.float32)
+    contents = TableContents(num_embeddings=4, embedding_dim=2, vocabulary=vocabulary, chunks=[vectors])
+    with pytest.raises(ConfigError, match=message):
+        write_artifact(tmp_path / "artifact", {"t": contents})
+    assert list(tmp_path.iterdir()) == []

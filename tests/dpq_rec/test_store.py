@@ -78,6 +78,29 @@ def test_publish_refuses_a_version_that_is_published_already(tmp_path, store):
         publish(tmp_path / "artifact-v1", store)
 
 
+def test_publish_of_an_older_version_makes_it_current_again(tmp_path, store):
+    for version in ("v1", "v2"):
+        publish_version(tmp_path, store, version)
+    publish(tmp_path / "artifact-v1", store)
+    assert open_artifact(store).version == "v1"
+
+
+def test_publish_ends_one_that_was_cut_off_before_the_switch(tmp_path, store):
+    publish_version(tmp_path, store, "v1")
+    (store / "CURRENT").unlink()
+    publish(tmp_path / "artifact-v1", store)
+    assert open_artifact(store).version == "v1"
+
+
+def test_publish_refuses_another_artifact_of_a_version(tmp_path, store):
+    for version in ("v1", "v2"):
+        publish_version(tmp_path, store, version)
+    manifest = tmp_path / "artifact-v1" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(FileExistsError, match="holds another artifact of that version"):
+        publish(tmp_path / "artifact-v1", store)
+
+
 def test_publish_refuses_a_damaged_artifact_and_leaves_the_store_as_it_was(tmp_path, store):
     publish_version(tmp_path, store, "v1")
     damaged = small_artifact(tmp_path / "damaged")

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
@@ -156,20 +158,40 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
 
 
 def test_run_refuses_a_folder_in_which_a_run_is_going_on(tmp_path):
-    process = start("--epochs", 9, "--out", tmp_path / "run", *QUICK)
-    wait_for(tmp_path / "run" / "synthetic", process)
-    second = run("--epochs", 9, "--out", tmp_path / "run", *QUICK, ranks=1)
-    process.terminate()
-    process.wait(timeout=60)
+    arguments = [*SMALL, "--num-negatives", 256, "--epochs", 9999, "--patience", 9999, "--out", tmp_path / "run"]
+    process = start(*arguments)
+    try:
+        wait_for(tmp_path / "run" / "config.json", process)
+        second = run(*arguments, ranks=1)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
     assert second.returncode != 0
     assert "a run is going on in" in second.stderr
 
 
+def test_a_corrected_setting_may_use_the_folder_of_a_run_that_trained_nothing(tmp_path):
+    refused = run(*SMALL, "--num-negatives", 256, "--num-interactions", 10, "--out", tmp_path / "run")
+    assert refused.returncode != 0
+    assert "training: num_interactions: got 10, want at least" in refused.stderr
+    corrected = run(*QUICK, "--epochs", 1, "--out", tmp_path / "run")
+    assert corrected.returncode == 0, corrected.stderr[-3000:]
+
+
+def test_run_refuses_data_without_a_test_split_before_it_trains(tmp_path):
+    ids = np.arange(5000) % 50
+    table = pa.table({"user_id": ids, "item_id": ids, "split": np.where(ids < 49, 0, 1).astype(np.int8)})
+    pq.write_table(table, tmp_path / "data.parquet")
+    result = run(*QUICK, "--data", tmp_path / "data.parquet", "--out", tmp_path / "run", ranks=1)
+    assert "got 100 validation and 0 test rows, want some of each" in result.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_run_stops_early_and_keeps_the_best_epoch(tmp_path):
-    result = run("--out", tmp_path / "run", "--epochs", 9, *SMALL, "--num-negatives", 256, "--patience", 2,
-                 "--learning-rate", 3, ranks=1)  # fmt: skip
+    arguments = [*SMALL, "--num-negatives", 256, "--epochs", 60, "--patience", 1, "--learning-rate", 3]
+    result = run(*arguments, "--out", tmp_path / "run", ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = metrics_of(tmp_path / "run")
     validation = [epoch["ndcg@10"] for epoch in metrics["history"]]
     assert metrics["best_epoch"] == 1 + int(np.argmax(validation))
-    assert len(validation) == metrics["best_epoch"] + 2 < 9
+    assert len(validation) == metrics["best_epoch"] + 1 < 60
