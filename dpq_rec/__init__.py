@@ -1,4 +1,4 @@
-"""Embedding tables that are tens of times smaller, by differentiable product quantization (DPQ; Chen, Li and Sun, 2020).
+"""Embedding tables tens of times smaller, by differentiable product quantization (DPQ; Chen, Li and Sun, 2020).
 
 Read the modules in this order and you have read DPQ:
 

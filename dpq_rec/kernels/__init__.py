@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import DamagedArtifactError
-from dpq_rec.kernels import _native
+
+try:
+    from dpq_rec.kernels import _native
+except ImportError as error:
+    message = "the C++ kernels of dpq_rec are not built; build them (with a C++17 compiler at hand): pip install ."
+    raise ImportError(message) from error
 
 MISSING_ROW = -1
 
