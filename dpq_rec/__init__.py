@@ -8,7 +8,7 @@ Read the modules in this order and you have read DPQ:
 4. `nn.freeze`      every row's query is encoded once; codes and values are all that remain
 5. `codes`          codes <-> bytes
 6. `vocabulary`     ids -> rows
-7. `artifact`       the folder that is published (`tensorfile` is one of its files)
+7. `artifact`       the folder that is published (`tensorfile` is one of its files, `files` lets it appear whole)
 8. `kernels`        the loops that must be fast, each beside the plain one it equals
 9. `lookup`         ids -> vectors, from the mapped artifact
 10. `export`, `cli`, `errors`

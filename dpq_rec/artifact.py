@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from dpq_rec.codes import CodeLayout, find_damaged_row
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError
+from dpq_rec.files import renamed_into, sync_folder, write_file
 from dpq_rec.tensorfile import Stream, map_tensors, sha256_of, write_tensors
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
 
@@ -161,7 +162,7 @@ def write_artifact(
             "producer": PRODUCER,
             "tables": {name: dataclasses.asdict(_write_table(folder, name, t)) for name, t in tables.items()},
         }
-        _write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return target
 
 
@@ -207,43 +208,6 @@ def _value_shapes(layout: CodeLayout, embedding_dim: int) -> list[tuple[int, ...
     """The shape of values of one's own, and of shared ones."""
     tail = (layout.num_codes, embedding_dim // layout.num_subspaces)
     return [(layout.codes_per_row, *tail), (layout.num_levels, *tail)]
-
-
-class renamed_into:  # noqa: N801 - reads as the statement it is: `with renamed_into(target) as folder`
-    """A folder beside the target, renamed to it when the block succeeds, removed when it does not."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-
-    def __enter__(self) -> Path:
-        self.folder.mkdir(parents=True)
-        return self.folder
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                for folder in [*(p for p in self.folder.rglob("*") if p.is_dir()), self.folder]:
-                    _sync_folder(folder)
-                self.folder.rename(self.target)
-                _sync_folder(self.target.parent)
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _write_file(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Reading
@@ -392,9 +356,9 @@ def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> 
     else:
         _copy_into(target, verified)
     switch = target.with_name(f".CURRENT.{secrets.token_hex(4)}.tmp")
-    _write_file(switch, f"{verified.version}\n")
+    write_file(switch, f"{verified.version}\n")
     switch.rename(Path(store) / "CURRENT")
-    _sync_folder(Path(store))
+    sync_folder(Path(store))
     return target
 
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.artifact import Table, renamed_into
+from dpq_rec.artifact import Table
 from dpq_rec.codes import find_damaged_row, unpack_codes
 from dpq_rec.errors import ConfigError, DamagedArtifactError, MissingDependencyError
+from dpq_rec.files import renamed_into
 from dpq_rec.lookup import VectorType, decode_rows
 
 _BATCH_BYTES = 1 << 24  # of a row group's vectors
