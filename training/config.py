@@ -31,12 +31,13 @@ class RunConfig:
     embedding_dim: int = _option(64, "E, width of a vector")
     num_subspaces: int = _option(16, "D, groups a vector is split into; must divide E")
     num_codes: int = _option(32, "K, choices per group; a row takes D * log2(K) bits")
+    num_levels: int = _option(1, "L, residual levels; 1, plain DPQ, is what trains today")
     batch_norm: bool = _option(True, "normalise the scores of each code")
     penalty_weight: float = _option(1.0, "dpq-vq: weight of the term that draws values to their queries")
 
     epochs: int = _option(20, "passes over the training split, at most")
     patience: int = _option(3, "stop after so many epochs without a better validation metric")
-    batch_size: int = _option(4096, "examples a rank takes per step")
+    batch_size: int = _option(4096, "examples a rank takes per step; fewer where an epoch would have under 20 steps")
     num_negatives: int = _option(
         2048, "uniform negatives a rank draws per step, shared by its examples; at most batch_size"
     )
@@ -64,6 +65,8 @@ class RunConfig:
                 raise ConfigError(f"--{field.name}: got {value!r}, want one of {', '.join(choices)}")
             if field.type in ("int", "float") and field.name != "seed" and value <= 0:
                 raise ConfigError(f"--{field.name.replace('_', '-')}: got {value}, want more than 0")
+        if self.num_levels != 1:
+            raise ConfigError(f"--num-levels: got {self.num_levels}, want 1: residual levels are read, not trained yet")
         if self.seed < 0:
             raise ConfigError(f"--seed: got {self.seed}, want 0 or more")
         if self.num_negatives > self.batch_size:

@@ -34,6 +34,7 @@ from training.retrieval import Retrieval
 from training.synthetic import SyntheticConfig, generate
 
 _logger = logging.getLogger(__name__)
+_MIN_STEPS = 20  # of an epoch, on each rank
 _CHOSEN_BY = "ndcg@10"  # the validation metric that says which epoch is best
 
 
@@ -66,7 +67,9 @@ class Run:
         self.interactions = Interactions.open(self._data())
         self.vocabularies = {name: self._vocabulary(name) for name in (USER, ITEM)}
         num_embeddings = {name: len(v.ids_U) for name, v in self.vocabularies.items()}
-        self.num_steps = self._count_steps()
+        num_examples = self._count_examples()
+        self.batch_size = self._fitting_batch_size(num_examples)
+        self.num_steps = num_examples // (self.batch_size * self.world_size)
         torch.manual_seed(config.seed)
         model = TwoTower(config, num_embeddings, device)
         torch.manual_seed(config.seed + self.rank)  # shards start anew, and those of two ranks must not start alike
@@ -95,19 +98,26 @@ class Run:
         """Rows by falling frequency in the training split; rank 0 reads for all."""
         return Int64Vocabulary.from_ids(array_from_rank_0(lambda: build_vocabulary(self.interactions, name)))
 
-    def _count_steps(self) -> int:
+    def _count_examples(self) -> int:
         counts = self.interactions.count_splits()
         if not (counts.validation and counts.test):
             got = f"{counts.validation} validation and {counts.test} test rows"
             raise ConfigError(f"data: got {got}, want some of each; without a column `split`, users need three rows")
-        return counts.train // (self.config.batch_size * self.world_size)
+        return counts.train
+
+    def _fitting_batch_size(self, num_examples: int) -> int:
+        """What was asked for, or less where little data would give an epoch of a few steps."""
+        most = max(1, num_examples // (_MIN_STEPS * self.world_size))
+        if most < self.config.batch_size and self.rank == 0:
+            _logger.info("batches of %d, not %d: there are %d examples", most, self.config.batch_size, num_examples)
+        return min(most, self.config.batch_size)
 
     def _epoch(self, progress: Progress) -> None:
         progress.epoch += 1
         began = time.monotonic()
         loss = train_epoch(self, progress.epoch)
         progress.train_seconds += time.monotonic() - began
-        progress.examples += self.num_steps * self.config.batch_size * self.world_size
+        progress.examples += self.num_steps * self.batch_size * self.world_size
         candidate = self._candidate(progress.epoch)
         self._freeze(candidate)
         metrics = self.retrieval.measure(EmbeddingStore.open(candidate / "artifact"), "validation")
@@ -180,10 +190,11 @@ def train_epoch(run: Run, epoch: int) -> float:
     config, device = run.config, run.device
     generator = torch.Generator().manual_seed(hash((config.seed, epoch, run.rank)) % 2**63)
     num_items = len(run.vocabularies[ITEM].ids_U)
+    num_negatives = min(config.num_negatives, run.batch_size)
     batches = train_batches(
         run.interactions,
         run.vocabularies,
-        batch_size=config.batch_size,
+        batch_size=run.batch_size,
         rank=run.rank,
         world_size=run.world_size,
         seed=config.seed,
@@ -196,7 +207,7 @@ def train_epoch(run: Run, epoch: int) -> float:
     )
     for step, batch in enumerate(bar):
         users_B, items_B = (torch.from_numpy(rows_B).to(device) for rows_B in batch)
-        negatives_N = torch.randint(num_items, (config.num_negatives,), generator=generator).to(device)
+        negatives_N = torch.randint(num_items, (num_negatives,), generator=generator).to(device)
         loss = train_step(run.model, run.optimizer, users_B, items_B, negatives_N)
         total += loss
         if step % 20 == 0:

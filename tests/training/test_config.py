@@ -29,6 +29,7 @@ def test_config_says_how_tables_are_quantized():
         ({"out": ""}, "--out is missing"),
         ({"embedding": "pq"}, "--embedding: got 'pq', want one of full, dpq-sx, dpq-vq"),
         ({"epochs": 0}, "--epochs: got 0, want more than 0"),
+        ({"num_levels": 2}, "--num-levels: got 2, want 1"),
         ({"seed": -1}, "--seed: got -1, want 0 or more"),
         ({"num_negatives": 5000}, "got 5000 negatives, a batch of 4096"),
         ({"num_subspaces": 7}, "num_subspaces: got 7, want a divisor"),

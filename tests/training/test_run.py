@@ -178,6 +178,16 @@ def test_a_corrected_setting_may_use_the_folder_of_a_run_that_trained_nothing(tm
     assert corrected.returncode == 0, corrected.stderr[-3000:]
 
 
+def test_run_takes_data_smaller_than_a_batch(tmp_path):
+    """Forty users of five items, in the order of their rows: no split column, no options."""
+    table = pa.table({"user_id": np.repeat(np.arange(40), 5), "item_id": np.arange(200) * 7 % 30})
+    pq.write_table(table, tmp_path / "data.parquet")
+    result = run("--data", tmp_path / "data.parquet", "--out", tmp_path / "run", "--epochs", 2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "batches of 3, not 4096: there are 120 examples" in result.stderr
+    assert metrics_of(tmp_path / "run")["tables"]["user_id"]["num_embeddings"] == 40
+
+
 def test_run_refuses_data_without_a_test_split_before_it_trains(tmp_path):
     ids = np.arange(5000) % 50
     table = pa.table({"user_id": ids, "item_id": ids, "split": np.where(ids < 49, 0, 1).astype(np.int8)})
