@@ -51,6 +51,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
+        dist.barrier()  # time for gloo's threads to let go of the last collective's tensors: see `freeze`
     finally:
         dist.destroy_process_group()
 

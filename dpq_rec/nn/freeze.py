@@ -90,6 +90,9 @@ def freeze(
         box = [refusal]
         dist.broadcast_object_list(box, 0)
         refusal = box[0]
+        # Gloo's threads let go of a broadcast's tensors a moment after it, for which they need the interpreter: a rank
+        # that ended right here would now and then abort. A barrier has no tensors, and gives them the time.
+        dist.barrier()
     if refusal is not None:
         raise refusal
     return Path(path)
