@@ -14,7 +14,7 @@ from dpq_rec import DpqRecError
 from training.config import RunConfig
 
 EXAMPLES = """examples:
-  torchrun --nproc-per-node 2 -m training two-tower --data interactions/ --out runs/sx
+  torchrun --nproc-per-node 2 -m training two-tower --data interactions/ --out runs/dpq
   torchrun --nproc-per-node 2 -m training two-tower --data interactions/ --out runs/full --embedding full
   torchrun --nproc-per-node 2 -m training two-tower --data synthetic --num-users 1000000 --out runs/big
 

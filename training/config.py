@@ -26,7 +26,7 @@ class RunConfig:
     recipe: str = _option("two-tower", "", hidden=True)
 
     embedding: Embedding = _option(
-        "dpq-sx", "tables: plain, or DPQ by softmax or by centroids", choices="full dpq-sx dpq-vq"
+        "dpq-vq", "tables: plain, or DPQ by softmax or by centroids", choices="full dpq-sx dpq-vq"
     )
     embedding_dim: int = _option(64, "E, width of a vector")
     num_subspaces: int = _option(16, "D, groups a vector is split into; must divide E")
