@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,18 @@ class Table:
     def compression_ratio(self) -> float:
         """`full_bytes` / `artifact_bytes`; the vocabulary's bytes are not in it."""
         return self.full_bytes / max(1, self.artifact_bytes)
+
+
+def sizes(tables: Collection[Table]) -> dict[str, Any]:
+    """Rows and bytes of tables, added up, and their compression ratio: what `inspect` and metrics.json show."""
+    full_bytes, artifact_bytes = sum(t.full_bytes for t in tables), sum(t.artifact_bytes for t in tables)
+    return {
+        "num_embeddings": sum(t.manifest.num_embeddings for t in tables),
+        "full_bytes": full_bytes,
+        "artifact_bytes": artifact_bytes,
+        "vocabulary_bytes": sum(t.vocabulary_bytes for t in tables),
+        "compression_ratio": full_bytes / max(1, artifact_bytes),
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

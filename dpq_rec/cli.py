@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dpq_rec.artifact import Artifact, Table, open_artifact, publish, verify
+from dpq_rec.artifact import Artifact, Table, open_artifact, publish, sizes, verify
 from dpq_rec.errors import DamagedArtifactError, DpqRecError
 from dpq_rec.export import ExportConfig, export_table
 from dpq_rec.lookup import EmbeddingStore
@@ -156,24 +156,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _sizes(tables: Sequence[Table]) -> dict[str, Any]:
-    full_bytes, artifact_bytes = sum(t.full_bytes for t in tables), sum(t.artifact_bytes for t in tables)
-    return {
-        "num_embeddings": sum(t.manifest.num_embeddings for t in tables),
-        "full_bytes": full_bytes,
-        "artifact_bytes": artifact_bytes,
-        "vocabulary_bytes": sum(t.vocabulary_bytes for t in tables),
-        "compression_ratio": full_bytes / max(1, artifact_bytes),
-    }
-
-
 def _values_type(table: Table) -> str:
     return str(table.tensors["values" if table.manifest.kind == "dpq" else "vectors"].dtype)
 
 
 def _as_json(artifact: Artifact) -> dict[str, Any]:
     tables = {
-        name: {**dataclasses.asdict(table.manifest), "values_dtype": _values_type(table), **_sizes([table])}
+        name: {**dataclasses.asdict(table.manifest), "values_dtype": _values_type(table), **sizes([table])}
         for name, table in artifact.tables.items()
     }
     return {
@@ -182,7 +171,7 @@ def _as_json(artifact: Artifact) -> dict[str, Any]:
         "created_at": artifact.created_at,
         "producer": artifact.producer,
         "tables": tables,
-        "total": _sizes([*artifact.tables.values()]),
+        "total": sizes(artifact.tables.values()),
     }
 
 
@@ -206,7 +195,7 @@ _HEADINGS = (
 
 def _as_text(artifact: Artifact) -> str:
     lines = [_HEADINGS, *(_table_line(table) for table in artifact.tables.values())]
-    total = _sizes([*artifact.tables.values()])
+    total = sizes(artifact.tables.values())
     lines.append(("total", "", f"{total['num_embeddings']:,}", *[""] * 8, *_size_cells(total)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text_columns = {0, 1, 9, 10}
@@ -225,15 +214,15 @@ def _as_text(artifact: Artifact) -> str:
 def _table_line(table: Table) -> tuple[str, ...]:
     manifest = table.manifest
     values = f"{_values_type(table)}{', shared' if manifest.shared_values else ''}"
-    sizes = (manifest.num_subspaces, manifest.num_levels, manifest.num_codes, manifest.code_bits)
+    code_sizes = (manifest.num_subspaces, manifest.num_levels, manifest.num_codes, manifest.code_bits)
     return (
         *(table.name, manifest.kind, f"{manifest.num_embeddings:,}", str(manifest.embedding_dim)),
-        *((f"{size:,}" for size in sizes) if manifest.kind == "dpq" else "----"),
+        *((f"{size:,}" for size in code_sizes) if manifest.kind == "dpq" else "----"),
         *(f"{manifest.row_bytes:,}", values, table.vocabulary.kind),
-        *_size_cells(_sizes([table])),
+        *_size_cells(sizes([table])),
     )
 
 
-def _size_cells(sizes: dict[str, Any]) -> tuple[str, ...]:
-    counts = (f"{sizes[name]:,}" for name in ("artifact_bytes", "vocabulary_bytes", "full_bytes"))
-    return (*counts, f"{sizes['compression_ratio']:.1f}")
+def _size_cells(found: dict[str, Any]) -> tuple[str, ...]:
+    counts = (f"{found[name]:,}" for name in ("artifact_bytes", "vocabulary_bytes", "full_bytes"))
+    return (*counts, f"{found['compression_ratio']:.1f}")

@@ -117,13 +117,17 @@ def largest_reply_bytes(store: EmbeddingStore, max_ids: int) -> int:
     Raises:
         ConfigError: more than a message can hold.
     """
-    max_dim = max((table.manifest.embedding_dim for table in store.tables.values()), default=1)
+    max_dim = _max_dim(store)
     # A vector, its position if missing, and what stands around it in a reply of its own.
     num_bytes = max_ids * (4 * max_dim + 5 + 64 + len(store.version.encode())) + (1 << 16)
     if num_bytes > _MOST_REPLY_BYTES:
         most = _MOST_REPLY_BYTES * max_ids // num_bytes
         raise ConfigError(f"max_ids: got {max_ids}, want at most {most} with vectors of {max_dim}: a reply holds 2 GiB")
     return num_bytes
+
+
+def _max_dim(store: EmbeddingStore) -> int:
+    return max((table.manifest.embedding_dim for table in store.tables.values()), default=1)
 
 
 class Engine:
@@ -135,7 +139,7 @@ class Engine:
         self.metrics = metrics
         self.num_in_flight = 0
         self.state = State.STARTING
-        self.max_dim = max((t.manifest.embedding_dim for t in store.tables.values()), default=1)
+        self.max_dim = _max_dim(store)
         self._threads = concurrent.futures.ThreadPoolExecutor(settings.threads, thread_name_prefix="lookup")
 
     # Readiness

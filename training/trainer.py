@@ -11,7 +11,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore, Int64Vocabulary
-from dpq_rec.artifact import Table
+from dpq_rec.artifact import Table, sizes
 from dpq_rec.nn import freeze
 from training.checkpoint import CHECKPOINTS, Checkpoints, Progress, claim_folder, dense_weights, write_json
 from training.config import SYNTHETIC, RunConfig
@@ -160,7 +160,7 @@ class Run:
         store = EmbeddingStore.open(self.out / "artifact")
         test = self.retrieval.measure(store, "test")
         peak = _peak_memory_bytes(self.device)
-        tables = {name: _sizes(table) for name, table in store.tables.items()}
+        tables = {name: _sizes([table]) for name, table in store.tables.items()}
         result = {
             "recipe": self.config.recipe,
             "embedding": self.config.embedding,
@@ -169,7 +169,7 @@ class Run:
             "config": self.config.as_dict(),
             "metrics": test,
             "tables": tables,
-            "total": _total(tables),
+            "total": _sizes(store.tables.values()),
             "examples_per_second": progress.examples / max(progress.train_seconds, 1e-9),
             "seconds": progress.seconds + time.monotonic() - self.started,
             "best_epoch": progress.best_epoch,
@@ -233,26 +233,10 @@ def train_step(
     return loss.detach()
 
 
-def _sizes(table: Table) -> dict[str, Any]:
-    return {
-        "num_embeddings": table.manifest.num_embeddings,
-        "embedding_dim": table.manifest.embedding_dim,
-        "full_bytes": table.full_bytes,
-        "artifact_bytes": table.artifact_bytes,
-        "vocabulary_bytes": table.vocabulary_bytes,
-        "compression_ratio": table.compression_ratio,
-    }
-
-
-def _total(tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    counted = ("num_embeddings", "full_bytes", "artifact_bytes", "vocabulary_bytes")
-    total = {name: sum(table[name] for table in tables.values()) for name in counted}
-    dims = {table["embedding_dim"] for table in tables.values()}
-    return {
-        **total,
-        "embedding_dim": dims.pop() if len(dims) == 1 else None,
-        "compression_ratio": total["full_bytes"] / max(1, total["artifact_bytes"]),
-    }
+def _sizes(tables: Collection[Table]) -> dict[str, Any]:
+    """As `sizes`, and the width that the tables share."""
+    dims = {table.manifest.embedding_dim for table in tables}
+    return {**sizes(tables), "embedding_dim": dims.pop() if len(dims) == 1 else None}
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
