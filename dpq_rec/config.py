@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import ConfigError
+
+Metric = Literal["dot", "euclidean", "cosine"]
+ValuesDtype = Literal["float32", "float16"]
+
+_CHOICES = {"method": ("sx", "vq"), "metric": (None, *get_args(Metric)), "values_dtype": get_args(ValuesDtype)}
+_ONLY_SX = {
+    "tie_keys": "the keys of 'vq' are its values always",
+    "key_dim": "the keys of 'vq' are its values, and so as wide",
+    "temperature": "'vq' has no softmax",
+}
+_ONLY_VQ = {
+    "penalty_weight": "'sx' has no penalty",
+    "commitment_weight": "'sx' moves queries by the softmax alone",
+    "ema_decay": "'sx' moves values by the gradient of the softmax",
+    "value_gradient": "'sx' moves values by the task's gradient always",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,32 +30,108 @@ class DPQConfig:
     """How a table is quantized and how that is trained.
 
     Attributes:
-        method: "sx" makes the choice of a code differentiable by a softmax (dot product, keys and values apart); "vq"
-            takes the nearest key, emits it, and passes the gradient straight through (Euclidean, keys are the values).
+        method: "sx" makes the choice of a code differentiable by a softmax; "vq" takes the nearest key, emits it, and
+            passes the gradient straight through: keys are the values.
         num_subspaces: D, groups a vector is split into; must divide every table's embedding_dim.
         num_codes: K, choices per group, 2 to 65,536.
+        num_levels: L, residual levels: level l encodes what the levels before it left over; 1 is plain DPQ.
+        metric: what "sx" compares queries and keys by: "dot" (unless given), "euclidean" (minus the squared distance)
+            or "cosine". "vq" is Euclidean.
+        tie_keys: "sx" only: keys are the values, as in "vq" (DPQ paper, table 12).
+        key_dim: "sx" only: width of a key, where keys are not as wide as values; a query is then D * key_dim wide.
+        share_subspaces: the D groups share keys and values (DPQ paper, appendix E.2).
+        temperature: "sx" only: divides the scores before the softmax of the backward pass (DPQ paper, eq. 4).
         batch_norm: normalise the scores of each code over batch and subspaces, without scale and offset of its own
             (DPQ paper, appendix C). Spreads rows over the codes.
         penalty_weight: "vq" only: weight of the term that draws each value to the queries it stands for.
+        commitment_weight: "vq" only: weight of the term that draws each query to its value (van den Oord et al., 2017).
+        ema_decay: "vq" only: values are running means of the queries they stand for, with this decay per batch, instead
+            of being drawn there by the penalty (Kaiser et al., 2018).
+        value_gradient: "vq" only: values are moved by the task's gradient too, not by the penalty alone.
+        revive_after: batches after which a code that no row of them chose is placed on one of the batch's queries.
+        values_dtype: how values are stored; "float16" halves their bytes. Training rounds them the same way.
     """
 
     method: Literal["sx", "vq"] = "sx"
     num_subspaces: int = 16
     num_codes: int = 32
+    num_levels: int = 1
+    metric: Metric | None = None
+    tie_keys: bool = False
+    key_dim: int | None = None
+    share_subspaces: bool = False
+    temperature: float = 1.0
     batch_norm: bool = True
     penalty_weight: float = 1.0
+    commitment_weight: float = 0.0
+    ema_decay: float | None = None
+    value_gradient: bool = False
+    revive_after: int | None = None
+    values_dtype: ValuesDtype = "float32"
 
     def __post_init__(self) -> None:
-        if self.method not in ("sx", "vq"):
-            raise ConfigError(f"method: got {self.method!r}, want 'sx' or 'vq'")
-        if self.penalty_weight <= 0:
-            raise ConfigError(f"penalty_weight: got {self.penalty_weight}, want more than 0: values move by it alone")
-        _ = self.layout  # checks num_subspaces and num_codes
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                wanted = ", ".join(map(repr, choices))
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, want one of {wanted}")
+        _ = self.layout  # checks num_subspaces, num_codes and num_levels
+        for name, reason in (_ONLY_VQ if self.method == "sx" else _ONLY_SX).items():
+            self._refuse(name, f"method {self.method!r}", reason)
+        if self.method == "vq" and self.metric not in (None, "euclidean"):
+            raise ConfigError(f"metric: got {self.metric!r} with method 'vq', which emits the nearest key: 'euclidean'")
+        self._check_keys()
+        self._check_values()
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature: got {self.temperature}, want more than 0")
+        if self.revive_after is not None and self.revive_after < 1:
+            raise ConfigError(f"revive_after: got {self.revive_after}, want 1 batch or more")
+
+    def _check_keys(self) -> None:
+        if self.key_dim is None:
+            return
+        if self.key_dim < 1:
+            raise ConfigError(f"key_dim: got {self.key_dim}, want 1 or more")
+        if self.tie_keys:
+            self._refuse("key_dim", "tie_keys", "tied keys are as wide as values")
+        if self.num_levels > 1:
+            self._refuse("key_dim", f"num_levels {self.num_levels}", "a level encodes query minus value: equal widths")
+
+    def _check_values(self) -> None:
+        if self.commitment_weight < 0:
+            raise ConfigError(f"commitment_weight: got {self.commitment_weight}, want 0 or more")
+        if self.ema_decay is not None:
+            if not 0 < self.ema_decay < 1:
+                raise ConfigError(f"ema_decay: got {self.ema_decay}, want between 0 and 1, such as 0.99")
+            self._refuse(
+                "penalty_weight", "ema_decay", "values are means of their queries, the penalty would do it again"
+            )
+            self._refuse("value_gradient", "ema_decay", "values are means of their queries, no gradient moves them")
+        elif self.penalty_weight < 0 or (self.penalty_weight == 0 and not self.value_gradient):
+            raise ConfigError(
+                f"penalty_weight: got {self.penalty_weight}, want more than 0 (or 0 with value_gradient): "
+                "nothing else moves the values"
+            )
+
+    def _refuse(self, name: str, beside: str, reason: str) -> None:
+        """Refuse a setting that another one makes meaningless; left at its default it is none."""
+        default: Any = next(field.default for field in fields(self) if field.name == name)
+        if getattr(self, name) != default:
+            raise ConfigError(f"{name}: got {getattr(self, name)!r} with {beside}: {reason}; leave it out")
 
     @property
     def layout(self) -> CodeLayout:
         """How the codes of a row are laid out."""
-        return CodeLayout(num_subspaces=self.num_subspaces, num_codes=self.num_codes)
+        return CodeLayout(num_subspaces=self.num_subspaces, num_codes=self.num_codes, num_levels=self.num_levels)
+
+    @property
+    def resolved_metric(self) -> Metric:
+        """The metric, where none was given the method's own."""
+        return self.metric or ("dot" if self.method == "sx" else "euclidean")
+
+    @property
+    def keys_are_values(self) -> bool:
+        """Whether a query is compared with the values themselves."""
+        return self.method == "vq" or self.tie_keys
 
     def subspace_dim(self, embedding_dim: int) -> int:
         """S = E / D.
@@ -53,3 +145,14 @@ class DPQConfig:
                 f"num_subspaces: got {self.num_subspaces}, want a divisor of embedding_dim {embedding_dim}: {divisors}"
             )
         return embedding_dim // self.num_subspaces
+
+    def query_dim(self, embedding_dim: int) -> int:
+        """Width of a row's query: E, or D * key_dim where keys have a width of their own.
+
+        Raises:
+            ConfigError: as `subspace_dim`; or cosine of one number, which knows two directions only.
+        """
+        key_dim = self.subspace_dim(embedding_dim) if self.key_dim is None else self.key_dim
+        if self.resolved_metric == "cosine" and key_dim == 1:
+            raise ConfigError("metric: got 'cosine' with keys of width 1, which have only two directions; want 'dot'")
+        return self.num_subspaces * key_dim

@@ -131,9 +131,14 @@ def _contents(table: _TrainedTable, vocabulary: Vocabulary, progress: Progress) 
         vocabulary=vocabulary,
         chunks=_chunks_to_rank_0(table.weight_VE, to_stored, width, dtype, progress),
         layout=layout,
-        values=(quantizer.values_DKS.detach().float() + _NO_MINUS_ZERO).cpu().numpy() if quantizer else None,
+        values=_stored_values(quantizer) if quantizer else None,
         features=table.features,
     )
+
+
+def _stored_values(quantizer: Quantizer) -> NDArray[Any]:
+    values_MKS = (quantizer.stored_values().detach().float() + _NO_MINUS_ZERO).cpu().numpy()
+    return values_MKS.astype(quantizer.config.values_dtype)
 
 
 def _chunks_to_rank_0(

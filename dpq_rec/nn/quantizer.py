@@ -1,11 +1,13 @@
-"""Differentiable product quantization. In: queries_NE. Out: Quantized(codes_ND, vectors_NE, penalty).
+"""Differentiable product quantization. In: queries_NQ. Out: Quantized(codes_NM, vectors_NE, penalty).
 
 A query is cut into D groups; in each group the nearest of K keys is chosen, and its value replaces the group (DPQ
-paper, eq. 1 and 2). The choice has no gradient; the two methods put different ones in its place:
+paper, eq. 1 and 2). With residual levels, level l chooses for what the query has left when the values of the levels
+before it are taken away, and a vector is the sum over levels. The choice has no gradient; the two methods put different
+ones in its place:
 
-* DPQ-SX: in the backward pass the choice is a softmax of the scores (eq. 5). Keys and values are apart.
+* DPQ-SX: in the backward pass the choice is a softmax of the scores (eq. 5).
 * DPQ-VQ: the gradient of the vector is given to the query as it is (eq. 7). Keys are the values, and a penalty draws
-  each value to the queries that it stands for.
+  each value to the queries that it stands for; or it is their running mean (`upkeep`).
 """
 
 from __future__ import annotations
@@ -17,26 +19,41 @@ from torch import nn
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.nn.collectives import sum_over_ranks, world_size
-from dpq_rec.nn.scores import Affine, Metric, ScoreNorm, encode, scores
+from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
+from dpq_rec.nn.softmax import softmax_choice
+from dpq_rec.nn.upkeep import Revival, RunningMeans
 
 
 class Quantized(NamedTuple):
     """What the quantizer makes of queries.
 
     Attributes:
-        codes_ND: the chosen codes (int64).
+        codes_NM: the chosen codes (int64), level by level.
         vectors_NE: their values; in training, gradients flow to queries, keys and values.
         penalty: scalar, to be minimised beside the loss (zero for DPQ-SX); averaged over ranks it is the mean over all
             occurrences on all ranks.
     """
 
-    codes_ND: torch.Tensor
+    codes_NM: torch.Tensor
     vectors_NE: torch.Tensor
     penalty: torch.Tensor
 
 
+class _Level(NamedTuple):
+    """One level at work: what its queries are compared with, and how."""
+
+    queries_NDS: torch.Tensor
+    keys_DKS: torch.Tensor
+    values_DKS: torch.Tensor
+    affine: Affine
+    codes_ND: torch.Tensor
+
+
 class Quantizer(nn.Module):
     """Keys and values of one table, and how they are chosen and trained.
+
+    `values_MKS` are the values [L*D, K, S], or [L, K, S] where the subspaces share them: what the artifact holds, but
+    for rounding to its dtype. `own_keys_MKS` are keys apart from the values, or None.
 
     Args:
         embedding_dim: E.
@@ -50,87 +67,197 @@ class Quantizer(nn.Module):
     def __init__(self, embedding_dim: int, config: DPQConfig, device: torch.device | None = None) -> None:
         super().__init__()
         self.config = config
-        self.metric: Metric = "dot" if config.method == "sx" else "euclidean"
-        shape = (config.num_subspaces, config.num_codes, config.subspace_dim(embedding_dim))
-        self.values_DKS = nn.Parameter(torch.empty(shape, device=device))
-        self.own_keys_DKS = nn.Parameter(torch.empty(shape, device=device)) if config.method == "sx" else None
-        self.score_norm = ScoreNorm(config.num_codes, self.metric, device) if config.batch_norm else None
+        self.query_dim = config.query_dim(embedding_dim)
+        self.score: Score = "euclidean" if config.resolved_metric == "euclidean" else "dot"
+        num_groups = config.num_levels * (1 if config.share_subspaces else config.num_subspaces)
+        value_shape = (num_groups, config.num_codes, config.subspace_dim(embedding_dim))
+        key_shape = (*value_shape[:2], self.query_dim // config.num_subspaces)
+        learned = config.ema_decay is None
+        self.values_MKS = nn.Parameter(torch.empty(value_shape, device=device), requires_grad=learned)
+        self.own_keys_MKS = None if config.keys_are_values else nn.Parameter(torch.empty(key_shape, device=device))
+        norms = [ScoreNorm(config.num_codes, self.score, device) for _ in range(config.num_levels)]
+        self.score_norms = nn.ModuleList(norms if config.batch_norm else [])
+        self.running_means = RunningMeans(value_shape, config.ema_decay, device) if config.ema_decay else None
+        self.revival = Revival(value_shape[:2], config.revive_after, device) if config.revive_after else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Keys and values on the scale of queries that `DPQEmbeddingBagCollection` starts with."""
-        bound = (self.values_DKS.shape[0] * self.values_DKS.shape[2]) ** -0.5
+        """Keys and values on the scale of queries that the modules of `embedding` start with; statistics anew."""
+        bound = (self.config.num_subspaces * self.values_MKS.shape[2]) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+        for keeper in (*self.score_norms, self.running_means, self.revival):
+            if keeper is not None:
+                keeper.reset_parameters()
 
     @property
-    def keys_DKS(self) -> torch.Tensor:  # noqa: N802
-        """What queries are compared with: keys of their own (DPQ-SX), or the values (DPQ-VQ)."""
-        return self.values_DKS if self.own_keys_DKS is None else self.own_keys_DKS
+    def keys_MKS(self) -> torch.Tensor:  # noqa: N802
+        """What queries are compared with: keys of their own, or the values as they are stored."""
+        return self.stored_values() if self.own_keys_MKS is None else self.own_keys_MKS
 
-    def forward(self, queries_NE: torch.Tensor, counts_N: torch.Tensor | None = None) -> Quantized:
+    def stored_values(self) -> torch.Tensor:
+        """The values as the artifact holds them: rounded to its dtype, in fp32; the gradient passes as if not."""
+        values_MKS = self.values_MKS
+        if self.config.values_dtype == "float32":
+            return values_MKS
+        rounded_MKS = values_MKS.detach().half().to(values_MKS.dtype)
+        return rounded_MKS + (values_MKS - values_MKS.detach())
+
+    def forward(self, queries_NQ: torch.Tensor, counts_N: torch.Tensor | None = None) -> Quantized:
         """Codes and vectors of queries.
 
         Args:
-            queries_NE: raw vectors of distinct rows.
+            queries_NQ: raw vectors of distinct rows, [N, query_dim].
             counts_N: how often each row occurs in the batch; once each if not given. Weighs batch norm and penalty.
         """
         if not self.training:
-            codes_ND = self.encode(queries_NE)
-            return Quantized(codes_ND, self.decode(codes_ND), queries_NE.new_zeros(()))
-        queries_NDS = self._grouped(queries_NE)
+            codes_NM = self.encode(queries_NQ)
+            return Quantized(codes_NM, self.decode(codes_NM), queries_NQ.new_zeros(()))
         if counts_N is None:
-            counts_N = queries_NE.new_ones(len(queries_NE))
+            counts_N = queries_NQ.new_ones(len(queries_NQ))
+        rest_NDS, vectors_NDS, penalty, codes = self._grouped(queries_NQ), None, queries_NQ.new_zeros(()), []
+        for number in range(self.config.num_levels):
+            if self.revival is not None:
+                self._revive(number, rest_NDS.detach())
+            level = self._compare(number, rest_NDS, counts_N)
+            emitted_NDS = self._emit(level)
+            penalty = penalty + self._penalty(level, rest_NDS, counts_N)
+            self._keep_up(number, level.codes_ND, rest_NDS.detach(), counts_N)
+            codes.append(level.codes_ND)
+            vectors_NDS = emitted_NDS if vectors_NDS is None else vectors_NDS + emitted_NDS
+            if number + 1 < self.config.num_levels:
+                rest_NDS = rest_NDS - emitted_NDS.detach()
+        assert vectors_NDS is not None, "there is one level at least"
+        vectors_NE = vectors_NDS.flatten(1)
+        if self.config.method == "vq":  # H = Q - sg(Q - T(Q)) (DPQ paper, eq. 7): the difference is exactly zero
+            vectors_NE = vectors_NE + (queries_NQ - queries_NQ.detach())
+        return Quantized(torch.cat(codes, 1), vectors_NE, penalty)
+
+    @torch.no_grad()
+    def encode(self, queries_NQ: torch.Tensor, first_subspace: int = 0) -> torch.Tensor:
+        """Codes [N, M] (int64) as in eval mode, level by level: what `freeze` stores.
+
+        Args:
+            queries_NQ: queries, or the columns of them that hold some subspaces, from the first on: a column shard's.
+            first_subspace: the subspace that the first column belongs to.
+        """
+        rest_NDS, codes = self._grouped(queries_NQ), []
+        subspaces = slice(first_subspace, first_subspace + rest_NDS.shape[1])
+        for number in range(self.config.num_levels):
+            level = self._compare(number, rest_NDS, None, subspaces)
+            codes.append(level.codes_ND)
+            if number + 1 < self.config.num_levels:
+                rest_NDS = rest_NDS - _choose(level.values_DKS, level.codes_ND)
+        return torch.cat(codes, 1)
+
+    def decode(self, codes_NM: torch.Tensor) -> torch.Tensor:
+        """Vectors [N, E] of codes: each group is the sum of its levels' values, in order (DPQ paper, eq. 2)."""
+        values_MKS, by_level = self.stored_values(), codes_NM.chunk(self.config.num_levels, 1)
+        vectors_NDS = _choose(self._of_level(values_MKS, 0), by_level[0])
+        for number, codes_ND in enumerate(by_level[1:], 1):
+            vectors_NDS = vectors_NDS + _choose(self._of_level(values_MKS, number), codes_ND)
+        return vectors_NDS.flatten(1)
+
+    def _compare(
+        self,
+        number: int,
+        rest_NDS: torch.Tensor,
+        counts_N: torch.Tensor | None,
+        subspaces: slice = slice(None),
+    ) -> _Level:
+        """Choose the codes of a level; the batch's own statistics count where `counts_N` is given."""
+        values_DKS = self._of_level(self.stored_values(), number)[subspaces]
+        own_keys_MKS = self.own_keys_MKS
+        keys_DKS = values_DKS if own_keys_MKS is None else self._of_level(own_keys_MKS, number)[subspaces]
+        queries_NDS = rest_NDS
+        if self.config.resolved_metric == "cosine":
+            queries_NDS, keys_DKS = directions(queries_NDS), directions(keys_DKS)
+        affine = self._affine(number, queries_NDS, keys_DKS, counts_N)
+        codes_ND = encode(queries_NDS, keys_DKS, affine, self.score)
+        return _Level(queries_NDS, keys_DKS, values_DKS, affine, codes_ND)
+
+    def _affine(
+        self, number: int, queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor | None
+    ) -> Affine:
+        if not self.config.batch_norm:
+            ones_K = keys_DKS.new_ones(self.config.num_codes)
+            return Affine(ones_K, torch.zeros_like(ones_K))
+        norm = self.score_norms[number]
+        assert isinstance(norm, ScoreNorm), "score_norms holds nothing else"
+        if counts_N is None:
+            return norm.running()
+        with torch.set_grad_enabled(self.config.method == "sx"):
+            return norm(queries_NDS, keys_DKS, counts_N)
+
+    def _emit(self, level: _Level) -> torch.Tensor:
+        """The chosen values [N, D, S], with the gradients of the method."""
         if self.config.method == "sx":
-            return self._softmax_approximation(queries_NDS, counts_N)
-        return self._centroid_approximation(queries_NDS, counts_N)
+            return softmax_choice(*level, score=self.score, temperature=self.config.temperature)
+        chosen_NDS = _choose(level.values_DKS, level.codes_ND)
+        return chosen_NDS if self.config.value_gradient else chosen_NDS.detach()
 
-    def encode(self, queries_NE: torch.Tensor) -> torch.Tensor:
-        """Codes [N, D] (int64) as in eval mode: what `freeze` stores."""
-        norm = self.score_norm
-        return encode(
-            self._grouped(queries_NE), self.keys_DKS, norm.running() if norm else self._identity(), self.metric
-        )
-
-    def decode(self, codes_ND: torch.Tensor) -> torch.Tensor:
-        """Vectors [N, E] of codes: each group is the value of its code (DPQ paper, eq. 2)."""
-        subspaces_D = torch.arange(codes_ND.shape[1], device=codes_ND.device)
-        return self.values_DKS[subspaces_D, codes_ND].flatten(1)
-
-    def _softmax_approximation(self, queries_NDS: torch.Tensor, counts_N: torch.Tensor) -> Quantized:
-        """H = T(tau=1) - sg(T(tau=1) - T(tau=0)) (DPQ paper, eq. 5): hard forward, soft backward."""
-        affine = self._affine(queries_NDS, counts_N)
-        codes_ND = encode(queries_NDS, self.keys_DKS, affine, self.metric)
-        logits_NDK = scores(queries_NDS, self.keys_DKS) * affine.scale_K + affine.shift_K
-        weights_DNK = logits_NDK.softmax(-1).transpose(0, 1)
-        soft_NE = torch.bmm(weights_DNK, self.values_DKS).transpose(0, 1).flatten(1)
-        # The difference is exactly zero: forward gives the very bits of eval mode.
-        vectors_NE = self.decode(codes_ND).detach() + (soft_NE - soft_NE.detach())
-        return Quantized(codes_ND, vectors_NE, queries_NDS.new_zeros(()))
-
-    def _centroid_approximation(self, queries_NDS: torch.Tensor, counts_N: torch.Tensor) -> Quantized:
-        """H = Q - sg(Q - T(Q)) (DPQ paper, eq. 7), and the penalty |T(Q) - sg(Q)|^2 below it in the paper."""
-        queries_NE = queries_NDS.flatten(1)
-        with torch.no_grad():
-            affine = self._affine(queries_NDS, counts_N)
-        codes_ND = encode(queries_NDS, self.keys_DKS, affine, self.metric)
-        values_NE = self.decode(codes_ND)
-        errors_N = (values_NE - queries_NE.detach()).square().mean(-1)
+    def _penalty(self, level: _Level, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
+        """|T(Q) - sg(Q)|^2 (DPQ paper, below eq. 7), and its mirror, which commits queries to their values."""
+        config = self.config
+        draw = 0.0 if config.ema_decay is not None else config.penalty_weight
+        if config.method == "sx" or not (draw or config.commitment_weight):
+            return rest_NDS.new_zeros(())
+        chosen_NDS = _choose(level.values_DKS, level.codes_ND)
+        errors_N = draw * (chosen_NDS - rest_NDS.detach()).square().flatten(1).mean(1)
+        if config.commitment_weight:
+            errors_N = errors_N + config.commitment_weight * (rest_NDS - chosen_NDS.detach()).square().flatten(1).mean(
+                1
+            )
         # Ranks average their gradients, and so their losses: this rank's share is scaled so that the average over ranks
         # is the mean over all occurrences.
         occurrences = sum_over_ranks(counts_N.sum()).clamp(min=1)
-        penalty = self.config.penalty_weight * world_size() * (counts_N @ errors_N) / occurrences
-        vectors_NE = values_NE.detach() + (queries_NE - queries_NE.detach())
-        return Quantized(codes_ND, vectors_NE, penalty)
+        return world_size() * (counts_N @ errors_N) / occurrences
 
-    def _affine(self, queries_NDS: torch.Tensor, counts_N: torch.Tensor) -> Affine:
-        if self.score_norm is None:
-            return self._identity()
-        return self.score_norm(queries_NDS, self.keys_DKS, counts_N)
+    def _keep_up(self, number: int, codes_ND: torch.Tensor, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> None:
+        """What moves by use rather than by gradients."""
+        groups = self._groups(number)
+        if self.running_means is not None:
+            self.running_means.update(self.values_MKS.data[groups], groups, codes_ND, rest_NDS, counts_N)
+        if self.revival is not None:
+            self.revival.note_use(groups, codes_ND)
 
-    def _identity(self) -> Affine:
-        ones_K = self.values_DKS.new_ones(self.config.num_codes)
-        return Affine(ones_K, torch.zeros_like(ones_K))
+    @torch.no_grad()
+    def _revive(self, number: int, rest_NDS: torch.Tensor) -> None:
+        """Place codes that were idle for long on queries of this batch: the same ones on every rank."""
+        assert self.revival is not None, "called where there is one"
+        groups = self._groups(number)
+        group_P, code_P = self.revival.due(groups)
+        drawn_PDS = self.revival.draw(rest_NDS, len(code_P))
+        if not len(drawn_PDS):
+            return
+        places_P = torch.arange(len(code_P), device=code_P.device)
+        subspace_P = places_P % self.config.num_subspaces if self.config.share_subspaces else group_P - groups.start
+        # Through `data`: a forward whose backward is still to come may hold these tensors, and misses nothing, since it
+        # chose none of these codes.
+        if self.own_keys_MKS is None:
+            self.values_MKS.data[group_P, code_P] = drawn_PDS[places_P, subspace_P]
+        else:  # the query keeps the value that it has, now from a code nearer to it
+            now_P = self._compare(number, drawn_PDS, None).codes_ND[places_P, subspace_P]
+            self.values_MKS.data[group_P, code_P] = self.values_MKS.data[group_P, now_P]
+            self.own_keys_MKS.data[group_P, code_P] = drawn_PDS[places_P, subspace_P]
+        self.revival.idle_MK[group_P, code_P] = 0
+        if self.running_means is not None:
+            self.running_means.forget(group_P, code_P)
 
-    def _grouped(self, queries_NE: torch.Tensor) -> torch.Tensor:
-        return queries_NE.unflatten(1, (self.config.num_subspaces, -1))
+    def _groups(self, number: int) -> slice:
+        """A level's part of what is [M, K, ...]."""
+        per_level = len(self.values_MKS) // self.config.num_levels
+        return slice(number * per_level, (number + 1) * per_level)
+
+    def _of_level(self, tensor_MKS: torch.Tensor, number: int) -> torch.Tensor:
+        """A level's keys or values [D, K, S]; the same for every subspace where they are shared."""
+        return tensor_MKS[self._groups(number)].expand(self.config.num_subspaces, -1, -1)
+
+    def _grouped(self, queries_NQ: torch.Tensor) -> torch.Tensor:
+        width = self.query_dim // self.config.num_subspaces
+        return queries_NQ.view(len(queries_NQ), queries_NQ.shape[1] // width, width)
+
+
+def _choose(values_DKS: torch.Tensor, codes_ND: torch.Tensor) -> torch.Tensor:
+    """The values [N, D, S] of codes."""
+    return values_DKS[torch.arange(len(values_DKS), device=codes_ND.device), codes_ND]

@@ -1,5 +1,7 @@
 """How near a query is to each key. In: queries_NDS, keys_DKS. Out: scores_NDK, codes_ND, and the scores' batch norm.
 
+Scores are dot products or minus squared Euclidean distances; the cosine is the dot product of `directions`.
+
 Batch norm of the scores (DPQ paper, appendix C) keeps one mean and one variance per code, pooled over the batch and the
 subspaces, so that every code is chosen now and then. A score is a polynomial of its query, so its mean and variance
 follow from the moments of the queries, and N x D x K scores need not exist for them: DPQ-VQ never makes them, DPQ-SX
@@ -16,8 +18,9 @@ from torch import nn
 from dpq_rec import kernels
 from dpq_rec.nn.collectives import sum_over_ranks
 
-Metric = Literal["dot", "euclidean"]
+Score = Literal["dot", "euclidean"]
 _ENCODE_CHUNK = 1 << 24  # scores in memory at a time where no kernel runs
+_LEAST_SQUARE = 1e-12  # squared length below which a group has no direction
 
 
 class Affine(NamedTuple):
@@ -34,13 +37,24 @@ class Moments(NamedTuple):
     var_K: torch.Tensor
 
 
-def scores(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor) -> torch.Tensor:
-    """Dot products [N, D, K] (DPQ paper, eq. 3), differentiable."""
-    return torch.bmm(queries_NDS.transpose(0, 1), keys_DKS.transpose(1, 2)).transpose(0, 1)
+def directions(groups_XS: torch.Tensor) -> torch.Tensor:
+    """Groups [..., S] of length one, differentiable; each depends on itself alone, as `encode` wants it."""
+    squared_X = groups_XS[..., 0].square()
+    for s in range(1, groups_XS.shape[-1]):  # in order, never by a reduction, whose order differs with the shape
+        squared_X = squared_X + groups_XS[..., s].square()
+    return groups_XS / squared_X.clamp(min=_LEAST_SQUARE).sqrt()[..., None]
+
+
+def scores(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, score: Score) -> torch.Tensor:
+    """Scores [N, D, K] (DPQ paper, eq. 3), differentiable."""
+    products_NDK = torch.bmm(queries_NDS.transpose(0, 1), keys_DKS.transpose(1, 2)).transpose(0, 1)
+    if score == "dot":
+        return products_NDK
+    return 2 * products_NDK - queries_NDS.square().sum(-1, keepdim=True) - keys_DKS.square().sum(-1)
 
 
 @torch.no_grad()
-def encode(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, affine: Affine, metric: Metric) -> torch.Tensor:
+def encode(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, affine: Affine, score: Score) -> torch.Tensor:
     """Codes [N, D] (int64): the highest normalised score, the lowest code where several are as high (DPQ paper, eq. 1).
 
     A row's codes depend on the row alone: each score is summed over s in order, never by a matrix product, whose last
@@ -48,17 +62,17 @@ def encode(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, affine: Affine, me
     """
     if queries_NDS.device.type == "cpu":
         arrays = [t.detach().float().contiguous().numpy() for t in (queries_NDS, keys_DKS, *affine)]
-        codes_ND = kernels.encode(*arrays, euclidean=metric == "euclidean")
+        codes_ND = kernels.encode(*arrays, euclidean=score == "euclidean")
         return torch.from_numpy(codes_ND).long()
     chunk = max(1, _ENCODE_CHUNK // keys_DKS[..., 0].numel())
-    return torch.cat([_encode_chunk(part, keys_DKS, affine, metric) for part in queries_NDS.split(chunk)])
+    return torch.cat([_encode_chunk(part, keys_DKS, affine, score) for part in queries_NDS.split(chunk)])
 
 
-def _encode_chunk(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, affine: Affine, metric: Metric) -> torch.Tensor:
+def _encode_chunk(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, affine: Affine, score: Score) -> torch.Tensor:
     scores_NDK = queries_NDS.new_zeros(*queries_NDS.shape[:2], keys_DKS.shape[1])
     for s in range(queries_NDS.shape[2]):
         query_ND1, key_1DK = queries_NDS[:, :, s, None], keys_DKS[None, :, :, s]
-        if metric == "euclidean":
+        if score == "euclidean":
             scores_NDK -= (key_1DK - query_ND1) ** 2
         else:
             scores_NDK += key_1DK * query_ND1
@@ -68,7 +82,7 @@ def _encode_chunk(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, affine: Aff
 
 
 def score_moments(
-    queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor, metric: Metric
+    queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor, score: Score
 ) -> tuple[Moments, torch.Tensor]:
     """Mean and variance of every code's score over all occurrences on all ranks and all subspaces, and their number.
 
@@ -84,7 +98,7 @@ def score_moments(
         queries_NDS: queries of the distinct rows on this rank.
         keys_DKS: keys.
         counts_N: occurrences of each row in the batch (float).
-        metric: which score.
+        score: which score.
     """
     _, D, S = queries_NDS.shape
     first = torch.cat([torch.einsum("n,nds->ds", counts_N, queries_NDS).flatten(), counts_N.sum()[None]])
@@ -103,9 +117,9 @@ def score_moments(
     covariance, third, norms = sum_over_ranks(torch.cat(second)).split([D * S * S, D * S, 2 * D])
     covariance_DSS, third_DS, (norm_D, norm_squared_D) = covariance.view(D, S, S), third.view(D, S), norms.view(2, D)
 
-    from_mean_DKS = keys_DKS if metric == "dot" else keys_DKS - mean_DS[:, None]
+    from_mean_DKS = keys_DKS if score == "dot" else keys_DKS - mean_DS[:, None]
     spread_DK = (torch.bmm(from_mean_DKS, covariance_DSS) * from_mean_DKS).sum(-1)
-    if metric == "dot":
+    if score == "dot":
         mean_DK, var_DK = torch.einsum("dks,ds->dk", keys_DKS, mean_DS), spread_DK
     else:
         mean_DK = -(norm_D[:, None] + from_mean_DKS.square().sum(-1))
@@ -121,15 +135,15 @@ class ScoreNorm(nn.Module):
 
     Args:
         num_codes: K.
-        metric: which score.
+        score: which score.
     """
 
     momentum = 0.1
     epsilon = 1e-5
 
-    def __init__(self, num_codes: int, metric: Metric, device: torch.device | None = None) -> None:
+    def __init__(self, num_codes: int, score: Score, device: torch.device | None = None) -> None:
         super().__init__()
-        self.metric: Metric = metric
+        self.score: Score = score
         self.mean_K: torch.Tensor
         self.var_K: torch.Tensor
         self.num_batches: torch.Tensor
@@ -137,11 +151,17 @@ class ScoreNorm(nn.Module):
         self.register_buffer("var_K", torch.ones(num_codes, device=device))
         self.register_buffer("num_batches", torch.zeros((), device=device))
 
+    def reset_parameters(self) -> None:
+        """Nothing was seen yet: scores stay as they are. Not a no-op on a module that was built on meta."""
+        self.mean_K.zero_()
+        self.var_K.fill_(1)
+        self.num_batches.zero_()
+
     def forward(self, queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor) -> Affine:
         """The affine that normalises this batch; in training the running moments move towards the batch's."""
         if not self.training:
             return self.running()
-        moments, count = score_moments(queries_NDS, keys_DKS, counts_N, self.metric)
+        moments, count = score_moments(queries_NDS, keys_DKS, counts_N, self.score)
         self._follow(moments, count)
         return _affine(moments, self.epsilon)
 

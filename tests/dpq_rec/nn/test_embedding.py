@@ -71,7 +71,7 @@ def test_training_output_has_the_same_bits_as_the_values():
     ebc = make([table("a", feature_names=["f"])])
     features = bags({"f": [[i] for i in range(20)]})
     out = ebc(features)["f"]
-    values = {v.item() for v in ebc.quantizer("a").values_DKS.flatten()}
+    values = {v.item() for v in ebc.quantizer("a").values_MKS.flatten()}
     assert all(v.item() in values for v in out.flatten())
 
 
@@ -91,8 +91,8 @@ def test_penalty_reaches_the_values_without_a_line_in_the_training_loop():
     quantizer = ebc.quantizer("a")
     queries = ebc.queries["8"].embeddings["a"].weight[[3, 4]].detach()
     again = quantizer(queries, torch.tensor([3.0, 1.0]))
-    (want,) = torch.autograd.grad(again.penalty, [quantizer.values_DKS])
-    torch.testing.assert_close(quantizer.values_DKS.grad, want)
+    (want,) = torch.autograd.grad(again.penalty, [quantizer.values_MKS])
+    torch.testing.assert_close(quantizer.values_MKS.grad, want)
     torch.testing.assert_close(ebc.penalties["a"], again.penalty.detach())
 
 
@@ -121,7 +121,7 @@ def test_collection_takes_a_config_for_each_table():
     tables = [table("a"), table("b")]
     configs = {"a": DPQConfig(num_subspaces=2, num_codes=3), "b": DPQConfig(num_subspaces=8, num_codes=7)}
     ebc = DPQEmbeddingBagCollection(tables, configs)
-    assert [tuple(ebc.quantizer(t).values_DKS.shape) for t in "ab"] == [(2, 3, 4), (8, 7, 1)]
+    assert [tuple(ebc.quantizer(t).values_MKS.shape) for t in "ab"] == [(2, 3, 4), (8, 7, 1)]
 
 
 def test_collection_rejects_an_id_outside_its_table():

@@ -65,7 +65,7 @@ def test_freeze_encodes_in_eval_mode_and_leaves_the_mode_as_it_was(trained, tmp_
 
 def test_artifact_holds_zero_where_pooling_makes_zero_of_minus_zero(tmp_path):
     ebc = DPQEmbeddingBagCollection(tables(), DPQConfig(num_subspaces=4, num_codes=11))
-    ebc.quantizer("item_id").values_DKS.data.fill_(-0.0)
+    ebc.quantizer("item_id").values_MKS.data.fill_(-0.0)
     freeze(ebc, tmp_path / "artifact")
     pooled = ebc.eval()(one_id_bags(50))["item_id"][:50]
     vectors = EmbeddingStore.open(tmp_path / "artifact").lookup("item_id", np.arange(50)).vectors

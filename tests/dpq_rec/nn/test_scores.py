@@ -32,7 +32,7 @@ def identity(num_codes, dtype=torch.float32):
 
 def test_scores_are_the_dot_products_of_the_paper():
     queries, keys, _ = some()
-    torch.testing.assert_close(scores(queries, keys), naive_scores(queries, keys, "dot"))
+    torch.testing.assert_close(scores(queries, keys, "dot"), naive_scores(queries, keys, "dot"))
 
 
 @pytest.mark.parametrize("metric", METRICS)
