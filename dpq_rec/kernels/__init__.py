@@ -6,6 +6,8 @@ checked as it is read.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -76,13 +78,69 @@ def encode(
     Returns:
         codes_ND (uint16).
     """
-    num_subspaces, num_codes, subspace_dim = keys_DKS.shape
-    padded = -(-num_codes // _native.LANES) * _native.LANES
-    keys_DSP = np.zeros((num_subspaces, subspace_dim, padded), np.float32)
-    keys_DSP[:, :, :num_codes] = keys_DKS.transpose(0, 2, 1)
-    scale_P = np.zeros(padded, np.float32)
-    shift_P = np.full(padded, -np.inf, np.float32)
-    scale_P[:num_codes], shift_P[:num_codes] = scale_K, shift_K
+    keys_DSP, scale_P, shift_P = _in_lanes(keys_DKS), *_affine_in_lanes(scale_K, shift_K)
     codes_ND = np.empty(queries_NDS.shape[:2], np.uint16)
     _native.encode(queries_NDS, keys_DSP, scale_P, shift_P, codes_ND, euclidean)
     return codes_ND
+
+
+class SoftmaxGradients(NamedTuple):
+    """Gradients of a mixture of values, by what it is made of (float32); X is the width of a key."""
+
+    queries_NDX: NDArray[np.float32]
+    keys_DKX: NDArray[np.float32]
+    values_DKS: NDArray[np.float32]
+    scale_K: NDArray[np.float32]
+    shift_K: NDArray[np.float32]
+
+
+def softmax_gradients(
+    queries_NDX: NDArray[np.float32],
+    keys_DKX: NDArray[np.float32],
+    values_DKS: NDArray[np.float32],
+    affine: tuple[NDArray[np.float32], NDArray[np.float32]],
+    gradients_NDS: NDArray[np.float32],
+    *,
+    euclidean: bool,
+) -> SoftmaxGradients:
+    """Gradients of sum over k of w[k] * value[k], where w is the softmax of scale[k] * score[k] + shift[k].
+
+    Args:
+        queries_NDX: queries (float32), contiguous.
+        keys_DKX: keys (float32).
+        values_DKS: values (float32).
+        affine: scale_K and shift_K (float32).
+        gradients_NDS: the loss's gradient by the mixture (float32), contiguous.
+        euclidean: the score is minus the squared distance rather than the dot product.
+    """
+    keys_DXP, values_DSP = _in_lanes(keys_DKX), _in_lanes(values_DKS)
+    scale_P, shift_P = _affine_in_lanes(*affine)
+    inputs = (queries_NDX, keys_DXP, values_DSP, scale_P, shift_P)
+    by_query, by_key, by_value, by_scale, by_shift = map(np.zeros_like, inputs)
+    _native.softmax_gradients(*inputs, gradients_NDS, by_query, by_key, by_value, by_scale, by_shift, euclidean)
+    num_codes = keys_DKX.shape[1]
+    return SoftmaxGradients(
+        by_query,
+        by_key[:, :, :num_codes].transpose(0, 2, 1),
+        by_value[:, :, :num_codes].transpose(0, 2, 1),
+        by_scale[:num_codes],
+        by_shift[:num_codes],
+    )
+
+
+def _in_lanes(tensor_DKS: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[D, S, P]: codes side by side, filled up with zeros to whole vector registers."""
+    num_subspaces, num_codes, subspace_dim = tensor_DKS.shape
+    padded_DSP = np.zeros((num_subspaces, subspace_dim, -(-num_codes // _native.LANES) * _native.LANES), np.float32)
+    padded_DSP[:, :, :num_codes] = tensor_DKS.transpose(0, 2, 1)
+    return padded_DSP
+
+
+def _affine_in_lanes(
+    scale_K: NDArray[np.float32], shift_K: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scale [P] and shift [P] that let no filling win."""
+    padded = -(-len(scale_K) // _native.LANES) * _native.LANES
+    scale_P, shift_P = np.zeros(padded, np.float32), np.full(padded, -np.inf, np.float32)
+    scale_P[: len(scale_K)], shift_P[: len(shift_K)] = scale_K, shift_K
+    return scale_P, shift_P

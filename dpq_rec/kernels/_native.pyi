@@ -21,3 +21,17 @@ def encode(
     codes: NDArray[np.uint16],
     euclidean: bool,
 ) -> None: ...
+def softmax_gradients(
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    gradients: NDArray[np.float32],
+    query_gradients: NDArray[np.float32],
+    key_gradients: NDArray[np.float32],
+    value_gradients: NDArray[np.float32],
+    scale_gradients: NDArray[np.float32],
+    shift_gradients: NDArray[np.float32],
+    euclidean: bool,
+) -> None: ...

@@ -1,6 +1,6 @@
 """The hot loops in plain numpy: what they compute, without how they are made fast. The tests hold the kernels to these.
 
-`decode` and `encode` take what the functions of the same name in `dpq_rec.kernels` take.
+They take what the functions of the same name in `dpq_rec.kernels` take.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.codes import CodeLayout, unpack_codes
+from dpq_rec.kernels import SoftmaxGradients
 
 
 def decode(
@@ -46,3 +47,37 @@ def encode(
         scores_NDK = scores_NDK - (key_1DK - query_ND1) ** 2 if euclidean else scores_NDK + key_1DK * query_ND1
     codes_ND: NDArray[np.intp] = (scores_NDK * scale_K + shift_K).argmax(axis=-1)
     return codes_ND.astype(np.uint16)
+
+
+def softmax_gradients(
+    queries_NDX: NDArray[np.float32],
+    keys_DKX: NDArray[np.float32],
+    values_DKS: NDArray[np.float32],
+    affine: tuple[NDArray[np.float32], NDArray[np.float32]],
+    gradients_NDS: NDArray[np.float32],
+    *,
+    euclidean: bool,
+) -> SoftmaxGradients:
+    """Gradients of the mixture of values by the softmax of the scores."""
+    scale_K, shift_K = affine
+    differences_NDKX = keys_DKX - queries_NDX[:, :, None]
+    scores_NDK = np.einsum("ndx,dkx->ndk", queries_NDX, keys_DKX)
+    if euclidean:
+        scores_NDK = -(differences_NDKX**2).sum(-1)
+    logits_NDK = scores_NDK * scale_K + shift_K
+    weights_NDK = np.exp(logits_NDK - logits_NDK.max(-1, keepdims=True))
+    weights_NDK /= weights_NDK.sum(-1, keepdims=True)
+    pulls_NDK = np.einsum("nds,dks->ndk", gradients_NDS, values_DKS)
+    of_logits_NDK = weights_NDK * (pulls_NDK - (weights_NDK * pulls_NDK).sum(-1, keepdims=True))
+    of_scores_NDK = of_logits_NDK * scale_K
+    by_keys_NDKX = 2 * differences_NDKX if euclidean else np.broadcast_to(keys_DKX, differences_NDKX.shape)
+    by_queries_NDKX = (
+        -2 * differences_NDKX if euclidean else np.broadcast_to(queries_NDX[:, :, None], differences_NDKX.shape)
+    )
+    return SoftmaxGradients(
+        np.einsum("ndk,ndkx->ndx", of_scores_NDK, by_keys_NDKX),
+        np.einsum("ndk,ndkx->dkx", of_scores_NDK, by_queries_NDKX),
+        np.einsum("ndk,nds->dks", weights_NDK, gradients_NDS),
+        (of_logits_NDK * scores_NDK).sum((0, 1)),
+        of_logits_NDK.sum((0, 1)),
+    )
