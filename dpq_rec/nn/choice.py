@@ -1,7 +1,7 @@
-"""The choice of a code by softmax (DPQ-SX). In: scores' ingredients and the chosen codes. Out: the chosen values.
+"""The values of chosen codes. In: values_DKS, codes_ND; for DPQ-SX what the scores are made of. Out: chosen_NDS.
 
-Forward is the hard choice, backward the soft one: H = T(tau=1) - sg(T(tau=1) - T(tau=0)) (DPQ paper, eq. 5). On CPU the
-soft choice exists in the backward pass alone, a query at a time, so that N x D x K scores never do.
+Under DPQ-SX forward is the hard choice, backward the soft one: H = T(tau=1) - sg(T(tau=1) - T(tau=0)) (DPQ paper,
+eq. 5). On CPU the soft choice exists in the backward pass alone, a query at a time: N x D x K scores never do.
 """
 
 from __future__ import annotations
@@ -12,6 +12,15 @@ import torch
 
 from dpq_rec import kernels
 from dpq_rec.nn.scores import Affine, Score, scores
+
+
+def choose(values_DKS: torch.Tensor, codes_ND: torch.Tensor) -> torch.Tensor:
+    """The values [N, D, S] of codes; the gradient goes to the values."""
+    num_subspaces, num_codes, subspace_dim = values_DKS.shape
+    slots_ND = codes_ND + torch.arange(0, num_subspaces * num_codes, num_codes, device=codes_ND.device)
+    # Of a flat table: a quarter of the time of indexing by subspace and code.
+    chosen_TS = values_DKS.reshape(-1, subspace_dim).index_select(0, slots_ND.flatten())
+    return chosen_TS.view(*codes_ND.shape, subspace_dim)
 
 
 def softmax_choice(
@@ -54,11 +63,7 @@ def composed(
     soft_DNS = torch.bmm(logits_NDK.softmax(-1).transpose(0, 1), values_DKS)
     soft_NDS = soft_DNS.transpose(0, 1)
     # The difference is exactly zero: forward gives the very bits of eval mode.
-    return _chosen(values_DKS, codes_ND).detach() + (soft_NDS - soft_NDS.detach())
-
-
-def _chosen(values_DKS: torch.Tensor, codes_ND: torch.Tensor) -> torch.Tensor:
-    return values_DKS[torch.arange(len(values_DKS), device=codes_ND.device), codes_ND]
+    return choose(values_DKS, codes_ND).detach() + (soft_NDS - soft_NDS.detach())
 
 
 class _SoftmaxChoice(torch.autograd.Function):
@@ -77,7 +82,7 @@ class _SoftmaxChoice(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(queries_NDS, keys_DKS, values_DKS, scale_K, shift_K)
         ctx.score = score
-        return _chosen(values_DKS, codes_ND)
+        return choose(values_DKS, codes_ND)
 
     @staticmethod
     def backward(ctx: Any, gradient_NDS: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
