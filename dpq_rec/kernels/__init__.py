@@ -128,6 +128,40 @@ def softmax_gradients(
     )
 
 
+def central_moments(
+    queries_NDS: NDArray[np.float32], mean_DS: NDArray[np.float32], weights_N: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Weighted sums over queries, [D, S*S + S + 2]: with c = query - mean and r = c.c, of c c^T, r c, r and r^2.
+
+    Args:
+        queries_NDS: queries (float32), contiguous.
+        mean_DS: what they are centred on (float32), contiguous.
+        weights_N: weight of each (float32), contiguous.
+    """
+    _, num_subspaces, dim = queries_NDS.shape
+    sums = np.zeros((num_subspaces, dim * dim + dim + 2))
+    _native.central_moments(queries_NDS, mean_DS, weights_N, sums)
+    return sums.astype(np.float32)
+
+
+def central_moments_gradient(
+    queries_NDS: NDArray[np.float32],
+    mean_DS: NDArray[np.float32],
+    weights_N: NDArray[np.float32],
+    gradients: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """The gradient [N, D, S] by the queries of what has `gradients` [D, S*S + S + 2] by their central moments.
+
+    Its sum over queries, negated, is the gradient by the mean.
+    """
+    gradients, dim = gradients.copy(), queries_NDS.shape[2]
+    by_covariance = gradients[:, : dim * dim].reshape(-1, dim, dim)
+    gradients[:, : dim * dim] = ((by_covariance + by_covariance.transpose(0, 2, 1)) / 2).reshape(-1, dim * dim)
+    out_NDS = np.empty_like(queries_NDS)
+    _native.central_moments_gradient(queries_NDS, mean_DS, weights_N, gradients, out_NDS)
+    return out_NDS
+
+
 def _in_lanes(tensor_DKS: NDArray[np.float32]) -> NDArray[np.float32]:
     """[D, S, P]: codes side by side, filled up with zeros to whole vector registers."""
     num_subspaces, num_codes, subspace_dim = tensor_DKS.shape

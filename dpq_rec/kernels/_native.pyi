@@ -35,3 +35,16 @@ def softmax_gradients(
     shift_gradients: NDArray[np.float32],
     euclidean: bool,
 ) -> None: ...
+def central_moments(
+    queries: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    sums: NDArray[np.float64],
+) -> None: ...
+def central_moments_gradient(
+    queries: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    gradients: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None: ...

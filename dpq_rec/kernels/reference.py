@@ -81,3 +81,36 @@ def softmax_gradients(
         (of_logits_NDK * scores_NDK).sum((0, 1)),
         of_logits_NDK.sum((0, 1)),
     )
+
+
+def central_moments(
+    queries_NDS: NDArray[np.float32], mean_DS: NDArray[np.float32], weights_N: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Weighted sums over queries of c c^T, r c, r and r^2, with c = query - mean and r = c.c."""
+    centred_NDS = queries_NDS - mean_DS
+    squared_ND = (centred_NDS**2).sum(-1)
+    parts = [
+        np.einsum("n,nds,ndt->dst", weights_N, centred_NDS, centred_NDS).reshape(len(mean_DS), -1),
+        np.einsum("n,nd,nds->ds", weights_N, squared_ND, centred_NDS),
+        np.stack([weights_N @ squared_ND, weights_N @ squared_ND**2], 1),
+    ]
+    moments: NDArray[np.float32] = np.concatenate(parts, 1)
+    return moments
+
+
+def central_moments_gradient(
+    queries_NDS: NDArray[np.float32],
+    mean_DS: NDArray[np.float32],
+    weights_N: NDArray[np.float32],
+    gradients: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """By the queries: the sum over the moments of each one's gradient times its derivative."""
+    centred_NDS, dim = queries_NDS - mean_DS, queries_NDS.shape[2]
+    squared_ND1 = (centred_NDS**2).sum(-1, keepdims=True)
+    by_covariance, by_third, by_norms = np.split(gradients, [dim * dim, dim * dim + dim], axis=1)
+    by_covariance = by_covariance.reshape(-1, dim, dim)
+    out_NDS = np.einsum("dst,ndt->nds", by_covariance + by_covariance.transpose(0, 2, 1), centred_NDS)
+    out_NDS = out_NDS + 2 * (centred_NDS * by_third).sum(-1, keepdims=True) * centred_NDS + squared_ND1 * by_third
+    out_NDS = out_NDS + (2 * by_norms[:, :1] + 4 * by_norms[:, 1:] * squared_ND1) * centred_NDS
+    weighted_NDS: NDArray[np.float32] = weights_N[:, None, None] * out_NDS
+    return weighted_NDS
