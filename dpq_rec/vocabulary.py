@@ -145,7 +145,7 @@ class Int64Vocabulary:
             ConfigError: an id stands in two rows.
             IdTypeError: ids that are no 64-bit integers.
         """
-        return cls.from_pairs(ids_V, np.arange(len(ids_V)))
+        return cls.from_pairs(ids_V, np.arange(len(int64_ids(ids_V))))
 
     @classmethod
     def from_pairs(
@@ -214,7 +214,7 @@ class StringVocabulary:
             ConfigError: an id stands in two rows.
             IdTypeError: ids that are no strings, or that UTF-8 cannot hold.
         """
-        return cls.from_pairs(ids_V, np.arange(len(ids_V)))
+        return cls.from_pairs(ids_V, np.arange(len(string_ids(ids_V))))
 
     @classmethod
     def from_pairs(cls, ids_U: Sequence[str] | NDArray[Any], rows_U: Sequence[int] | NDArray[Any]) -> StringVocabulary:
