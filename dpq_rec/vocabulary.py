@@ -2,7 +2,11 @@
 
 Four kinds (contract 3): `identity` (ids are rows), `modulo` (row = id mod V), `int64` (a sorted list of ids and the row
 of each) and `string` (the same of strings). Several ids of a list may share a row. `ids_of_rows` is the way back, for
-export.
+export. In the artifact:
+
+    int64     ids int64 [U] ascending, rows uint32 [U]
+    string    id_bytes uint8 [T], the UTF-8 of all ids in ascending order of bytes; id_offsets int64 [U + 1]: id i is
+              id_bytes[id_offsets[i] : id_offsets[i + 1]]; rows uint32 [U]
 """
 
 from __future__ import annotations
