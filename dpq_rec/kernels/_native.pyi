@@ -48,3 +48,11 @@ def central_moments_gradient(
     gradients: NDArray[np.float32],
     out: NDArray[np.float32],
 ) -> None: ...
+def find_rows(
+    ids: tuple[object, ...],
+    id_bytes: NDArray[np.uint8],
+    id_offsets: NDArray[np.int64],
+    rows: NDArray[np.uint32],
+    out: NDArray[np.int64],
+) -> tuple[int, int]: ...
+def find_disorder(id_bytes: NDArray[np.uint8], id_offsets: NDArray[np.int64]) -> int: ...

@@ -277,6 +277,7 @@ void encode(Array<const float, 3> queries, Array<const float, 3> keys, Array<con
 }  // namespace
 
 void define_central_moments(nb::module_& m);    // central_moments.cpp
+void define_find_rows(nb::module_& m);          // find_rows.cpp
 void define_softmax_gradients(nb::module_& m);  // softmax_gradients.cpp
 
 NB_MODULE(_native, m) {
@@ -284,5 +285,6 @@ NB_MODULE(_native, m) {
   m.def("decode", &decode);
   m.def("encode", &encode);
   define_central_moments(m);
+  define_find_rows(m);
   define_softmax_gradients(m);
 }
