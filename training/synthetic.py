@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
-from training.interactions import TEST, TRAIN, VALIDATION
+from training.splits import TEST, TRAIN, VALIDATION
 
 _FORMAT = 1  # of what is generated: another number where the same settings give other rows
 _DESCRIPTION = "_synthetic.json"  # readers of Parquet folders skip names that start so
