@@ -92,7 +92,11 @@ class Run:
         if self.config.data != SYNTHETIC:
             return Path(self.config.data)
         c, path = self.config, self.out / SYNTHETIC
-        sizes = {"num_users": c.num_users, "num_items": c.num_items, "num_interactions": c.num_interactions}
+        sizes: dict[str, Any] = {
+            "num_users": c.num_users,
+            "num_items": c.num_items,
+            "num_interactions": c.num_interactions,
+        }
         on_rank_0(lambda: generate(SyntheticConfig(**sizes, seed=c.seed), path))
         return path
 
