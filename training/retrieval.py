@@ -14,9 +14,10 @@ from dpq_rec import ConfigError, EmbeddingStore, Vocabulary
 from dpq_rec.lookup import decode_rows
 from training.config import RunConfig
 from training.evaluation import EvaluatedUsers, VectorsOf, evaluate, evaluated_users
-from training.interactions import TEST, VALIDATION, Interactions
+from training.interactions import Interactions
 from training.models import ITEM, USER
 from training.parallel import add_up
+from training.splits import TEST, VALIDATION
 
 _SPLITS = {"validation": VALIDATION, "test": TEST}
 

@@ -25,13 +25,15 @@ from tqdm import tqdm
 from dpq_rec import ConfigError, EmbeddingStore, Int64Vocabulary
 from dpq_rec.artifact import Table, sizes
 from dpq_rec.nn import freeze
+from training.batches import train_batches
 from training.checkpoint import CHECKPOINTS, Checkpoints, Progress, claim_folder, dense_weights, write_json
 from training.config import SYNTHETIC, RunConfig
-from training.interactions import Interactions, build_vocabulary, train_batches
+from training.interactions import Interactions
 from training.models import ITEM, USER, TwoTower, two_tower_features
 from training.parallel import add_up, array_from_rank_0, choose_device, on_rank_0, process_group, shard
 from training.retrieval import Retrieval
 from training.synthetic import SyntheticConfig, generate
+from training.vocabularies import count_ids
 
 _logger = logging.getLogger(__name__)
 _MIN_STEPS = 20  # of an epoch, on each rank
@@ -90,13 +92,17 @@ class Run:
         if self.config.data != SYNTHETIC:
             return Path(self.config.data)
         c, path = self.config, self.out / SYNTHETIC
-        sizes = {"num_users": c.num_users, "num_items": c.num_items, "num_interactions": c.num_interactions}
+        sizes: dict[str, Any] = {
+            "num_users": c.num_users,
+            "num_items": c.num_items,
+            "num_interactions": c.num_interactions,
+        }
         on_rank_0(lambda: generate(SyntheticConfig(**sizes, seed=c.seed), path))
         return path
 
     def _vocabulary(self, name: str) -> Int64Vocabulary:
         """Rows by falling frequency in the training split; rank 0 reads for all."""
-        return Int64Vocabulary.from_ids(array_from_rank_0(lambda: build_vocabulary(self.interactions, name)))
+        return Int64Vocabulary.from_ids(array_from_rank_0(lambda: count_ids(self.interactions, name).ids_U.to_numpy()))
 
     def _count_examples(self) -> int:
         counts = self.interactions.count_splits()
@@ -206,7 +212,7 @@ def train_epoch(run: Run, epoch: int) -> float:
         batches, f"epoch {epoch}/{config.epochs}", run.num_steps, disable=run.rank != 0, unit="step", file=sys.stderr
     )
     for step, batch in enumerate(bar):
-        users_B, items_B = (torch.from_numpy(rows_B).to(device) for rows_B in batch)
+        users_B, items_B = (torch.from_numpy(batch.bags[name].rows_T).to(device) for name in (USER, ITEM))
         negatives_N = torch.randint(num_items, (num_negatives,), generator=generator).to(device)
         loss = train_step(run.model, run.optimizer, users_B, items_B, negatives_N)
         total += loss

@@ -1,16 +1,18 @@
-"""The hot loops in C++. In: numpy arrays. Out: numpy arrays. The GIL is released; `reference` says what they compute.
+"""The hot loops in C++. In: numpy arrays; lists of str. Out: numpy arrays. `reference` says what they compute.
 
-Arguments are trusted to fit each other, as everything inside the library is; what comes from a file, rows and codes, is
-checked as it is read.
+The GIL is released. Arguments are trusted to fit each other, as everything inside the library is; what comes from a
+file, rows, codes and offsets, is checked as it is read.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.codes import CodeLayout
-from dpq_rec.errors import DamagedArtifactError
+from dpq_rec.errors import DamagedArtifactError, IdTypeError
 
 try:
     from dpq_rec.kernels import _native
@@ -86,3 +88,44 @@ def encode(
     codes_ND = np.empty(queries_NDS.shape[:2], np.uint16)
     _native.encode(queries_NDS, keys_DSP, scale_P, shift_P, codes_ND, euclidean)
     return codes_ND
+
+
+def find_rows(
+    ids: Sequence[object], id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], rows_U: NDArray[np.uint32]
+) -> NDArray[np.int64]:
+    """Rows of strings, by binary search in a sorted list of them.
+
+    Args:
+        ids: N str, in a list or a tuple.
+        id_bytes_T: the UTF-8 of the list's ids, one behind the other (uint8 [T]).
+        id_offsets_U1: id i is id_bytes[id_offsets[i] : id_offsets[i + 1]] (int64 [U + 1]).
+        rows_U: the row of each (uint32).
+
+    Returns:
+        rows_N (int64), MISSING_ROW where an id is not in the list.
+
+    Raises:
+        IdTypeError: something that is no str, or that holds half a surrogate pair, which UTF-8 cannot.
+        DamagedArtifactError: offsets outside the bytes: nothing is read there.
+    """
+    held = tuple(ids)
+    out_N = np.empty(len(held), np.int64)
+    bad_id_at, bad_entry = _native.find_rows(held, id_bytes_T, id_offsets_U1, rows_U, out_N)
+    if bad_id_at >= 0:
+        bad = held[bad_id_at]
+        got = "half a surrogate pair" if isinstance(bad, str) else type(bad).__name__
+        raise IdTypeError(f"ids: got {got} at position {bad_id_at}, want a flat list of strings, valid in UTF-8")
+    if bad_entry >= 0:
+        raise DamagedArtifactError(f"the vocabulary's id {bad_entry} lies outside its {len(id_bytes_T)} bytes")
+    return out_N
+
+
+def find_disorder(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64]) -> int | None:
+    """The first id that is not above the one before it, or that lies outside the bytes; None if there is none.
+
+    Args:
+        id_bytes_T: as in `find_rows`.
+        id_offsets_U1: likewise.
+    """
+    at = _native.find_disorder(id_bytes_T, id_offsets_U1)
+    return at if at >= 0 else None

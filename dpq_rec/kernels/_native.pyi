@@ -21,3 +21,11 @@ def encode(
     codes: NDArray[np.uint16],
     euclidean: bool,
 ) -> None: ...
+def find_rows(
+    ids: tuple[object, ...],
+    id_bytes: NDArray[np.uint8],
+    id_offsets: NDArray[np.int64],
+    rows: NDArray[np.uint32],
+    out: NDArray[np.int64],
+) -> tuple[int, int]: ...
+def find_disorder(id_bytes: NDArray[np.uint8], id_offsets: NDArray[np.int64]) -> int: ...

@@ -287,8 +287,11 @@ void encode(Array<const float, 3> queries, Array<const float, 3> keys, Array<con
 
 }  // namespace
 
+void define_find_rows(nb::module_& m);  // find_rows.cpp
+
 NB_MODULE(_native, m) {
   m.attr("LANES") = kLanes;
   m.def("decode", &decode);
   m.def("encode", &encode);
+  define_find_rows(m);
 }

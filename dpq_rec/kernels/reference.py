@@ -1,9 +1,12 @@
 """The hot loops in plain numpy: what they compute, without how they are made fast. The tests hold the kernels to these.
 
-`decode` and `encode` take what the functions of the same name in `dpq_rec.kernels` take.
+Each takes what the function of the same name in `dpq_rec.kernels` takes.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,3 +49,21 @@ def encode(
         scores_NDK = scores_NDK - (key_1DK - query_ND1) ** 2 if euclidean else scores_NDK + key_1DK * query_ND1
     codes_ND: NDArray[np.intp] = (scores_NDK * scale_K + shift_K).argmax(axis=-1)
     return codes_ND.astype(np.uint16)
+
+
+def find_rows(
+    ids: Sequence[str], id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], rows_U: NDArray[np.uint32]
+) -> NDArray[np.int64]:
+    """Rows [N] of strings; -1 where one is not in the list."""
+    row_of_id = dict(zip(_texts(id_bytes_T, id_offsets_U1), rows_U.tolist(), strict=True))
+    return np.array([row_of_id.get(text.encode(), -1) for text in ids], np.int64)
+
+
+def find_disorder(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64]) -> int | None:
+    """The first id that is not above the one before it; offsets lie within the bytes here."""
+    pairs = itertools.pairwise(_texts(id_bytes_T, id_offsets_U1))
+    return next((at for at, (before, text) in enumerate(pairs, 1) if before >= text), None)
+
+
+def _texts(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64]) -> list[bytes]:
+    return [id_bytes_T[begin:end].tobytes() for begin, end in itertools.pairwise(id_offsets_U1.tolist())]

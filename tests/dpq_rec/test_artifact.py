@@ -316,7 +316,7 @@ def test_open_artifact_calls_a_manifest_damaged_that_is_no_manifest(artifact, co
         (lambda manifest: manifest.update(format="other"), "reads dpq-rec version 1"),
         (lambda manifest: manifest.update(format_version=2), "got dpq-rec version 2"),
         (set_field("kind", "lattice"), "got kind 'lattice'"),
-        (set_field("vocabulary", {"kind": "string"}), "got 'string'"),
+        (set_field("vocabulary", {"kind": "uuid"}), "got 'uuid'"),
     ],
 )
 def test_open_artifact_says_what_this_version_cannot_read(artifact, edit, message):

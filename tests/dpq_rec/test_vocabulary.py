@@ -156,8 +156,8 @@ def test_load_vocabulary_gives_back_what_was_stored(vocabulary):
 
 
 def test_load_vocabulary_refuses_a_kind_that_it_does_not_know():
-    with pytest.raises(ArtifactError, match="got 'string'"):
-        load_vocabulary("string", 3, {})
+    with pytest.raises(ArtifactError, match="got 'uuid', this version reads identity, modulo, int64 and string"):
+        load_vocabulary("uuid", 3, {})
 
 
 INT64, UINT32 = np.arange(3), np.arange(3, dtype=np.uint32)

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from dpq_rec import ConfigError, Int64Vocabulary
 from training import evaluation as module
 from training.evaluation import EvaluatedUsers, UserItems, evaluate, evaluated_users, training_items
-from training.interactions import TEST, TRAIN, VALIDATION, Interactions, build_vocabulary, count_ids
+from training.interactions import Interactions
+from training.splits import TEST, TRAIN, VALIDATION
+from training.vocabularies import build_vocabulary, count_ids
 
 DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -48,7 +50,7 @@ def open_rows(path, rows):
 
 
 def vocabularies(interactions):
-    return {c: Int64Vocabulary.from_ids(build_vocabulary(interactions, c)) for c in ("user_id", "item_id")}
+    return {c: build_vocabulary(interactions, c).vocabulary for c in ("user_id", "item_id")}
 
 
 def from_table(vectors_VE):
@@ -99,8 +101,8 @@ class TestAgainstSorting:
             patch.setattr(module, "_TILE_SCORES", tile_scores)
             found = evaluate(
                 evaluated_users(interactions, known, split),
-                from_table(torch.from_numpy(user_vectors[build_vocabulary(interactions, "user_id")])),
-                from_table(torch.from_numpy(item_vectors[build_vocabulary(interactions, "item_id") - 10])),
+                from_table(torch.from_numpy(user_vectors[count_ids(interactions, "user_id").ids_U])),
+                from_table(torch.from_numpy(item_vectors[count_ids(interactions, "item_id").ids_U.to_numpy() - 10])),
                 num_items=len(known["item_id"].ids_U),
                 cutoffs=cutoffs,
             )
@@ -116,7 +118,7 @@ class TestAgainstSorting:
         known = vocabularies(interactions)
         ids, counts = count_ids(interactions, "item_id")
         popularity = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-        table = torch.tensor([[float(popularity[i])] for i in build_vocabulary(interactions, "item_id").tolist()])
+        table = torch.tensor([[float(popularity[i])] for i in ids.tolist()])
         found = evaluate(
             evaluated_users(interactions, known, TEST),
             lambda rows: torch.ones(len(rows), 1),

@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from dpq_rec import ConfigError, Int64Vocabulary
+from dpq_rec import ConfigError
 from training import synthetic as module
+from training.batches import train_batches
 from training.evaluation import evaluate, evaluated_users
-from training.interactions import TEST, TRAIN, VALIDATION, Interactions, build_vocabulary, count_ids, train_batches
+from training.interactions import Interactions
+from training.splits import TEST, TRAIN, VALIDATION
 from training.synthetic import SyntheticConfig, generate
+from training.vocabularies import build_vocabulary, count_ids
 
 
 def read(folder):
@@ -130,9 +133,9 @@ class TestGenerate:
     def test_has_tastes_that_a_full_table_learns_well_above_popularity(self, tmp_path, one_thread):
         config = SyntheticConfig(num_users=1_000, num_items=500, num_interactions=30_000)
         interactions = Interactions.open(generate(config, tmp_path / "data"))
-        known = {c: Int64Vocabulary.from_ids(build_vocabulary(interactions, c)) for c in ("user_id", "item_id")}
+        known = {c: build_vocabulary(interactions, c).vocabulary for c in ("user_id", "item_id")}
         users = evaluated_users(interactions, known, TEST)
-        popularity = torch.from_numpy(np.sort(count_ids(interactions, "item_id")[1])[::-1].astype(np.float32))
+        popularity = torch.from_numpy(count_ids(interactions, "item_id").counts_U.astype(np.float32))
         popular = evaluate(
             users, lambda rows: torch.ones(len(rows), 1), lambda rows: popularity[rows, None], num_items=500
         )
@@ -151,7 +154,8 @@ def train_full_tables(interactions, known):
     ]
     optimizer = torch.optim.Adam(tables, lr=0.03)
     for epoch in range(5):
-        for users_B, items_B in train_batches(interactions, known, batch_size=512, epoch=epoch):
+        for batch in train_batches(interactions, known, batch_size=512, epoch=epoch):
+            users_B, items_B = (batch.bags[c].rows_T for c in ("user_id", "item_id"))
             user_VE, item_VE = (functional.normalize(table, dim=1) for table in tables)
             loss = functional.cross_entropy(user_VE[users_B] @ item_VE.t() / 0.1, torch.from_numpy(items_B))
             optimizer.zero_grad()
