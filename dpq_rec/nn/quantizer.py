@@ -19,6 +19,7 @@ from torch import nn
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.nn.collectives import sum_over_ranks, world_size
+from dpq_rec.nn.kmeans import centroids
 from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
 from dpq_rec.nn.softmax import softmax_choice
 from dpq_rec.nn.upkeep import Revival, RunningMeans
@@ -89,6 +90,36 @@ class Quantizer(nn.Module):
         for keeper in (*self.score_norms, self.running_means, self.revival):
             if keeper is not None:
                 keeper.reset_parameters()
+
+    @torch.no_grad()
+    def start(self, queries_NQ: torch.Tensor, *, seed: int = 0) -> None:
+        """Place keys and values by k-means of queries: each level's of what the levels before it left over.
+
+        Own keys become the centroids, and values too where they are as wide. Statistics begin anew. On several ranks
+        every rank calls it with the same queries; `dpq_rec.nn.start` does that for a whole model.
+
+        Args:
+            queries_NQ: a sample, one row at least.
+            seed: of the clustering.
+
+        Raises:
+            MissingDependencyError: faiss is not installed.
+        """
+        self.reset_parameters()
+        was_training, config, rest_NDS = self.training, self.config, self._grouped(queries_NQ)
+        self.train()  # for the sample's statistics of the scores
+        for number in range(config.num_levels):
+            groups, cosine = self._groups(number), config.resolved_metric == "cosine"
+            shared = config.share_subspaces
+            found_GKS = centroids(rest_NDS, config.num_codes, shared=shared, spherical=cosine, seed=seed + number)
+            if self.own_keys_MKS is not None:
+                self.own_keys_MKS.data[groups] = found_GKS
+            if self.own_keys_MKS is None or self.own_keys_MKS.shape == self.values_MKS.shape:
+                self.values_MKS.data[groups] = found_GKS
+            level = self._compare(number, rest_NDS, rest_NDS.new_ones(len(rest_NDS)))
+            if number + 1 < config.num_levels:
+                rest_NDS = rest_NDS - _choose(level.values_DKS, level.codes_ND)
+        self.train(was_training)
 
     @property
     def keys_MKS(self) -> torch.Tensor:  # noqa: N802
