@@ -64,15 +64,14 @@ class Values(NamedTuple):
         return pc.fill_null(pc.index_in(self.distinct_D, ids_U), -1).to_numpy().astype(np.int64)[self.codes_T]
 
 
-def id_array(ids_U: Any) -> Any:
+def id_array(ids_U: Any, kind: IdKind) -> Any:
     """Ids as an Arrow array of int64 or large_string."""
-    array = pa.array(ids_U)
-    return array.cast(_ARROW_TYPES["string" if _is_string(array.type) else "int64"])
+    return pa.array(ids_U, _ARROW_TYPES[kind])
 
 
 def empty_values(kind: IdKind) -> Values:
     """No values."""
-    return Values.of(pa.array([], _ARROW_TYPES[kind]))
+    return Values.of(id_array([], kind))
 
 
 def id_kind(column_type: Any) -> IdKind | None:

@@ -183,7 +183,7 @@ def training_items(
     """
     users, items = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     last_split = VALIDATION if with_validation else TRAIN
-    known_users = id_array(user_ids_U)
+    known_users = id_array(user_ids_U, interactions.id_kinds["user_id"])
     for piece in interactions.scan(("user_id", "item_id")):
         users_N = piece.values["user_id"].positions(known_users)
         wanted_N = (users_N >= 0) & (piece.splits_N <= last_split)

@@ -58,6 +58,8 @@ class RowGroup(NamedTuple):
             with pq.ParquetFile(self.path, metadata=self.metadata) as file:
                 num_rows = max(1, min(_PIECE_ROWS, self.num_rows))
                 yield from file.iter_batches(num_rows, [self.position], list(columns), use_threads=False)
+        except pa.ArrowMemoryError:
+            raise  # no fault of the file
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(f"data: {self.path} cannot be read: {error}") from error
 

@@ -1,4 +1,5 @@
 """A population with planted structure. In: SyntheticConfig. Out: Parquet files of user_id, item_id, split and more.
+
 Items belong to clusters. Each user likes two, and takes most of its items from the first, some from the second, the
 rest from anywhere; within a cluster and over all, popularity falls with rank as Zipf's law has it. How many items
 users take follows a power law too. Every user trains, and so does every item where there are interactions enough.

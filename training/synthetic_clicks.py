@@ -1,4 +1,5 @@
 """Clicks with planted causes. In: which user meets which item. Out: columns label, price, segment and tags.
+
 A click's log odds add up what four causes give: whether the item is of a cluster that the user likes, the price of the
 moment, the user's segment and the item's tags. So each feature is worth something, and so are the two ids.
 """

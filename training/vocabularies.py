@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
-from dpq_rec.vocabulary import Int64Vocabulary, ModuloVocabulary, Vocabulary
+from dpq_rec.strings import PackedStrings
+from dpq_rec.vocabulary import Int64Vocabulary, ModuloVocabulary, StringVocabulary, Vocabulary
 from training.columns import Values, empty_values
 from training.interactions import Interactions
 from training.splits import TRAIN
@@ -134,9 +135,19 @@ def _exact(interactions: Interactions, column: str, policy: VocabularyPolicy) ->
     rows_U = np.arange(len(counts_U))
     rows_U[num_frequent:] = num_frequent + np.arange(len(counts_U) - num_frequent) % policy.rare_buckets
     counts_V = np.bincount(rows_U, counts_U).astype(np.int64)
-    ids = ids_U.to_numpy()
-    order_U = np.argsort(ids)
-    return ColumnVocabulary(Int64Vocabulary(ids[order_U], rows_U[order_U].astype(np.uint32)), counts_V)
+    order_U = pc.array_sort_indices(ids_U)
+    sorted_U, rows_U = ids_U.take(order_U), rows_U[order_U.to_numpy()]
+    if interactions.id_kinds[column] == "int64":
+        return ColumnVocabulary(Int64Vocabulary(sorted_U.to_numpy(), rows_U.astype(np.uint32)), counts_V)
+    return ColumnVocabulary(StringVocabulary(_packed(sorted_U), rows_U.astype(np.uint32)), counts_V)
+
+
+def _packed(strings_U: Any) -> PackedStrings:
+    """Arrow's large_string as it is in memory, without a Python string for each."""
+    _, offsets, content = strings_U.buffers()
+    offsets_U1 = np.frombuffer(offsets, np.int64)[strings_U.offset : strings_U.offset + len(strings_U) + 1]
+    bytes_T = np.frombuffer(content, np.uint8)[offsets_U1[0] : offsets_U1[-1]]
+    return PackedStrings(bytes_T, offsets_U1 - offsets_U1[0])
 
 
 def _modulo(interactions: Interactions, column: str, policy: VocabularyPolicy) -> ColumnVocabulary:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dpq_rec import ConfigError, Int64Vocabulary
 from training import evaluation as module
+from training import files
 from training.evaluation import EvaluatedUsers, UserItems, evaluate, evaluated_users, training_items
 from training.interactions import Interactions
 from training.splits import TEST, TRAIN, VALIDATION
@@ -42,9 +43,12 @@ def naive_metrics(rows, split, score, cutoffs):
     return metrics
 
 
-def open_rows(path, rows):
+def open_rows(path, rows, *, strings=False):
     users, items, splits = zip(*rows, strict=True)
-    columns = {"user_id": pa.array(users, pa.int64()), "item_id": pa.array(items, pa.int64())}
+    if strings:  # two digits, so that strings and numbers have the same order
+        columns = {"user_id": [f"{user:02}" for user in users], "item_id": [f"{item:02}" for item in items]}
+    else:
+        columns = {"user_id": pa.array(users, pa.int64()), "item_id": pa.array(items, pa.int64())}
     pq.write_table(pa.table({**columns, "split": pa.array(splits, pa.int8())}), path)
     return Interactions.open(path)
 
@@ -223,6 +227,27 @@ class TestEvaluate:
 
 
 class TestEvaluatedUsers:
+    @settings(deadline=None, max_examples=60)
+    @given(
+        rows=st.lists(ROWS, min_size=1, max_size=70),
+        split=st.sampled_from([VALIDATION, TEST]),
+        max_users=st.sampled_from([None, 2]),
+        piece_rows=st.integers(1, 20),
+    )
+    def test_are_the_same_for_string_ids_as_for_the_numbers_they_stand_for(
+        self, folder, rows, split, max_users, piece_rows
+    ):
+        rows = [*rows, (0, 10, TRAIN)]
+        both = open_rows(folder / "numbers.parquet", rows), open_rows(folder / "strings.parquet", rows, strings=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "_PIECE_ROWS", piece_rows)
+            numbers, strings = (evaluated_users(each, vocabularies(each), split, max_users=max_users) for each in both)
+        assert [f"{each:02}" for each in numbers.user_ids_U] == strings.user_ids_U.tolist()
+        for one, other in zip(numbers[1:3], strings[1:3], strict=True):
+            assert one.tolist() == other.tolist()
+        for one, other in zip(numbers[3:], strings[3:], strict=True):
+            assert [each.tolist() for each in one] == [each.tolist() for each in other]
+
     def test_keeps_in_the_denominators_what_can_only_be_missed(self, tmp_path):
         rows = [
             (1, 5, TRAIN),

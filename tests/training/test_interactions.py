@@ -70,7 +70,10 @@ def folder(tmp_path_factory):
 class TestDefaultSplit:
     @settings(deadline=None, max_examples=60)
     @given(
-        users=st.lists(st.integers(-3, 5), min_size=1, max_size=60),
+        users=st.one_of(
+            st.lists(st.integers(-3, 5), min_size=1, max_size=60),
+            st.lists(st.sampled_from(["", "b", "a", "ä"]), min_size=1, max_size=60),
+        ),
         piece_rows=st.integers(1, 7),
         group_rows=st.integers(1, 20),
     )
