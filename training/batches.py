@@ -120,7 +120,7 @@ def train_batches(
         seed: 0 or more, the same on all ranks.
         epoch: 0 or more.
         shuffle: False gives the rows in file order, and drops the last ones.
-        window_rows: rows held at a time, fewer where they have several values of a feature each; a row takes 30 bytes
+        window_rows: rows held at a time, fewer where they have several values of a feature each; a row takes 50 bytes
             or so for each column.
 
     Raises:

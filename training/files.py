@@ -1,4 +1,4 @@
-"""Parquet files and what is in them. In: a path. Out: ParquetFile of each file, row groups, record batches."""
+"""Parquet files and what is in them. In: a path. Out: DataFile of each file, row groups, record batches."""
 
 from __future__ import annotations
 
