@@ -26,6 +26,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from dpq_rec import ConfigError, DpqRecError
+from dpq_rec.nn import Quantizer
 from training.config import OptimisationOptions, RunConfig
 
 T = TypeVar("T")
@@ -96,14 +97,27 @@ def shard(
         constraints=dict.fromkeys(names, constraint),
     )
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
-    wrapped = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
-    dense = dict(in_backward_optimizer_filter(wrapped.named_parameters()))
+    # Running means move values without a gradient: where nothing else is dense, DDP has nothing to do, and refuses.
+    of_tables = {id(weight) for collection in collections for weight in collection.parameters()}
+    has_dense = any(weight.requires_grad and id(weight) not in of_tables for weight in model.parameters())
+    wrapped = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders, init_data_parallel=has_dense)
+    _start_alike(wrapped)
+    trained = in_backward_optimizer_filter(wrapped.named_parameters())
+    dense = {name: weight for name, weight in trained if weight.requires_grad}
     optimizers: list[Any] = [("fused", wrapped.fused_optimizer)]
     if dense:
         adam = KeyedOptimizerWrapper(dense, lambda p: torch.optim.Adam(p, lr=options.dense_learning_rate))
         adam.init_state()  # so that a checkpoint has a place to load its state into
         optimizers.append(("dense", adam))
     return wrapped, CombinedOptimizer(optimizers)
+
+
+def _start_alike(model: nn.Module) -> None:
+    """Give every rank rank 0's keys, values and their statistics; DDP sees to parameters alone, and not always."""
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.data, 0)
 
 
 def on_rank_0(work: Callable[[], T]) -> T | None:
