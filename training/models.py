@@ -21,6 +21,7 @@ from dpq_rec.nn import DPQEmbeddingBagCollection
 from training.config import DLRMOptions, EmbeddingOptions, TwoTowerOptions
 
 USER, ITEM, NEGATIVE = "user_id", "item_id", "negative_item_id"
+_META = torch.device("meta")
 _BLOCK_USERS = 256  # so that scores stay in the cache, and their memory is used again rather than mapped anew
 
 
@@ -28,9 +29,11 @@ def make_tables(
     features: Mapping[str, Sequence[str]],
     num_embeddings: Mapping[str, int],
     options: EmbeddingOptions,
-    device: torch.device,
+    device: torch.device = _META,
 ) -> nn.Module:
     """The tables, plain or DPQ, named by their columns; values of a feature are averaged.
+
+    On the meta device they take no memory until they are sharded, so that no rank ever holds a whole one.
 
     Args:
         features: table -> the features that it serves.

@@ -69,7 +69,7 @@ class RetrievalTask:
     def model(self) -> TwoTower:
         """See `Task.model`."""
         features = {USER: [USER], ITEM: [ITEM] if self.options.negatives == "in-batch" else [ITEM, NEGATIVE]}
-        tables = make_tables(features, self.source.num_embeddings, self.config.embedding, self.device)
+        tables = make_tables(features, self.source.num_embeddings, self.config.embedding)
         counts_V = torch.from_numpy(self.source.columns[ITEM].counts_V)
         return TwoTower(self.options, tables, (counts_V / counts_V.sum()).float(), self.device)
 
@@ -99,7 +99,7 @@ class ClickTask:
     def model(self) -> ClickThrough:
         """See `Task.model`."""
         features = {name: [name] for name in self.source.columns}
-        tables = make_tables(features, self.source.num_embeddings, self.config.embedding, self.device)
+        tables = make_tables(features, self.source.num_embeddings, self.config.embedding)
         return self._around(tables)
 
     def _around(self, tables: nn.Module) -> ClickThrough:

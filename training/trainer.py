@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore
-from dpq_rec.nn import freeze
+from dpq_rec.nn import freeze, start
 from training.batches import train_batches
 from training.board import TENSORBOARD, Board
 from training.checkpoint import CHECKPOINTS, Checkpoints, Progress, claim_folder, dense_weights, write_json
@@ -77,6 +77,8 @@ class Run:
         progress = self.checkpoints.load_latest()
         if progress.epoch and self.rank == 0:
             _logger.info("going on after epoch %d of %s", progress.epoch, self.out)
+        if not progress.epoch and self.config.embedding.start == "kmeans":
+            start(self.model, seed=self.config.run.seed)
         limits = self.config.optimisation
         with Board(self.out / TENSORBOARD, progress.epoch * self.num_steps, is_writer=self.rank == 0) as board:
             while progress.epoch < limits.epochs and progress.epoch - progress.best_epoch < limits.patience:
