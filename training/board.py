@@ -12,7 +12,7 @@ from types import TracebackType
 
 from dpq_rec import CodeLayout
 from dpq_rec.errors import MissingDependencyError
-from training.code_stats import CodeStats
+from training.evaluation.code_stats import CodeStats
 
 TENSORBOARD = "tensorboard"
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from dpq_rec import ConfigError, DPQConfig
 from training import flags
-from training.vocabularies import VocabularyPolicy
+from training.data.vocabularies import VocabularyPolicy
 
 SYNTHETIC = "synthetic"
 METHODS: dict[str, Literal["sx", "vq"]] = {"dpq-sx": "sx", "dpq-vq": "vq"}

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from dpq_rec import ConfigError
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
 from training.config import SYNTHETIC, RunConfig
-from training.files import IDS
-from training.interactions import Interactions
+from training.data.files import IDS
+from training.data.interactions import Interactions
+from training.data.splits import SplitCounts
+from training.data.synthetic import SyntheticConfig, generate
+from training.data.vocabularies import ColumnVocabulary, VocabularyPolicy, build_vocabulary
 from training.parallel import on_rank_0
-from training.splits import SplitCounts
-from training.synthetic import SyntheticConfig, generate
-from training.vocabularies import ColumnVocabulary, VocabularyPolicy, build_vocabulary
 
 
 class Source(NamedTuple):

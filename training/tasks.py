@@ -19,15 +19,15 @@ from torch.nn import functional
 from torchrec import KeyedJaggedTensor
 
 from dpq_rec import EmbeddingStore
-from training.batches import Batch, eval_batches
-from training.clicks import click_metrics
 from training.config import DLRMOptions, RunConfig, TwoTowerOptions
-from training.dense import dense_statistics
+from training.data.batches import Batch, eval_batches
+from training.data.dense import dense_statistics
+from training.data.splits import TEST, VALIDATION
+from training.evaluation.clicks import click_metrics
+from training.evaluation.retrieval import Retrieval
+from training.evaluation.served import ServedTables
 from training.models import ITEM, NEGATIVE, USER, ClickThrough, TwoTower, make_tables, two_tower_features
-from training.retrieval import Retrieval
-from training.served import ServedTables
 from training.source import Source
-from training.splits import TEST, VALIDATION
 
 SPLITS = {"validation": VALIDATION, "test": TEST}
 _EVAL_BATCH = 16_384

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.nn import freeze, start
-from training.batches import train_batches
 from training.board import TENSORBOARD, Board
 from training.checkpoint import CHECKPOINTS, Checkpoints, Progress, claim_folder, dense_weights, write_json
-from training.code_stats import code_stats
 from training.config import RunConfig
+from training.data.batches import train_batches
+from training.evaluation.code_stats import code_stats
 from training.parallel import add_up, choose_device, on_rank_0, process_group, shard
 from training.results import results
 from training.source import open_source

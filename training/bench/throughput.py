@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.synthetic import SyntheticConfig, generate
+from training.data.synthetic import SyntheticConfig, generate
 
 EMBEDDINGS = ("full", "dpq-sx", "dpq-vq")
 _PACKAGES = ("dpq-rec", "torch", "torchrec", "fbgemm-gpu-cpu", "numpy")

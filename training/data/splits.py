@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
-from training.columns import IdKind, Values, bags
-from training.files import RowGroup, no_nulls
+from training.data.columns import IdKind, Values, bags
+from training.data.files import RowGroup, no_nulls
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 

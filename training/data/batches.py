@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from dpq_rec.errors import ConfigError
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.vocabulary import Vocabulary
-from training.columns import Values
-from training.files import IDS, RowGroup
-from training.interactions import Interactions, Piece
-from training.splits import TRAIN
-from training.vocabularies import find_rows
+from training.data.columns import Values
+from training.data.files import IDS, RowGroup
+from training.data.interactions import Interactions, Piece
+from training.data.splits import TRAIN
+from training.data.vocabularies import find_rows
 
 _WINDOW_ROWS = 1 << 22  # rows mixed with each other: their ids take 128 MB
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 from dpq_rec import ConfigError, EmbeddingStore, Vocabulary
 from dpq_rec.lookup import decode_rows
 from training.config import TwoTowerOptions
-from training.evaluation import EvaluatedUsers, VectorsOf, evaluate, evaluated_users
-from training.interactions import Interactions
+from training.data.interactions import Interactions
+from training.evaluation.ranking import EvaluatedUsers, VectorsOf, evaluate, evaluated_users
 from training.models import ITEM, USER
 from training.parallel import add_up
 

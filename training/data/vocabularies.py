@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from dpq_rec.errors import ConfigError
 from dpq_rec.strings import PackedStrings
 from dpq_rec.vocabulary import Int64Vocabulary, ModuloVocabulary, StringVocabulary, Vocabulary
-from training.columns import Values, empty_values
-from training.interactions import Interactions
-from training.splits import TRAIN
+from training.data.columns import Values, empty_values
+from training.data.interactions import Interactions
+from training.data.splits import TRAIN
 
 _MERGE_IDS = 1 << 20
 

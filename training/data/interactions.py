@@ -18,9 +18,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
-from training.columns import IdKind, Values, bags, empty_values, feature_kind, id_kind, numbers
-from training.files import IDS, DataFile, RowGroup, no_nulls, parquet_files, row_groups
-from training.splits import HeldOutRows, SplitCounts, checked_splits, hold_out_last
+from training.data.columns import IdKind, Values, bags, empty_values, feature_kind, id_kind, numbers
+from training.data.files import IDS, DataFile, RowGroup, no_nulls, parquet_files, row_groups
+from training.data.splits import HeldOutRows, SplitCounts, checked_splits, hold_out_last
 
 _logger = logging.getLogger(__name__)
 _NO_FEATURES = ("user_id", "item_id", "split", "label")

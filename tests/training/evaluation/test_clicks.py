@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torchrec.metrics.ne import compute_cross_entropy, compute_ne
 
 from dpq_rec import ConfigError
-from training.clicks import auc, click_metrics, normalised_entropy
+from training.evaluation.clicks import auc, click_metrics, normalised_entropy
 
 BOTH = st.lists(st.tuples(st.integers(-6, 6), st.booleans()), min_size=2, max_size=60).filter(
     lambda rows: len({clicked for _, clicked in rows}) == 2
@@ -72,7 +72,7 @@ def test_metrics_refuse(metric, scores, labels, message):
 RANK = """
 import json, sys
 import torch, torch.distributed as dist
-from training.clicks import click_metrics
+from training.evaluation.clicks import click_metrics
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
 mine = torch.load(f"{folder}/rank-{rank}.pt")

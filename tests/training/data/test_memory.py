@@ -18,9 +18,9 @@ RANK = """
 import json, os, resource, sys
 import numpy as np
 import pyarrow.parquet as pq
-from training.batches import train_batches
-from training.interactions import Interactions
-from training.vocabularies import build_vocabulary
+from training.data.batches import train_batches
+from training.data.interactions import Interactions
+from training.data.vocabularies import build_vocabulary
 
 folder, reader, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
@@ -66,7 +66,7 @@ def start(folder, reader, rank):
     return subprocess.Popen(
         [sys.executable, "-c", RANK, folder, reader, str(rank), str(ALLOWED_BYTES)],
         env={**os.environ, **environment},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dpq_rec import CodeLayout, IdentityVocabulary, TableContents, open_artifact, pack_codes, write_artifact
-from training import code_stats as module
-from training.code_stats import code_stats
+from training.evaluation import code_stats as module
+from training.evaluation.code_stats import code_stats
 
 LAYOUTS = [
     CodeLayout(num_subspaces=3, num_codes=5),

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpq_rec import ConfigError, Int64Vocabulary
-from training import evaluation as module
-from training import files
-from training.evaluation import EvaluatedUsers, UserItems, evaluate, evaluated_users, training_items
-from training.interactions import Interactions
-from training.splits import TEST, TRAIN, VALIDATION
-from training.vocabularies import build_vocabulary, count_ids
+from training.data import files
+from training.data.interactions import Interactions
+from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.vocabularies import build_vocabulary, count_ids
+from training.evaluation import ranking as module
+from training.evaluation.ranking import EvaluatedUsers, UserItems, evaluate, evaluated_users, training_items
 
-DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[4] / "shared" / "data"))
 
 
 def naive_metrics(rows, split, score, cutoffs):

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpq_rec import ConfigError
-from training import files
-from training.batches import Bag, Batch, eval_batches, train_batches
-from training.interactions import Interactions
-from training.splits import TEST, TRAIN, VALIDATION
-from training.vocabularies import build_vocabulary
+from training.data import files
+from training.data.batches import Bag, Batch, eval_batches, train_batches
+from training.data.interactions import Interactions
+from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.vocabularies import build_vocabulary
 
 WORDS = ["x", "y", "", "ü"]
 TEXT = st.one_of(st.none(), st.sampled_from(WORDS))

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from dpq_rec.errors import ConfigError
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.vocabulary import Vocabulary
-from training.columns import Values, id_array
-from training.interactions import Interactions, held_out
-from training.splits import TEST, TRAIN, VALIDATION
-from training.vocabularies import find_rows
+from training.data.columns import Values, id_array
+from training.data.interactions import Interactions, held_out
+from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.vocabularies import find_rows
 
 VectorsOf: TypeAlias = Callable[[NDArray[np.int64]], torch.Tensor]
 """Rows [N] (int64) -> vectors [N, E] (float32), on any one device."""

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
-from training.splits import TEST, TRAIN, VALIDATION
-from training.synthetic_clicks import draw_clicks
+from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.synthetic_clicks import draw_clicks
 
 _FORMAT = 1  # of what is generated: another number where the same settings give other rows
 _DESCRIPTION = "_synthetic.json"  # readers of Parquet folders skip names that start so

@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpq_rec import ConfigError
-from training import files
-from training.dense import dense_statistics
-from training.interactions import Interactions
+from training.data import files
+from training.data.dense import dense_statistics
+from training.data.interactions import Interactions
 
 
 def open_numbers(path, columns, splits):
@@ -33,7 +33,7 @@ def test_statistics_are_numpys_of_the_training_rows(tmp_path, monkeypatch):
 def test_missing_numbers_count_as_0_and_in_the_log(tmp_path, caplog):
     columns = {"age": [4.0, None, float("nan"), 8.0, None], "same": [3, 3, 3, 3, 3]}
     interactions = open_numbers(tmp_path / "a.parquet", columns, [0, 0, 0, 0, 2])
-    with caplog.at_level(logging.WARNING, "training.dense"):
+    with caplog.at_level(logging.WARNING, "training.data.dense"):
         found = dense_statistics(interactions)
     assert found.means_F.tolist() == [3, 3]
     assert found.stds_F.tolist() == [np.std([4, 0, 0, 8]), 1]

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from dpq_rec import ConfigError
 from dpq_rec.kernels import MISSING_ROW
-from training import files, vocabularies
-from training.columns import Values
-from training.interactions import Interactions
-from training.splits import TEST, TRAIN, VALIDATION
-from training.vocabularies import VocabularyPolicy, build_vocabulary, count_ids, find_rows
+from training.data import files, vocabularies
+from training.data.columns import Values
+from training.data.interactions import Interactions
+from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.vocabularies import VocabularyPolicy, build_vocabulary, count_ids, find_rows
 
 KINDS = {
     "int64": (pa.int64(), st.integers(-5, 5)),

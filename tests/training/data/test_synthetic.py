@@ -14,13 +14,13 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
 from dpq_rec import ConfigError
-from training import synthetic as module
-from training.batches import train_batches
-from training.evaluation import evaluate, evaluated_users
-from training.interactions import Interactions
-from training.splits import TEST, TRAIN, VALIDATION
-from training.synthetic import SyntheticConfig, generate
-from training.vocabularies import build_vocabulary, count_ids
+from training.data import synthetic as module
+from training.data.batches import train_batches
+from training.data.interactions import Interactions
+from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.synthetic import SyntheticConfig, generate
+from training.data.vocabularies import build_vocabulary, count_ids
+from training.evaluation.ranking import evaluate, evaluated_users
 
 
 def read(folder):

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpq_rec import ConfigError, IdentityVocabulary, Int64Vocabulary
-from training import files, splits
-from training import vocabularies as vocabularies_module
-from training.batches import train_batches
-from training.interactions import Interactions, held_out
-from training.splits import TEST, TRAIN, VALIDATION
-from training.vocabularies import build_vocabulary, count_ids
+from training.data import files, splits
+from training.data import vocabularies as vocabularies_module
+from training.data.batches import train_batches
+from training.data.interactions import Interactions, held_out
+from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.vocabularies import build_vocabulary, count_ids
 
-DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[4] / "shared" / "data"))
 
 
 def write(path, columns, row_group_size=None):
@@ -135,7 +135,7 @@ class TestOpen:
     def test_ignores_and_names_files_without_interactions(self, tmp_path, caplog):
         write(tmp_path / "a.parquet", {"user_id": [1], "item_id": [2]})
         write(tmp_path / "items.parquet", {"item_id": [2], "title": ["x"]})
-        with caplog.at_level(logging.INFO, "training.interactions"):
+        with caplog.at_level(logging.INFO, "training.data.interactions"):
             assert Interactions.open(tmp_path).num_rows == 1
         assert "items.parquet: it has no column user_id" in caplog.text
 

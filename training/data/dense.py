@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
-from training.interactions import Interactions
-from training.splits import TRAIN
+from training.data.interactions import Interactions
+from training.data.splits import TRAIN
 
 _logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Metrics of what a run leaves: `ranking` behind `retrieval`, `clicks` with `served` tables, and `code_stats`."""
