@@ -32,7 +32,7 @@ def results(
         "examples_per_second": progress.examples / max(progress.train_seconds, 1e-9),
         "seconds": progress.seconds,
         "best_epoch": progress.best_epoch,
-        "peak_memory_bytes": _peak_memory_bytes(device),
+        "peak_memory_bytes": peak_memory_bytes(device),
         "history": progress.history,
     }
 
@@ -43,7 +43,7 @@ def _sizes(tables: Collection[Table]) -> dict[str, Any]:
     return {**sizes(tables), "embedding_dim": dims.pop() if len(dims) == 1 else None}
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """The largest of any rank: resident memory, or what CUDA allocated."""
     unit = 1 if sys.platform == "darwin" else 1024
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

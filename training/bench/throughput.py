@@ -9,23 +9,20 @@ timings on one machine drift. A line of JSON for each run goes to the results fi
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from training.bench.machine import where_and_when
 from training.data.synthetic import SyntheticConfig, generate
 
 EMBEDDINGS = ("full", "dpq-sx", "dpq-vq")
-_PACKAGES = ("dpq-rec", "torch", "torchrec", "fbgemm-gpu-cpu", "numpy")
 
 
 def main() -> None:
@@ -78,9 +75,7 @@ def run(options: argparse.Namespace, data: Path, embedding: str, number: int) ->
     )
     return {
         **{name: metrics[name] for name in kept},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        **where_and_when(),
     }
 
 
