@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import multiprocessing
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -97,13 +99,19 @@ def main() -> None:
 
 def _alone(work: Callable[[Any], Any], argument: Any) -> Any:
     """work(argument) in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_quieten) as pool:
         return pool.submit(work, argument).result()
+
+
+def _quieten() -> None:
+    """Without the deprecations inside torchrec, which the user cannot mend; with one thread, as a rank has."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
 
 
 def step_seconds(cases: Sequence[Case]) -> dict[str, float]:
     """Median seconds of a step of each kind of tables; they take turns."""
-    torch.set_num_threads(1)  # as a rank of torchrun has
     device = choose_device(cases[0].config)
     with process_group(device):
         steps = {case.embedding: _stepper(case, device) for case in cases}
@@ -118,7 +126,6 @@ def step_seconds(cases: Sequence[Case]) -> dict[str, float]:
 
 def peak_memory(case: Case) -> int:
     """Bytes that a process needs to train one kind of tables, torch and all."""
-    torch.set_num_threads(1)
     device = choose_device(case.config)
     with process_group(device):
         step = _stepper(case, device)
@@ -184,10 +191,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The ratios to plain tables, as Markdown."""
-    lines = [
-        "| K | D | full, ms | dpq-sx, of full | dpq-vq, of full | memory sx | memory vq |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heading = ("K", "D", "full, ms", "dpq-sx, of full", "dpq-vq, of full", "memory dpq-sx", "memory dpq-vq")
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for r in results:
         ratios = [r[m][e] / r[m]["full"] for m in ("seconds", "memory") for e in METHODS]
         cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
