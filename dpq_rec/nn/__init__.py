@@ -1,6 +1,7 @@
 """Training side of DPQ: the only place that imports torch and torchrec.
 
-`quantizer` (with `scores` and `collectives` below it), then `embedding`, then `freeze`.
+`quantizer` (with `scores`, `softmax`, `upkeep`, `kmeans`, `collectives` below it), `tables` (with `shards` below it),
+`embedding` and `collection`; then `replace`, `start` and `freeze`, which `find` the tables of a model.
 """
 
 try:
@@ -14,8 +15,23 @@ except ImportError as error:
         "train",
     ) from error
 
-from dpq_rec.nn.embedding import DPQEmbeddingBagCollection
+from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection
+from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
+from dpq_rec.nn.find import subspace_constraints
 from dpq_rec.nn.freeze import freeze
 from dpq_rec.nn.quantizer import Quantized, Quantizer
+from dpq_rec.nn.replace import replace_embeddings
+from dpq_rec.nn.start import start
 
-__all__ = ["DPQEmbeddingBagCollection", "Quantized", "Quantizer", "freeze"]
+__all__ = [
+    "DPQEmbedding",
+    "DPQEmbeddingBag",
+    "DPQEmbeddingBagCollection",
+    "DPQEmbeddingCollection",
+    "Quantized",
+    "Quantizer",
+    "freeze",
+    "replace_embeddings",
+    "start",
+    "subspace_constraints",
+]

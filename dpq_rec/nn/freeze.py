@@ -1,32 +1,32 @@
 """A trained model to an artifact. In: a model, sharded or not. Out: the folder of contract 3.
 
 Every row of every shard is encoded in eval mode, in chunks, on the rank that owns it; rank 0 receives packed codes and
-writes. No rank holds a whole table, and rows that training never saw get codes as all others do.
+writes. No rank holds a whole table, and rows that training never saw get codes as all others do. Of a column shard its
+rank encodes the subspaces that lie in it, and rank 0 puts the codes of a row together.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec import EmbeddingBagCollection
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from dpq_rec.artifact import TableContents, write_artifact
-from dpq_rec.codes import pack_codes
+from dpq_rec.codes import CodeLayout, pack_codes, unpack_codes
 from dpq_rec.errors import ConfigError, DpqRecError
 from dpq_rec.nn.collectives import rank, world_size
-from dpq_rec.nn.embedding import DPQEmbeddingBagCollection
+from dpq_rec.nn.find import TrainedTable, find_tables
 from dpq_rec.nn.quantizer import Quantizer
-from dpq_rec.vocabulary import IdentityVocabulary, Vocabulary
+from dpq_rec.nn.shards import Shard, check_cuts, shards_of
+from dpq_rec.vocabulary import IdentityVocabulary, Int64Vocabulary, Vocabulary
 
 _CHUNK_ROWS = 1 << 16
 _NO_MINUS_ZERO = 0.0  # added, makes zero of minus zero, as pooling does: a bag's sum begins at zero
@@ -34,58 +34,47 @@ _NO_MINUS_ZERO = 0.0  # added, makes zero of minus zero, as pooling does: a bag'
 Progress = Callable[[int], object]
 
 
-class _TrainedTable(NamedTuple):
-    """One table as it was found in the model."""
-
-    num_embeddings: int
-    embedding_dim: int
-    features: tuple[str, ...]
-    weight_VE: torch.Tensor | ShardedTensor  # queries, or the vectors of a plain table
-    quantizer: Quantizer | None
-
-
-class _Shard(NamedTuple):
-    """Rows start to start + num_rows - 1; `rows` is None on ranks that do not own them."""
-
-    owner: int
-    start: int
-    num_rows: int
-    rows: torch.Tensor | None
-
-
 @torch.no_grad()
 def freeze(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    tables: Collection[str] | None = None,
     vocabularies: Mapping[str, Vocabulary] | None = None,
     version: str | None = None,
     progress: Progress = lambda num_rows: None,
 ) -> Path:
-    """Write the artifact of every DPQEmbeddingBagCollection in a model; plain EmbeddingBagCollections as dense tables.
+    """Write the artifact of a model's tables: those of DPQ modules as codes, others as dense tables.
 
     Every rank calls it; rank 0 writes. What is served from the artifact is bit for bit what the model returns in eval
-    mode, whatever mode it is in now.
+    mode, whatever mode it is in now. Tables are named as `find_tables` says. A padding row has no id: zeros are served
+    for it, as for any id that is missing.
 
     Args:
         model: plain, or wrapped in DistributedModelParallel.
         path: the folder to make; it must not exist.
-        vocabularies: table -> map from ids to rows; a table not named here is looked up by row (`identity`).
+        tables: which ones; all tables of DPQ modules and of TorchRec's collections if not given. A plain nn.Embedding
+            or nn.EmbeddingBag is frozen where it is named here, by its path in the model.
+        vocabularies: table -> map from ids to rows; a table not named here is looked up by row (`identity`, or `int64`
+            without the padding row).
         version: see `dpq_rec.artifact.write_artifact`.
         progress: called on rank 0 with the rows of each chunk that was written.
 
     Raises:
-        ConfigError: the model holds no tables, or tables that cannot be frozen.
+        ConfigError: the model holds no tables, or tables that cannot be frozen; a vocabulary that names a padding row.
         FileExistsError: the path exists.
     """
-    tables = _find_tables(model)
-    if unknown := set(vocabularies or {}) - set(tables):
-        raise ConfigError(f"vocabularies: got {', '.join(sorted(unknown))}; the model's tables: {', '.join(tables)}")
+    found = find_tables(model, tables)
+    if unknown := set(vocabularies or {}) - set(found):
+        raise ConfigError(f"vocabularies: got {', '.join(sorted(unknown))}; the model's tables: {', '.join(found)}")
+    for name, table in found.items():
+        if table.quantizer is not None:
+            check_cuts(name, table.weight_VQ, table.quantizer.config)
     contents = {
-        name: _contents(table, (vocabularies or {}).get(name) or IdentityVocabulary(table.num_embeddings), progress)
-        for name, table in tables.items()
+        name: _contents(table, (vocabularies or {}).get(name) or _vocabulary(table), progress)
+        for name, table in found.items()
     }
-    refusal = _write_on_rank_0(path, contents, version)
+    refusal = _write_on_rank_0(path, found, contents, version)
     if world_size() > 1:
         box = [refusal]
         dist.broadcast_object_list(box, 0)
@@ -99,38 +88,55 @@ def freeze(
 
 
 def _write_on_rank_0(
-    path: str | os.PathLike[str], contents: Mapping[str, TableContents], version: str | None
+    path: str | os.PathLike[str],
+    found: Mapping[str, TrainedTable],
+    contents: Mapping[str, TableContents],
+    version: str | None,
 ) -> Exception | None:
     """Rank 0 writes what the others send; its error, for every rank to raise."""
     error = None
     if rank() == 0:
         try:
+            for name, table in found.items():
+                _check_padding(name, table, contents[name].vocabulary)
             write_artifact(path, contents, version=version)
         except (DpqRecError, OSError) as raised:
             error = raised
     if rank() != 0 or error is not None:
-        for table in contents.values():
-            for _ in table.chunks:
+        for content in contents.values():
+            for _ in content.chunks:
                 pass  # running through them sends this rank's rows, or takes what the others still send
     return error
 
 
-def _contents(table: _TrainedTable, vocabulary: Vocabulary, progress: Progress) -> TableContents:
+def _vocabulary(table: TrainedTable) -> Vocabulary:
+    """Ids are rows, but for the padding row, which has none."""
+    if table.padding_idx is None:
+        return IdentityVocabulary(table.num_embeddings)
+    rows_U = np.delete(np.arange(table.num_embeddings), table.padding_idx)
+    return Int64Vocabulary(rows_U, rows_U.astype(np.uint32))
+
+
+def _check_padding(name: str, table: TrainedTable, vocabulary: Vocabulary) -> None:
+    if table.padding_idx is None:
+        return
+    ids_N = vocabulary.ids_of_rows(table.padding_idx, table.padding_idx + 1).ids_N
+    if len(ids_N):
+        raise ConfigError(
+            f"vocabularies: got one for table {name!r} in which id {ids_N[0]} lives in row {table.padding_idx}, the "
+            "padding row, for which the model returns zeros; leave that id out"
+        )
+
+
+def _contents(table: TrainedTable, vocabulary: Vocabulary, progress: Progress) -> TableContents:
     quantizer = table.quantizer
-    layout = quantizer.config.layout if quantizer else None
-
-    def to_stored(rows_NE: torch.Tensor) -> NDArray[Any]:
-        if quantizer is None or layout is None:
-            return (rows_NE.float() + _NO_MINUS_ZERO).cpu().numpy()
-        return pack_codes(quantizer.encode(rows_NE).cpu().numpy(), layout)
-
-    width, dtype = (table.embedding_dim, torch.float32) if layout is None else (layout.row_bytes, torch.uint8)
+    stored = _StoredVectors(table) if quantizer is None else _StoredCodes(quantizer)
     return TableContents(
         num_embeddings=table.num_embeddings,
         embedding_dim=table.embedding_dim,
         vocabulary=vocabulary,
-        chunks=_chunks_to_rank_0(table.weight_VE, to_stored, width, dtype, progress),
-        layout=layout,
+        chunks=_chunks_to_rank_0(shards_of(table.weight_VQ), stored, progress),
+        layout=quantizer.config.layout if quantizer else None,
         values=_stored_values(quantizer) if quantizer else None,
         features=table.features,
     )
@@ -141,95 +147,95 @@ def _stored_values(quantizer: Quantizer) -> NDArray[Any]:
     return values_MKS.astype(quantizer.config.values_dtype)
 
 
-def _chunks_to_rank_0(
-    weight_VE: torch.Tensor | ShardedTensor,
-    to_stored: Callable[[torch.Tensor], NDArray[Any]],
-    width: int,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> Iterator[NDArray[Any]]:
-    """All rows in order on rank 0; on another rank nothing, but running through it sends that rank's rows."""
-    for shard in _row_shards(weight_VE):
-        for start in range(0, shard.num_rows, _CHUNK_ROWS):
-            num_rows = min(_CHUNK_ROWS, shard.num_rows - start)
-            chunk = to_stored(shard.rows[start : start + num_rows]) if shard.rows is not None else None
-            if shard.owner != 0 and world_size() > 1:
-                chunk = _move_to_rank_0(chunk, shard.owner, (num_rows, width), dtype)
-            if rank() == 0 and chunk is not None:
-                yield chunk
-                progress(num_rows)
+class _Stored(Protocol):
+    """How the rows of a table are stored, and parts of them sent."""
+
+    dtype: torch.dtype
+
+    def width(self, shard: Shard) -> int:
+        """Of the shard's part of a row."""
+
+    def part(self, shard: Shard, rows_NQ: torch.Tensor) -> NDArray[Any]:
+        """The shard's part of some rows."""
+
+    def whole(self, shards: list[Shard], parts: list[NDArray[Any]]) -> NDArray[Any]:
+        """Rows from their parts, in the order of columns."""
 
 
-def _move_to_rank_0(
-    chunk: NDArray[Any] | None, owner: int, shape: tuple[int, int], dtype: torch.dtype
-) -> NDArray[Any] | None:
+class _StoredVectors:
+    """Rows of a dense table, as they are."""
+
+    dtype = torch.float32
+
+    def __init__(self, table: TrainedTable) -> None:
+        self.pooled = table.pooled
+
+    def width(self, shard: Shard) -> int:
+        return shard.num_columns
+
+    def part(self, shard: Shard, rows_NQ: torch.Tensor) -> NDArray[Any]:
+        rows_NQ = rows_NQ.float()
+        return (rows_NQ + _NO_MINUS_ZERO if self.pooled else rows_NQ).cpu().numpy()
+
+    def whole(self, shards: list[Shard], parts: list[NDArray[Any]]) -> NDArray[Any]:
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
+
+
+class _StoredCodes:
+    """Packed codes; a column shard's are those of its subspaces, packed by themselves."""
+
+    dtype = torch.uint8
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer, self.layout = quantizer, quantizer.config.layout
+        self.key_width = quantizer.query_dim // quantizer.config.num_subspaces
+
+    def _layout(self, shard: Shard) -> CodeLayout:
+        return CodeLayout(
+            num_subspaces=shard.num_columns // self.key_width,
+            num_codes=self.layout.num_codes,
+            num_levels=self.layout.num_levels,
+        )
+
+    def width(self, shard: Shard) -> int:
+        return self._layout(shard).row_bytes
+
+    def part(self, shard: Shard, rows_NQ: torch.Tensor) -> NDArray[Any]:
+        codes_NM = self.quantizer.encode(rows_NQ.float(), shard.first_column // self.key_width)
+        return pack_codes(codes_NM.cpu().numpy(), self._layout(shard))
+
+    def whole(self, shards: list[Shard], parts: list[NDArray[Any]]) -> NDArray[Any]:
+        if len(parts) == 1:
+            return parts[0]
+        by_level = [
+            unpack_codes(part_NW, self._layout(shard)).reshape(len(part_NW), self.layout.num_levels, -1)
+            for shard, part_NW in zip(shards, parts, strict=True)
+        ]
+        return pack_codes(np.concatenate(by_level, 2).reshape(len(parts[0]), -1), self.layout)
+
+
+def _chunks_to_rank_0(shards: list[Shard], stored: _Stored, progress: Progress) -> Iterator[NDArray[Any]]:
+    """All rows in order on rank 0; on another rank nothing, but running through it sends that rank's parts."""
+    for _, group in itertools.groupby(shards, lambda shard: shard.first_row):
+        beside = list(group)  # the shards that hold the columns of the same rows
+        num_rows = beside[0].num_rows
+        for start in range(0, num_rows, _CHUNK_ROWS):
+            stop = min(start + _CHUNK_ROWS, num_rows)
+            parts = [_part_to_rank_0(shard, slice(start, stop), stored) for shard in beside]
+            if rank() == 0:
+                yield stored.whole(beside, [part for part in parts if part is not None])
+                progress(stop - start)
+
+
+def _part_to_rank_0(shard: Shard, rows: slice, stored: _Stored) -> NDArray[Any] | None:
+    part = None if shard.tensor is None else stored.part(shard, shard.tensor.detach()[rows])
+    if shard.owner == 0 or world_size() == 1:
+        return part
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    if rank() == owner and chunk is not None:
-        dist.send(torch.from_numpy(np.ascontiguousarray(chunk)).to(device), 0)
+    if part is not None:
+        dist.send(torch.from_numpy(np.ascontiguousarray(part)).to(device), 0)
     elif rank() == 0:
-        received = torch.empty(shape, dtype=dtype, device=device)
-        dist.recv(received, owner)
+        received = torch.empty((rows.stop - rows.start, stored.width(shard)), dtype=stored.dtype, device=device)
+        dist.recv(received, shard.owner)
         return received.cpu().numpy()
     return None
-
-
-def _row_shards(weight_VE: torch.Tensor | ShardedTensor) -> list[_Shard]:
-    """The shards in row order, the same list on every rank."""
-    if not isinstance(weight_VE, ShardedTensor):
-        return [_Shard(0, 0, len(weight_VE), weight_VE if rank() == 0 else None)]
-    local = {tuple(shard.metadata.shard_offsets): shard.tensor for shard in weight_VE.local_shards()}
-    shards = []
-    for metadata in sorted(weight_VE.metadata().shards_metadata, key=lambda m: m.shard_offsets):
-        (start, column), (num_rows, num_columns) = metadata.shard_offsets, metadata.shard_sizes
-        if column or num_columns != weight_VE.metadata().size[1]:
-            raise ConfigError("freeze: got a table sharded by columns, want table-wise or row-wise shards")
-        assert metadata.placement is not None, "a sharded table's shards have a place"
-        shards.append(_Shard(int(metadata.placement.rank() or 0), start, num_rows, local.get((start, column))))
-    return shards
-
-
-def _find_tables(model: nn.Module) -> dict[str, _TrainedTable]:
-    tables: dict[str, _TrainedTable] = {}
-    for module in model.modules():
-        found = {}
-        if isinstance(module, DPQEmbeddingBagCollection):
-            found = _dpq_tables(module)
-        elif isinstance(module, EmbeddingBagCollection | ShardedEmbeddingBagCollection):
-            found = _plain_tables(module)
-        if twice := set(found) & set(tables):
-            raise ConfigError(f"freeze: two tables are named {', '.join(sorted(twice))}")
-        tables.update(found)
-    if not tables:
-        raise ConfigError("freeze: the model holds no DPQEmbeddingBagCollection and no EmbeddingBagCollection")
-    return tables
-
-
-def _dpq_tables(module: DPQEmbeddingBagCollection) -> dict[str, _TrainedTable]:
-    state = {k: v for group in module.queries.values() for k, v in group.state_dict().items()}
-    return {
-        config.name: _TrainedTable(
-            config.num_embeddings,
-            config.embedding_dim,
-            tuple(config.feature_names),
-            state[f"embeddings.{config.name}.weight"],
-            module.quantizer(config.name),
-        )
-        for config in module.embedding_bag_configs()
-    }
-
-
-def _plain_tables(module: EmbeddingBagCollection | ShardedEmbeddingBagCollection) -> dict[str, _TrainedTable]:
-    configs = (
-        module.embedding_bag_configs() if isinstance(module, EmbeddingBagCollection) else module._embedding_bag_configs
-    )
-    state = module.state_dict()
-    return {
-        config.name: _TrainedTable(
-            config.num_embeddings,
-            config.embedding_dim,
-            tuple(config.feature_names),
-            state[f"embedding_bags.{config.name}.weight"],
-            None,
-        )
-        for config in configs
-    }

@@ -183,7 +183,8 @@ class Quantizer(nn.Module):
 
     def decode(self, codes_NM: torch.Tensor) -> torch.Tensor:
         """Vectors [N, E] of codes: each group is the sum of its levels' values, in order (DPQ paper, eq. 2)."""
-        values_MKS, by_level = self.stored_values(), codes_NM.chunk(self.config.num_levels, 1)
+        values_MKS = self.stored_values() + 0.0  # never minus zero, as an artifact holds none
+        by_level = codes_NM.chunk(self.config.num_levels, 1)
         vectors_NDS = _choose(self._of_level(values_MKS, 0), by_level[0])
         for number, codes_ND in enumerate(by_level[1:], 1):
             vectors_NDS = vectors_NDS + _choose(self._of_level(values_MKS, number), codes_ND)

@@ -107,12 +107,12 @@ def test_freeze_reports_rows_as_it_writes_them(trained, tmp_path):
 @pytest.mark.parametrize(
     ("model", "vocabularies", "message"),
     [
-        (nn.Linear(2, 2), {}, "holds no DPQEmbeddingBagCollection"),
+        (nn.Linear(2, 2), {}, "holds no DPQ module"),
         (EmbeddingBagCollection(tables=tables()), {"usr": None}, "got usr; the model's tables: user_id, item_id"),
         (
             nn.ModuleList([EmbeddingBagCollection(tables=tables()), EmbeddingBagCollection(tables=tables())]),
             {},
-            "two tables are named item_id, user_id",
+            "two tables of the model are named user_id",
         ),
     ],
 )

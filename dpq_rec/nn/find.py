@@ -1,0 +1,163 @@
+"""The tables of a model. In: a model, sharded or not. Out: TrainedTable by name.
+
+A collection's table has the name of its config; a module of one table has its own, or its path in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.distributed.planner.types import ParameterConstraints
+
+from dpq_rec.errors import ConfigError
+from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
+from dpq_rec.nn.quantizer import Quantizer
+from dpq_rec.nn.tables import DPQTables
+
+_BAGS = (EmbeddingBagCollection, ShardedEmbeddingBagCollection)
+_COLLECTIONS = (*_BAGS, EmbeddingCollection, ShardedEmbeddingCollection)
+_CUT_MULTIPLE = 4  # TorchRec cuts columns at multiples of it only
+
+
+class TrainedTable(NamedTuple):
+    """One table as it was found in a model.
+
+    Attributes:
+        num_embeddings: V.
+        embedding_dim: E.
+        features: the names under which the model looks it up.
+        weight_VQ: queries, or the vectors of a plain table.
+        quantizer: None for a plain table.
+        padding_idx: the row that has no vector, of a quantized table.
+        pooled: whether the model hands out sums of its vectors, which begin at zero.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    features: tuple[str, ...]
+    weight_VQ: torch.Tensor | ShardedTensor
+    quantizer: Quantizer | None = None
+    padding_idx: int | None = None
+    pooled: bool = True
+
+
+def find_tables(model: nn.Module, names: Collection[str] | None = None) -> dict[str, TrainedTable]:
+    """The named tables; without names, all but torch's own nn.Embedding and nn.EmbeddingBag.
+
+    Raises:
+        ConfigError: there are none, or not those that were named; or two of a name.
+    """
+    tables: dict[str, TrainedTable] = {}
+    others: dict[str, TrainedTable] = {}
+    for path, module in modules_with_tables(get_unwrapped_module(model)):
+        is_torch = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for name, table in _tables_of(module, path).items():
+            if name in tables or name in others:
+                raise ConfigError(f"two tables of the model are named {name}; give each a name of its own")
+            (others if is_torch else tables)[name] = table
+    if names is None:
+        if not tables:
+            raise ConfigError(
+                "the model holds no DPQ module and no collection of TorchRec; "
+                f"plain tables that can be named: {', '.join(others) or 'none'}"
+            )
+        return tables
+    everything = tables | others
+    if unknown := set(names) - set(everything):
+        raise ConfigError(f"tables: got {', '.join(sorted(unknown))}; the model's tables: {', '.join(everything)}")
+    return {name: table for name, table in everything.items() if name in names}
+
+
+def modules_with_tables(
+    module: nn.Module, path: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of everything that holds tables, each once; not what these are made of."""
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, (DPQTables, nn.Embedding, nn.EmbeddingBag, *_COLLECTIONS)):
+        yield path, module
+    inner = module.plain if isinstance(module, DPQTables) else module
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, *_COLLECTIONS)):
+        return
+    for name, child in inner.named_children():
+        child_path = ".".join(filter(None, (path, "plain" if inner is not module else "", name)))
+        yield from modules_with_tables(child, child_path, seen)
+
+
+def _tables_of(module: nn.Module, path: str) -> dict[str, TrainedTable]:
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        weight, pooled = module.weight.detach(), isinstance(module, nn.EmbeddingBag)
+        return {path or "table": TrainedTable(module.num_embeddings, module.embedding_dim, (), weight, pooled=pooled)}
+    if not isinstance(module, DPQTables):
+        return _plain_tables(module)
+    weights = module.query_weights()
+    own_name = (module.name or path) if isinstance(module, DPQEmbedding | DPQEmbeddingBag) else ""
+    return {
+        own_name or table.name: TrainedTable(
+            table.num_embeddings,
+            table.embedding_dim,
+            tuple(table.feature_names),
+            weights[table.name],
+            module.quantizer(table.name),
+            module.padding_idx,
+        )
+        for table in module.quantized_tables
+    }
+
+
+def _plain_tables(collection: Any) -> dict[str, TrainedTable]:
+    pooled = isinstance(collection, _BAGS)
+    state, prefix = collection.state_dict(), "embedding_bags" if pooled else "embeddings"
+    if isinstance(collection, EmbeddingBagCollection):
+        configs = collection.embedding_bag_configs()
+    elif isinstance(collection, EmbeddingCollection):
+        configs = collection.embedding_configs()
+    else:
+        configs = collection._embedding_bag_configs if pooled else collection._embedding_configs
+    return {
+        table.name: TrainedTable(
+            table.num_embeddings,
+            table.embedding_dim,
+            tuple(table.feature_names),
+            state[f"{prefix}.{table.name}.weight"],
+            pooled=pooled,
+        )
+        for table in configs
+    }
+
+
+def subspace_constraints(model: nn.Module, num_shards: int) -> dict[str, ParameterConstraints]:
+    """What to ask of TorchRec's planner for column-wise shards of every DPQ table that hold whole subspaces.
+
+    Args:
+        model: not sharded yet.
+        num_shards: shards of a table at most, such as the number of ranks.
+
+    Raises:
+        ConfigError: no cut into 2 to num_shards equal parts lies between subspaces and at a multiple of 4 columns.
+    """
+    constraints = {}
+    for _, module in modules_with_tables(model):
+        for name, quantizer in module.quantizers.items() if isinstance(module, DPQTables) else ():
+            assert isinstance(quantizer, Quantizer), "quantizers holds nothing else"
+            width, num_subspaces = quantizer.query_dim, quantizer.config.num_subspaces
+            parts = [n for n in range(2, num_shards + 1) if num_subspaces % n == 0 and width % (n * _CUT_MULTIPLE) == 0]
+            if not parts:
+                raise ConfigError(
+                    f"table {name!r}: got {num_subspaces} subspaces in queries of {width} columns, want some that 2 to "
+                    f"{num_shards} shards can share in multiples of {_CUT_MULTIPLE} columns; shard it by rows instead"
+                )
+            constraints[name] = ParameterConstraints(
+                sharding_types=["column_wise"], compute_kernels=["fused"], min_partition=width // parts[-1]
+            )
+    return constraints

@@ -1,0 +1,83 @@
+"""Where the pieces of a table lie. In: a weight, plain or sharded by TorchRec. Out: its shards, the same on every rank.
+
+Column shards must hold whole subspaces, so that a rank can encode what it holds: `find.subspace_constraints` asks the
+planner for that, `check_cuts` refuses anything else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from dpq_rec.config import DPQConfig
+from dpq_rec.errors import ConfigError
+from dpq_rec.nn.collectives import rank, sum_over_ranks
+
+
+class Shard(NamedTuple):
+    """A block of rows and columns; `tensor` is None on ranks that do not own it."""
+
+    owner: int
+    first_row: int
+    num_rows: int
+    first_column: int
+    num_columns: int
+    tensor: torch.Tensor | None
+
+
+def shards_of(weight_VQ: torch.Tensor | ShardedTensor) -> list[Shard]:
+    """The shards in the order of rows, then columns. What every rank holds whole is rank 0's."""
+    if not isinstance(weight_VQ, ShardedTensor):
+        return [Shard(0, 0, len(weight_VQ), 0, weight_VQ.shape[1], weight_VQ if rank() == 0 else None)]
+    local = {tuple(shard.metadata.shard_offsets): shard.tensor for shard in weight_VQ.local_shards()}
+    shards = []
+    for metadata in sorted(weight_VQ.metadata().shards_metadata, key=lambda m: m.shard_offsets):
+        (row, column), (num_rows, num_columns) = metadata.shard_offsets, metadata.shard_sizes
+        assert metadata.placement is not None, "a sharded table's shards have a place"
+        owner = int(metadata.placement.rank() or 0)
+        shards.append(Shard(owner, row, num_rows, column, num_columns, local.get((row, column))))
+    return shards
+
+
+def rows_of(weight_VQ: torch.Tensor | ShardedTensor, rows_N: torch.Tensor) -> torch.Tensor:
+    """Some rows [N, Q], put together from their shards, the same on every rank; every rank calls it."""
+    shards = shards_of(weight_VQ)
+    width = max(shard.first_column + shard.num_columns for shard in shards)
+    device = next((s.tensor.device for s in shards if s.tensor is not None), _device_of(weight_VQ))
+    found_NQ = torch.zeros(len(rows_N), width, device=device)
+    for shard in shards:
+        if shard.tensor is None:
+            continue
+        here_P = ((rows_N >= shard.first_row) & (rows_N < shard.first_row + shard.num_rows)).nonzero()[:, 0]
+        columns = slice(shard.first_column, shard.first_column + shard.num_columns)
+        taken = shard.tensor.detach()[(rows_N[here_P] - shard.first_row).to(shard.tensor.device)]
+        found_NQ[here_P.to(device), columns] = taken.float()
+    return sum_over_ranks(found_NQ)
+
+
+def _device_of(weight_VQ: torch.Tensor | ShardedTensor) -> torch.device:
+    """The device of a weight of which this rank may hold nothing."""
+    if not isinstance(weight_VQ, ShardedTensor):
+        return weight_VQ.device
+    placement = weight_VQ.metadata().shards_metadata[0].placement
+    kind = torch.device("cpu") if placement is None else placement.device()
+    return torch.device("cuda", torch.cuda.current_device()) if kind is not None and kind.type == "cuda" else kind
+
+
+def check_cuts(table: str, weight_VQ: torch.Tensor | ShardedTensor, config: DPQConfig) -> None:
+    """Column shards begin and end between subspaces.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    shards = shards_of(weight_VQ)
+    key_width = max(s.first_column + s.num_columns for s in shards) // config.num_subspaces
+    for shard in shards:
+        if shard.first_column % key_width or shard.num_columns % key_width:
+            got = f"a shard of columns {shard.first_column} to {shard.first_column + shard.num_columns - 1}"
+            raise ConfigError(
+                f"table {table!r}: got {got}, want cuts at multiples of {key_width}, between subspaces: "
+                "give the planner the constraints of dpq_rec.nn.subspace_constraints"
+            )

@@ -1,0 +1,58 @@
+"""Keys and values from the data. In: a model, sharded or not. Out: its quantizers, started from samples of queries."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dpq_rec.errors import ConfigError
+from dpq_rec.nn.collectives import world_size
+from dpq_rec.nn.find import TrainedTable, find_tables
+from dpq_rec.nn.shards import check_cuts, rows_of
+
+
+@torch.no_grad()
+def start(model: nn.Module, *, num_samples: int = 1 << 16, seed: int = 0) -> None:
+    """Place the keys and values of every DPQ table by k-means of a sample of its queries (`Quantizer.start`).
+
+    Every rank calls it. The rows of the sample depend on the seed alone, not on the sharding; afterwards all ranks hold
+    the same keys, values and statistics, bit for bit.
+
+    Args:
+        model: plain, or wrapped in DistributedModelParallel.
+        num_samples: rows a table, at most.
+        seed: of sample and clustering.
+
+    Raises:
+        ConfigError: the model holds no DPQ module, or column shards that cut through a subspace.
+        MissingDependencyError: faiss is not installed.
+    """
+    if num_samples < 1:
+        raise ConfigError(f"num_samples: got {num_samples}, want 1 or more")
+    found = [(name, table) for name, table in find_tables(model).items() if table.quantizer is not None]
+    if not found:
+        raise ConfigError("start: the model holds no DPQ module; replace_embeddings makes some")
+    for name, table in found:
+        assert table.quantizer is not None, "the others were left out"
+        check_cuts(name, table.weight_VQ, table.quantizer.config)
+        queries_NQ = rows_of(table.weight_VQ, _sample(table, num_samples, seed))
+        if len(queries_NQ):
+            table.quantizer.start(queries_NQ, seed=seed)
+        if world_size() > 1:
+            for tensor in (*table.quantizer.parameters(), *table.quantizer.buffers()):
+                dist.broadcast(tensor.data, 0)
+    if world_size() > 1:
+        dist.barrier()  # gives gloo's threads time to let go of the broadcasts: see `freeze`
+
+
+def _sample(table: TrainedTable, num_samples: int, seed: int) -> torch.Tensor:
+    """Distinct rows [N] (int64), ascending, never the padding row."""
+    padding = table.padding_idx
+    num_rows = table.num_embeddings - (padding is not None)
+    rows_N = np.random.default_rng(seed).choice(num_rows, min(num_samples, num_rows), replace=False, shuffle=False)
+    rows_N.sort()
+    if padding is not None:
+        rows_N += rows_N >= padding
+    return torch.from_numpy(rows_N)

@@ -1,0 +1,198 @@
+"""Rows to vectors: what all modules share. In: the rows that each table is asked for. Out: Looked(vectors_NE, at_T).
+
+The queries live in stock EmbeddingCollections, so that TorchRec's planner, sharders and fused optimizers find them.
+Each table is asked for the query of every distinct row once, and quantizes it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection, KeyedJaggedTensor
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, EmbeddingConfig
+
+from dpq_rec.config import DPQConfig
+from dpq_rec.errors import ConfigError
+from dpq_rec.nn.quantizer import Quantizer
+from dpq_rec.nn.shards import check_cuts
+
+
+class Looked(NamedTuple):
+    """What a table answers.
+
+    Attributes:
+        vectors_NE: the vectors of the distinct rows.
+        at_T: position among them of each row that was asked for.
+    """
+
+    vectors_NE: torch.Tensor
+    at_T: torch.Tensor
+
+
+class _Distinct(NamedTuple):
+    """The rows that a table is asked for, each once."""
+
+    rows_N: torch.Tensor
+    counts_N: torch.Tensor  # occurrences of each
+    at_T: torch.Tensor  # position in rows_N of each occurrence
+
+
+class DPQTables(nn.Module):
+    """Tables that are trained to be frozen to a few bytes a row; the modules that users build are subclasses.
+
+    The penalty of DPQ-VQ needs no line in the training loop: whoever differentiates the vectors differentiates it too.
+    Sharding and fused optimizers apply to `queries` (`DistributedModelParallel` finds them); keys and values are data
+    parallel. In training every rank must call forward equally often: batch statistics are summed over ranks. Keep
+    data-parallel queries out of plans on CPU, where TorchRec's fail (FBGEMM #4586); stock plans are row-wise.
+
+    Args:
+        tables: configs of the quantized tables, of any embedding_dim. Without an init_fn, queries start uniform in
+            +-1/sqrt(E), on the scale of the keys.
+        configs: table -> how it is quantized.
+        device: of the parameters; on "meta" they take no memory until DistributedModelParallel, or `to_empty` and
+            `reset_parameters`, make them.
+
+    Raises:
+        ConfigError: a combination that makes no sense.
+    """
+
+    padding_idx: int | None = None
+
+    def __init__(
+        self, tables: Sequence[BaseEmbeddingConfig], configs: Mapping[str, DPQConfig], device: torch.device | None
+    ) -> None:
+        super().__init__()
+        self.quantized_tables = list(tables)
+        self.penalties: dict[str, torch.Tensor] = {}  # table -> penalty of the last forward in training, to be logged
+        self.quantizers = nn.ModuleDict()
+        self.plain = nn.ModuleDict()  # stock collections of the tables that are not quantized
+        self._cuts_checked = False
+        self._device = device or torch.device("cpu")
+        by_width: dict[str, list[EmbeddingConfig]] = {}
+        for table in self.quantized_tables:
+            if table.data_type != DataType.FP32:
+                raise ConfigError(f"table {table.name!r}: got data_type {table.data_type}, want FP32")
+            quantizer = Quantizer(table.embedding_dim, configs[table.name], device)
+            self.quantizers[table.name] = quantizer
+            by_width.setdefault(str(quantizer.query_dim), []).append(_query_config(table, quantizer.query_dim))
+        # TorchRec's EmbeddingCollection holds tables of one dimension.
+        self.queries = nn.ModuleDict({width: EmbeddingCollection(group, device) for width, group in by_width.items()})
+        self.names_by_width = {width: [table.name for table in group] for width, group in by_width.items()}
+
+    def quantizer(self, table: str) -> Quantizer:
+        """Keys and values of a table."""
+        quantizer = self.quantizers[table]
+        assert isinstance(quantizer, Quantizer), "quantizers holds nothing else"
+        return quantizer
+
+    def query_weights(self) -> dict[str, Any]:
+        """Table -> its queries [V, query_dim], as a tensor or, sharded, as a ShardedTensor; they share memory."""
+        states = {width: collection.state_dict() for width, collection in self.queries.items()}
+        return {
+            name: states[width][f"embeddings.{name}.weight"]
+            for width, names in self.names_by_width.items()
+            for name in names
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters were made."""
+        return self._device
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew, as after construction: for a module built on meta, after `to_empty`."""
+        for name in self.quantizers:
+            self.quantizer(name).reset_parameters()
+        for collection in (*self.queries.values(), *self.plain.values()):
+            if isinstance(collection, EmbeddingCollection):
+                _initialise(collection.embedding_configs(), collection.embeddings)
+            elif isinstance(collection, EmbeddingBagCollection):
+                _initialise(collection.embedding_bag_configs(), collection.embedding_bags)
+            else:
+                sharded: Any = collection
+                sharded.reset_parameters()
+
+    def _look_up(self, rows: Mapping[str, torch.Tensor]) -> dict[str, Looked]:
+        """Vectors of the rows [T] (int64) that each table is asked for; every table is asked.
+
+        Raises:
+            IndexError: a row outside its table.
+        """
+        if not self._cuts_checked:
+            for name, weight in self.query_weights().items():
+                check_cuts(name, weight, self.quantizer(name).config)
+            self._cuts_checked = True
+        distinct = {table.name: _distinct(rows[table.name], table) for table in self.quantized_tables}
+        return {
+            name: Looked(self._quantize(name, queries_NQ, distinct[name].counts_N), distinct[name].at_T)
+            for name, queries_NQ in self._look_up_queries(distinct).items()
+        }
+
+    def _look_up_queries(self, distinct: Mapping[str, _Distinct]) -> dict[str, torch.Tensor]:
+        """Queries [N, Q] of each table's distinct rows, from whichever rank holds them."""
+        asked = {}
+        for width, collection in self.queries.items():
+            names = self.names_by_width[width]
+            rows = [distinct[name].rows_N for name in names]
+            lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
+            keyed = KeyedJaggedTensor(keys=names, values=torch.cat(rows), lengths=lengths)
+            asked[width] = collection(keyed)  # sharded collections answer later: ask all, then wait
+        return {name: asked[width][name].values() for width, names in self.names_by_width.items() for name in names}
+
+    def _quantize(self, name: str, queries_NQ: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
+        quantized = self.quantizer(name)(queries_NQ, counts_N.to(queries_NQ.dtype))
+        if not self.training:
+            return quantized.vectors_NE
+        self.penalties[name] = quantized.penalty.detach()
+        return _WithPenalty.apply(quantized.vectors_NE, quantized.penalty)
+
+
+def _query_config(table: BaseEmbeddingConfig, query_dim: int) -> EmbeddingConfig:
+    """The table's queries: as its config says, but for TorchRec's default init, which shrinks as the table grows."""
+    init_fn = table.init_fn
+    upstream = {"a": table.get_weight_init_min(), "b": table.get_weight_init_max()}
+    limits = (table.weight_init_min, table.weight_init_max)
+    if limits == (None, None) and isinstance(init_fn, partial) and init_fn.keywords == upstream:
+        bound = table.embedding_dim**-0.5
+        init_fn = partial(nn.init.uniform_, a=-bound, b=bound)
+    return EmbeddingConfig(
+        name=table.name,
+        embedding_dim=query_dim,
+        num_embeddings=table.num_embeddings,
+        feature_names=[table.name],
+        init_fn=init_fn,
+    )
+
+
+def _initialise(tables: Sequence[BaseEmbeddingConfig], modules: nn.ModuleDict) -> None:
+    """Upstream's own reset does nothing where a collection was built on meta, wherever it is now."""
+    for table in tables:
+        weight = modules[table.name].weight
+        assert isinstance(weight, torch.Tensor), "a table has a weight"
+        assert table.init_fn is not None, "TorchRec gives every table one"
+        table.init_fn(weight)
+
+
+def _distinct(rows_T: torch.Tensor, table: BaseEmbeddingConfig) -> _Distinct:
+    rows_N, at_T, counts_N = torch.unique(rows_T, return_inverse=True, return_counts=True)
+    if len(rows_N) and not (int(rows_N[0]) >= 0 and int(rows_N[-1]) < table.num_embeddings):  # unique sorts
+        got = f"ids from {int(rows_N[0])} to {int(rows_N[-1])}"
+        raise IndexError(f"table {table.name!r}: got {got}, want 0 to {table.num_embeddings - 1}")
+    return _Distinct(rows_N, counts_N, at_T)
+
+
+class _WithPenalty(torch.autograd.Function):
+    """The vectors as they are; backward, the penalty gets the gradient that it would have as a summand of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors_NE: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+        return vectors_NE.view_as(vectors_NE)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient_NE, gradient_NE.new_ones(())
