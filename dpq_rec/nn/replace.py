@@ -77,6 +77,8 @@ def replace_embeddings(
 
 
 def _stock_modules(model: nn.Module) -> Iterator[_Stock]:
+    path: str
+    module: Any
     for path, module in modules_with_tables(model):
         kind = type(module)
         if kind is EmbeddingBagCollection or kind is EmbeddingCollection:
@@ -182,8 +184,8 @@ def _make(found: _Stock, chosen: Mapping[str, DPQConfig]) -> DPQTables:
     shape = module.num_embeddings, module.embedding_dim
     common: Any = {"padding_idx": module.padding_idx, "name": found.path or None, "device": device}
     if isinstance(module, nn.EmbeddingBag):
-        offset = module.include_last_offset
-        return DPQEmbeddingBag(*shape, config, mode=module.mode, include_last_offset=offset, **common)
+        common |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
+        return DPQEmbeddingBag(*shape, config, **common)
     return DPQEmbedding(*shape, config, **common)
 
 
