@@ -83,6 +83,7 @@ class DPQEmbedding(_OneTable):
     >>> vectors = embedding(ids)        # [..., E], as before
 
     It may be called several times in a forward, by encoder and decoder for example: the penalties of all calls count.
+    An optimizer that is fused into backward makes an update for each call.
     Arguments: see `_OneTable`; training and sharding: see `DPQTables`.
     """
 
