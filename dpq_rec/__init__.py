@@ -7,7 +7,7 @@ Read the modules in this order and you have read DPQ:
 3. `nn.tables`      rows -> vectors; on it `nn.embedding` and `nn.collection` stand in for torch's and TorchRec's
 4. `nn.freeze`      every row's query is encoded once; codes and values are all that remain
 5. `codes`          codes <-> bytes
-6. `vocabulary`     ids -> rows
+6. `vocabulary`     ids -> rows (`strings` holds many of them in two arrays)
 7. `artifact`       the folder that is published (`tensorfile` is one of its files, `files` lets it appear whole)
 8. `kernels`        the loops that must be fast, each beside the plain one it equals
 9. `lookup`         ids -> vectors, from the mapped artifact
@@ -31,7 +31,7 @@ from dpq_rec.errors import (
     UnknownTableError,
 )
 from dpq_rec.lookup import EmbeddingStore, Lookup
-from dpq_rec.vocabulary import IdentityVocabulary, Int64Vocabulary, ModuloVocabulary, Vocabulary
+from dpq_rec.vocabulary import IdentityVocabulary, Int64Vocabulary, ModuloVocabulary, StringVocabulary, Vocabulary
 
 __all__ = [
     "Artifact",
@@ -48,6 +48,7 @@ __all__ = [
     "Lookup",
     "MissingDependencyError",
     "ModuloVocabulary",
+    "StringVocabulary",
     "TableContents",
     "UnknownIdsError",
     "UnknownTableError",

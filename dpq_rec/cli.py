@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dpq_rec.artifact import Artifact, Table, open_artifact, publish, sizes, verify
-from dpq_rec.errors import DamagedArtifactError, DpqRecError
+from dpq_rec.errors import DamagedArtifactError, DpqRecError, IdTypeError
 from dpq_rec.export import ExportConfig, export_table
 from dpq_rec.lookup import EmbeddingStore
 
@@ -31,6 +31,7 @@ examples:
   dpq-rec inspect run/artifact                               what is in it, and how much smaller it is
   dpq-rec verify run/artifact                                is every byte what was published?
   dpq-rec lookup run/artifact --table item_id 42 7 -1        the vectors of three ids, as JSON
+  dpq-rec lookup run/artifact --table word -- the -ing       ids of a table of strings, one of which begins with "-"
   dpq-rec export run/artifact --table item_id --out vectors  Parquet files for Spark, DuckDB, pandas
   dpq-rec publish run/artifact store                         a new version for the servers that read the store
 
@@ -79,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(_lookup, "lookup", "print the vectors of ids, as the server's JSON", "--table item_id 42 7 -1")
     sub.add_argument("--table", metavar="TABLE", required=True, help="`dpq-rec inspect` lists them")
-    sub.add_argument("ids", metavar="ID", type=int, nargs="+", help="integer; an unknown one: zeros and exit code 1")
+    sub.add_argument(
+        "ids", metavar="ID", nargs="+", help="as the table's ids are; an unknown one: zeros and exit code 1"
+    )
 
     sub = command(_publish, "publish", "verify, copy into a store, make it the store's current version", "store")
     sub.add_argument("store", metavar="STORE", type=Path, help="a folder of published versions; made if need be")
@@ -112,7 +115,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _lookup(arguments: argparse.Namespace) -> int:
     store = EmbeddingStore.open(arguments.artifact)
-    vectors_NE, missing = store.lookup(arguments.table, arguments.ids)
+    vectors_NE, missing = store.lookup(arguments.table, _ids_for(store.table(arguments.table), arguments.ids))
     reply = {
         "table": arguments.table,
         "version": store.version,
@@ -122,6 +125,20 @@ def _lookup(arguments: argparse.Namespace) -> int:
     }
     print(json.dumps(reply))
     return DAMAGED_OR_MISSING if len(missing) else OK
+
+
+def _ids_for(table: Table, texts: list[str]) -> list[int] | list[str]:
+    """Ids as the table's vocabulary has them: what stands on a command line is text."""
+    if table.vocabulary.kind == "string":
+        return texts
+    return [_integer(text, table.name) for text in texts]
+
+
+def _integer(text: str, table: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise IdTypeError(f"ID: got {text!r}, want an integer: table {table!r} has integer ids") from None
 
 
 def _json_number(number: np.float32) -> float | None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+_MOST_SHOWN = 40  # characters of an id
+
 
 class DpqRecError(Exception):
     """Every error that dpq_rec raises on purpose."""
@@ -43,13 +45,19 @@ class UnknownIdsError(DpqRecError, LookupError):
     """Ids outside the vocabulary; `positions` says where they stand in the request."""
 
     def __init__(self, table: str, ids: Sequence[object], positions: Sequence[int]) -> None:
-        shown = ", ".join(str(i) for i in ids[:5]) + (", ..." if len(ids) > 5 else "")
+        shown = ", ".join(map(_shown, ids[:5])) + (", ..." if len(ids) > 5 else "")
         super().__init__(
             f"{len(ids)} id(s) are not in the vocabulary of table {table!r}: {shown}; "
             "ask for missing='zeros' to get zero vectors and their positions instead"
         )
         self.table = table
         self.positions = list(positions)
+
+
+def _shown(wrong_id: object) -> str:
+    """An id in a message: a string in quotes, escaped, and cut, for a header of a reply may have to hold it."""
+    text = repr(wrong_id) if isinstance(wrong_id, str) else str(wrong_id)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 class IdTypeError(DpqRecError, TypeError):

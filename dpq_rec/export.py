@@ -1,8 +1,8 @@
 """A table to Parquet. In: a table of an opened artifact. Out: a folder of part-00000.parquet, part-00001.parquet, ...
 
-Columns: `id` (int64), and `vector` (list<float32> or list<halffloat>) or `codes` (list<uint16>); ascending rows. Ids
-that share a row get a line each; a row without an id gets none. Parts are ranges of rows, decoded and written a small
-batch at a time: the memory this takes does not grow with the table. The only module that imports pyarrow.
+Columns: `id` (int64, or string), and `vector` (list<float32> or list<halffloat>) or `codes` (list<uint16>); ascending
+rows. Ids that share a row get a line each; a row without an id gets none. Parts are ranges of rows, decoded and written
+a small batch at a time: the memory this takes does not grow with the table. The only module that imports pyarrow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dpq_rec.errors import ConfigError, DamagedArtifactError, MissingDependencyE
 from dpq_rec.files import renamed_into
 from dpq_rec.lookup import VectorType, decode_rows
 
-_BATCH_BYTES = 1 << 24  # of a row group's vectors
+_BATCH_BYTES = 1 << 24  # of a row group's vectors, or of its ids where they are longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,11 @@ class _Column:
         self.pyarrow, self.table, self.config = pyarrow, table, config
         name, element = ("codes", "uint16") if config.codes else ("vector", config.dtype)
         item = {"uint16": pyarrow.uint16, "float32": pyarrow.float32, "float16": pyarrow.float16}[element]()
-        self.schema = pyarrow.schema({"id": pyarrow.int64(), name: pyarrow.list_(item)})
-        self.rows_per_batch = max(1, _BATCH_BYTES // (4 * max(1, table.manifest.embedding_dim)))
+        id_type, id_bytes = pyarrow.int64(), 8
+        if table.vocabulary.kind == "string":
+            id_type, id_bytes = pyarrow.string(), table.vocabulary_bytes // max(1, len(table.tensors["rows"]))
+        self.schema = pyarrow.schema({"id": id_type, name: pyarrow.list_(item)})
+        self.rows_per_batch = max(1, _BATCH_BYTES // max(4 * table.manifest.embedding_dim, id_bytes))
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Any, int]]:
         """Record batches of the ids that live in rows start to stop-1, each with its last row."""
@@ -127,7 +130,7 @@ class _Column:
             num_items, width = items_NX.shape
             offsets = np.arange(num_items + 1, dtype=np.int32) * np.int32(width)
             lists = self.pyarrow.ListArray.from_arrays(offsets, items_NX.reshape(-1), type=self.schema.field(1).type)
-            columns = [self.pyarrow.array(ids_N[batch]), lists]
+            columns = [self.pyarrow.array(ids_N[batch], self.schema.field(0).type), lists]
             yield self.pyarrow.record_batch(columns, schema=self.schema), int(rows_N[batch][-1])
 
     def _items(self, rows_N: NDArray[np.int64]) -> NDArray[Any]:

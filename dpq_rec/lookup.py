@@ -76,7 +76,7 @@ class EmbeddingStore:
 
         Args:
             table: the table's name.
-            ids: [N], a list or an array of the vocabulary's type (integers).
+            ids: [N], a list or an array of the vocabulary's type: integers, or strings.
             dtype: of the vectors.
             missing: "zeros" gives zero vectors to unknown ids and reports their positions; "error" raises.
 

@@ -1,11 +1,17 @@
 """Ids to rows. In: the ids of a request. Out: rows_N (int64), MISSING_ROW where an id is not in the vocabulary.
 
-Three kinds (contract 3): `identity` (ids are rows), `modulo` (row = id mod V) and `int64` (a sorted list of ids and the
-row of each). `ids_of_rows` is the way back, for export.
+Four kinds (contract 3): `identity` (ids are rows), `modulo` (row = id mod V), `int64` (a sorted list of ids and the row
+of each) and `string` (the same of strings). Several ids of a list may share a row. `ids_of_rows` is the way back, for
+export. In the artifact:
+
+    int64     ids int64 [U] ascending, rows uint32 [U]
+    string    id_bytes uint8 [T], the UTF-8 of all ids in ascending order of bytes; id_offsets int64 [U + 1]: id i is
+              id_bytes[id_offsets[i] : id_offsets[i + 1]]; rows uint32 [U]
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -13,15 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError, IdTypeError
-from dpq_rec.kernels import MISSING_ROW
+from dpq_rec.kernels import MISSING_ROW, find_rows
+from dpq_rec.strings import LazyStrings, PackedStrings
 
-_SCAN_ROWS = 1 << 22  # ids looked through at a time by Int64Vocabulary.ids_of_rows
+_SCAN_ROWS = 1 << 22  # ids looked through at a time by ids_of_rows and check
+_MOST_ROWS = 1 << 32  # that uint32 can name
 
 
 class RowIds(NamedTuple):
-    """Ids [N] and the row of each [N] (int64), rows ascending."""
+    """Ids [N] (strings are made when they are asked for) and the row of each [N] (int64), rows ascending."""
 
-    ids_N: NDArray[Any]
+    ids_N: NDArray[Any] | LazyStrings
     rows_N: NDArray[np.int64]
 
 
@@ -139,13 +147,27 @@ class Int64Vocabulary:
 
         Raises:
             ConfigError: an id stands in two rows.
+            IdTypeError: ids that are no 64-bit integers.
         """
-        ids = int64_ids(ids_V)
-        order_V = np.argsort(ids)
-        sorted_V = ids[order_V]
-        if (sorted_V[1:] == sorted_V[:-1]).any():
-            raise ConfigError(f"vocabulary: id {sorted_V[:-1][sorted_V[1:] == sorted_V[:-1]][0]} stands in two rows")
-        return cls(sorted_V, order_V.astype(np.uint32))
+        return cls.from_pairs(ids_V, np.arange(len(int64_ids(ids_V))))
+
+    @classmethod
+    def from_pairs(
+        cls, ids_U: Sequence[int] | NDArray[np.int64], rows_U: Sequence[int] | NDArray[Any]
+    ) -> Int64Vocabulary:
+        """The vocabulary of a table where ids_U[i], in any order, lives in row rows_U[i]. Ids may share a row.
+
+        Raises:
+            ConfigError: an id that is there twice, a row beyond uint32, or another number of rows than of ids.
+            IdTypeError: ids that are no 64-bit integers.
+        """
+        ids = int64_ids(ids_U)
+        rows = _uint32_rows(rows_U, len(ids))
+        order_U = np.argsort(ids)
+        sorted_U = ids[order_U]
+        if (sorted_U[1:] == sorted_U[:-1]).any():
+            raise _stands_twice(sorted_U[:-1][sorted_U[1:] == sorted_U[:-1]][0])
+        return cls(sorted_U, rows[order_U])
 
     def rows(self, ids: Any) -> NDArray[np.int64]:
         """See `Vocabulary.rows`."""
@@ -156,16 +178,9 @@ class Int64Vocabulary:
         return np.where(self.ids_U[at_N] == ids_N, self.rows_U[at_N].astype(np.int64), MISSING_ROW)
 
     def ids_of_rows(self, start: int, stop: int) -> RowIds:
-        """See `Vocabulary.ids_of_rows`. Reads the whole list once, in pieces: the memory it takes does not grow."""
-        ids, rows = [], []
-        for begin in range(0, len(self.rows_U), _SCAN_ROWS):
-            piece_N = self.rows_U[begin : begin + _SCAN_ROWS]
-            inside_N = np.flatnonzero((piece_N >= start) & (piece_N < stop))
-            ids.append(self.ids_U[begin + inside_N])
-            rows.append(piece_N[inside_N].astype(np.int64))
-        ids_N, rows_N = np.concatenate([*ids, self.ids_U[:0]]), np.concatenate([*rows, np.empty(0, np.int64)])
-        order_N = np.argsort(rows_N, kind="stable")
-        return RowIds(ids_N[order_N], rows_N[order_N])
+        """See `Vocabulary.ids_of_rows`."""
+        entries_N, rows_N = _entries_of_rows(self.rows_U, start, stop)
+        return RowIds(self.ids_U[entries_N], rows_N)
 
     def tensors(self) -> Mapping[str, NDArray[Any]]:
         """The two lists."""
@@ -177,8 +192,134 @@ class Int64Vocabulary:
             ids_N = self.ids_U[begin : begin + _SCAN_ROWS + 1]
             if (ids_N[1:] <= ids_N[:-1]).any():
                 raise DamagedArtifactError("the vocabulary's ids are not strictly ascending")
-            if (self.rows_U[begin : begin + _SCAN_ROWS] >= num_embeddings).any():
-                raise DamagedArtifactError(f"the vocabulary names a row outside the table's {num_embeddings}")
+        _check_rows(self.rows_U, num_embeddings)
+
+
+class StringVocabulary:
+    """A sorted list of strings, and the row of each.
+
+    Args:
+        ids: strictly ascending in the order of their UTF-8 bytes, which is that of their code points.
+        rows_U: the row of each (uint32). Several ids may share a row.
+    """
+
+    kind = "string"
+
+    def __init__(self, ids: PackedStrings, rows_U: NDArray[np.uint32]) -> None:
+        if len(ids.offsets_U1) != len(rows_U) + 1:
+            raise ConfigError(f"vocabulary: got {len(ids.offsets_U1) - 1} ids and {len(rows_U)} rows, want as many")
+        self.ids, self.rows_U = ids, rows_U
+
+    @classmethod
+    def from_ids(cls, ids_V: Sequence[str] | NDArray[Any]) -> StringVocabulary:
+        """The vocabulary of a table whose row v holds ids_V[v].
+
+        Raises:
+            ConfigError: an id stands in two rows.
+            IdTypeError: ids that are no strings, or that UTF-8 cannot hold.
+        """
+        return cls.from_pairs(ids_V, np.arange(len(string_ids(ids_V))))
+
+    @classmethod
+    def from_pairs(cls, ids_U: Sequence[str] | NDArray[Any], rows_U: Sequence[int] | NDArray[Any]) -> StringVocabulary:
+        """The vocabulary of a table where ids_U[i], in any order, lives in row rows_U[i]. Ids may share a row.
+
+        Raises:
+            ConfigError: an id that is there twice, a row beyond uint32, or another number of rows than of ids.
+            IdTypeError: ids that are no strings, or that UTF-8 cannot hold.
+        """
+        texts = _utf8(string_ids(ids_U))
+        rows = _uint32_rows(rows_U, len(texts))
+        order_U = sorted(range(len(texts)), key=texts.__getitem__)
+        sorted_U = [texts[i] for i in order_U]
+        twice = next((text for text, after in itertools.pairwise(sorted_U) if text == after), None)
+        if twice is not None:
+            raise _stands_twice(repr(twice.decode()))
+        return cls(PackedStrings.pack(sorted_U), rows[order_U])
+
+    def rows(self, ids: Any) -> NDArray[np.int64]:
+        """See `Vocabulary.rows`. Ids are str in a list or a tuple, or an array of them.
+
+        Raises:
+            DamagedArtifactError: the list of ids is not what was published: nothing is read outside it.
+        """
+        return find_rows(string_ids(ids), *self.ids, self.rows_U)
+
+    def ids_of_rows(self, start: int, stop: int) -> RowIds:
+        """See `Vocabulary.ids_of_rows`."""
+        entries_N, rows_N = _entries_of_rows(self.rows_U, start, stop)
+        return RowIds(LazyStrings(self.ids, entries_N), rows_N)
+
+    def tensors(self) -> Mapping[str, NDArray[Any]]:
+        """The UTF-8 of the ids (uint8 [T]), where each begins (int64 [U + 1]), and the rows (uint32 [U])."""
+        return {"id_bytes": self.ids.bytes_T, "id_offsets": self.ids.offsets_U1, "rows": self.rows_U}
+
+    def check(self, num_embeddings: int) -> None:
+        """See `Vocabulary.check`."""
+        self.ids.check_sorted()
+        _check_rows(self.rows_U, num_embeddings)
+
+
+def string_ids(ids: Any) -> Sequence[Any]:
+    """Ids as a list or a tuple; its elements are looked at where they are read.
+
+    Raises:
+        IdTypeError: neither a list, nor a tuple, nor a flat array of strings.
+    """
+    if isinstance(ids, (list, tuple)):
+        return ids
+    if isinstance(ids, np.ndarray) and ids.ndim == 1 and (ids.dtype.kind in "UOT" or not ids.size):
+        held: list[Any] = ids.tolist()
+        return held
+    got = _describe(ids) if isinstance(ids, np.ndarray) else type(ids).__name__
+    raise IdTypeError(f"ids: got {got}, want a flat list of strings")
+
+
+def _utf8(ids: Sequence[Any]) -> list[bytes]:
+    wrong = next((at for at, text in enumerate(ids) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise IdTypeError(f"ids: got {type(ids[wrong]).__name__} at position {wrong}, want a flat list of strings")
+    try:
+        return [text.encode() for text in ids]
+    except UnicodeEncodeError as error:
+        raise IdTypeError(f"ids: got {error.object!r}, half a surrogate pair: want text that UTF-8 can hold") from error
+
+
+# What the two lists have in common
+
+
+def _uint32_rows(rows: Sequence[int] | NDArray[Any], num_ids: int) -> NDArray[np.uint32]:
+    rows_U = int64_ids(rows)
+    if len(rows_U) != num_ids:
+        raise ConfigError(f"vocabulary: got {num_ids} ids and {len(rows_U)} rows, want as many")
+    if num_ids and not 0 <= rows_U.min() <= rows_U.max() < _MOST_ROWS:
+        raise ConfigError(f"vocabulary: got rows {rows_U.min()} to {rows_U.max()}, want 0 to {_MOST_ROWS - 1}")
+    return rows_U.astype(np.uint32)
+
+
+def _stands_twice(wrong: object) -> ConfigError:
+    return ConfigError(f"vocabulary: id {wrong!s} stands in two rows, or twice in one: give each id once")
+
+
+def _entries_of_rows(rows_U: NDArray[np.uint32], start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Entries of the list that live in rows start to stop-1, and their rows, ascending.
+
+    Reads the whole list once, in pieces: the memory it takes does not grow with it.
+    """
+    entries = [np.empty(0, np.int64)]
+    for begin in range(0, len(rows_U), _SCAN_ROWS):
+        piece_N = rows_U[begin : begin + _SCAN_ROWS]
+        entries.append(begin + np.flatnonzero((piece_N >= start) & (piece_N < stop)))
+    entries_N = np.concatenate(entries)
+    rows_N = rows_U[entries_N].astype(np.int64)
+    order_N = np.argsort(rows_N, kind="stable")
+    return entries_N[order_N], rows_N[order_N]
+
+
+def _check_rows(rows_U: NDArray[np.uint32], num_embeddings: int) -> None:
+    for begin in range(0, len(rows_U), _SCAN_ROWS):
+        if (rows_U[begin : begin + _SCAN_ROWS] >= num_embeddings).any():
+            raise DamagedArtifactError(f"the vocabulary names a row outside the table's {num_embeddings}")
 
 
 def load_vocabulary(kind: str, num_embeddings: int, tensors: Mapping[str, NDArray[Any]]) -> Vocabulary:
@@ -192,11 +333,30 @@ def load_vocabulary(kind: str, num_embeddings: int, tensors: Mapping[str, NDArra
         return IdentityVocabulary(num_embeddings)
     if kind == "modulo":
         return ModuloVocabulary(num_embeddings)
-    if kind != "int64":
-        raise ArtifactError(f"vocabulary kind: got {kind!r}, this version reads identity, modulo and int64")
-    ids_U, rows_U = tensors.get("ids"), tensors.get("rows")
-    if ids_U is None or rows_U is None or ids_U.dtype != np.int64 or rows_U.dtype != np.uint32:
-        raise DamagedArtifactError("an int64 vocabulary needs the tensors ids (int64) and rows (uint32)")
-    if ids_U.ndim != 1 or ids_U.shape != rows_U.shape:
-        raise DamagedArtifactError(f"vocabulary: ids {ids_U.shape} and rows {rows_U.shape} do not match")
+    rows_U = tensors.get("rows")
+    if kind not in ("int64", "string"):
+        raise ArtifactError(f"vocabulary kind: got {kind!r}, this version reads identity, modulo, int64 and string")
+    if rows_U is None or rows_U.dtype != np.uint32 or rows_U.ndim != 1:
+        raise DamagedArtifactError(f"the {kind} vocabulary has no tensor rows, uint32 [U]")
+    try:
+        return _load_strings(tensors, rows_U) if kind == "string" else _load_integers(tensors, rows_U)
+    except ConfigError as error:  # what would be a caller's mistake is damage in a file
+        raise DamagedArtifactError(str(error)) from error
+
+
+def _load_integers(tensors: Mapping[str, NDArray[Any]], rows_U: NDArray[np.uint32]) -> Vocabulary:
+    ids_U = tensors.get("ids")
+    if ids_U is None or ids_U.dtype != np.int64:
+        raise DamagedArtifactError("the int64 vocabulary has no tensor ids, int64 [U]")
     return Int64Vocabulary(ids_U, rows_U)
+
+
+def _load_strings(tensors: Mapping[str, NDArray[Any]], rows_U: NDArray[np.uint32]) -> Vocabulary:
+    bytes_T, offsets_U1 = tensors.get("id_bytes"), tensors.get("id_offsets")
+    if bytes_T is None or offsets_U1 is None:
+        raise DamagedArtifactError("the string vocabulary needs the tensors id_bytes and id_offsets")
+    ids = PackedStrings(bytes_T, offsets_U1)
+    wrong = ids.contradiction()
+    if wrong:
+        raise DamagedArtifactError(wrong)
+    return StringVocabulary(ids, rows_U)

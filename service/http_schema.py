@@ -67,10 +67,11 @@ _ERRORS = {
     503: "not_ready: still starting",
 }
 _IDS = {
-    "oneOf": [
+    "description": "As the table's vocabulary has them: all integers, or all strings. /v1/tables says which",
+    "anyOf": [
         {"type": "array", "items": {"type": "integer", "format": "int64"}},
         {"type": "array", "items": {"type": "string"}},
-    ]
+    ],
 }
 _LOOKUP = {"type": "object", "properties": {"ids": _IDS}, "required": ["ids"], "additionalProperties": False}
 _BINARY = {"type": "string", "format": "binary"}
@@ -82,8 +83,14 @@ LOOKUP_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            JSON: {"schema": _LOOKUP, "example": {"ids": [42, 7]}},
-            OCTETS: {"schema": {**_BINARY, "description": "Little-endian int64 ids"}},
+            JSON: {
+                "schema": _LOOKUP,
+                "examples": {
+                    "integers": {"value": {"ids": [42, 7]}},
+                    "strings": {"value": {"ids": ["B00004TKVY", "B00005NIFT"]}},
+                },
+            },
+            OCTETS: {"schema": {**_BINARY, "description": "Little-endian int64 ids; not for tables of string ids"}},
         },
     }
 }

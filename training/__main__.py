@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import inspect
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from dpq_rec import DpqRecError
-from training.config import RunConfig
+from dpq_rec import ConfigError, DpqRecError
+from training.config import RunConfig, options_of, value_of, with_changes
+from training.flags import Option, add_flag
+from training.recipes import RECIPES, load
 
+PROGRAM = "python -m training"
 EXAMPLES = """examples:
   torchrun --nproc-per-node 2 -m training two-tower --data interactions/ --out runs/dpq
   torchrun --nproc-per-node 2 -m training two-tower --data interactions/ --out runs/full --embedding full
   torchrun --nproc-per-node 2 -m training two-tower --data synthetic --num-users 1000000 --out runs/big
+  torchrun --nproc-per-node 2 -m training dlrm --data clicks/ --features age,genres --out runs/clicks
+  torchrun --nproc-per-node 2 -m training --config runs/dpq/metrics.json --out runs/again
 
-A run that was killed goes on where it stood when it is started again with the same --out."""
+A run that was killed goes on where it stood when it is started again with the same --out; with torchrun's
+--max-restarts it does so by itself. TensorBoard shows how a run goes: tensorboard --logdir runs"""
+_REASONS = {
+    "two-tower": "dlrm scores a pair by itself and has labels: it draws no items and compares no two vectors",
+    "dlrm": "two-tower has no layer after its tables",
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
@@ -27,37 +38,79 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: settings that make no sense.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    recipe = given.pop(0) if given and not given[0].startswith("-") else None
+    before = _config_file(given)
+    if recipe is None and before is None and (not given or {"-h", "--help"} & set(given)):
+        _overview().print_help()
+        sys.exit(0)
+    name = recipe or (before or {}).get("recipe")
+    if name not in RECIPES:
+        _overview().error(f"got {name or given[0]}; the recipe comes first, one of {', '.join(RECIPES)}")
+    if before is not None and name != before["recipe"]:
+        raise ConfigError(f"--config: got a run of {before['recipe']}, and the recipe {name}; want the same")
+    start = before or RECIPES[name]("synthetic", "run").as_dict()
+    flags = vars(_recipe_parser(name, start, is_rerun=before is not None).parse_args(given))
+    flags.pop("config", None)
+    _refuse_options_of_others(name, flags)
+    return with_changes(start, flags)
+
+
+def _config_file(given: Sequence[str]) -> dict[str, Any] | None:
+    """The configuration that --config names."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    path = early.parse_known_args(given)[0].config
+    return None if path is None else load(path)
+
+
+def _overview() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m training",
+        PROGRAM,
         description="Train a recommender with DPQ tables (or plain ones), freeze them into an artifact, measure it.",
-        epilog=EXAMPLES,
+        epilog=f"{PROGRAM} RECIPE --help shows a recipe's options and defaults.\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", choices=["two-tower"], help="two-tower: retrieval, users and items by cosine")
-    for field in dataclasses.fields(RunConfig):
-        if field.metadata.get("hidden"):
-            continue
-        flag, text = f"--{field.name.replace('_', '-')}", field.metadata["help"]
-        if field.type == "bool":
-            parser.add_argument(
-                flag,
-                action=argparse.BooleanOptionalAction,
-                default=field.default,
-                help=f"{text} (default: {field.default})",
-            )
-            continue
-        required = field.default == ""
-        choices = field.metadata.get("choices", "").split() or None
-        parser.add_argument(
-            flag,
-            type={"int": int, "float": float}.get(str(field.type), str),
-            default=field.default,
-            required=required,
-            choices=choices,
-            metavar=None if choices else {"int": "N", "float": "X"}.get(str(field.type), "PATH"),
-            help=text if required else f"{text} (default: {field.default})",
-        )
-    return RunConfig(**vars(parser.parse_args(arguments)))
+    recipes = parser.add_subparsers(title="recipes", metavar="RECIPE", required=True)
+    for name, function in RECIPES.items():
+        recipes.add_parser(name, help=(inspect.getdoc(function) or "").split("\n", 1)[0])
+    return parser
+
+
+def _recipe_parser(recipe: str, start: Mapping[str, Any], *, is_rerun: bool) -> argparse.ArgumentParser:
+    """The parser of a recipe's options; `start` holds their defaults."""
+    parser = argparse.ArgumentParser(
+        f"{PROGRAM} {recipe}",
+        description=inspect.getdoc(RECIPES[recipe]),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="metrics.json of another run: begin with its configuration; give --out too"
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in options_of(recipe):
+        if option.path[0] not in groups:
+            groups[option.path[0]] = parser.add_argument_group(option.group)
+        required = option.flag == "out" or (option.flag == "data" and not is_rerun)
+        add_flag(groups[option.path[0]], option, value_of(start, option), required=required)
+    for option in _options_of_others(recipe):
+        names = (f"--{option.flag}", f"--no-{option.flag}")
+        parser.add_argument(*names, nargs="?", dest=option.flag, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    return parser
+
+
+def _options_of_others(recipe: str) -> list[Option]:
+    own = {option.flag for option in options_of(recipe)}
+    return [option for other in RECIPES for option in options_of(other) if option.flag not in own]
+
+
+def _refuse_options_of_others(recipe: str, flags: dict[str, object]) -> None:
+    for other in RECIPES:
+        for option in options_of(other):
+            if option in _options_of_others(recipe) and option.flag in flags:
+                raise ConfigError(f"--{option.flag} is an option of {other}: {_REASONS[other]}; leave it out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if rank == 0:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-        ratio = result["total"]["compression_ratio"]
-        print(f"test {metrics}; tables {ratio:.1f} times smaller; {config.out}/artifact, {config.out}/metrics.json")
+        ratio, out = result["total"]["compression_ratio"], config.run.out
+        print(f"test {metrics}; tables {ratio:.1f} times smaller; {out}/artifact, {out}/metrics.json")
     return 0
 
 

@@ -11,6 +11,7 @@ import fcntl
 import json
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,12 +22,13 @@ from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dpq_rec import ConfigError
+from training.board import TENSORBOARD
 from training.config import SYNTHETIC, RunConfig
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 _LOCK = ".lock"
 _KEPT = 2  # the newest, and the one before it in case a disk lied
-_MAY_CHANGE = {"out", "device"}  # settings that do not change what is trained
+_MAY_CHANGE = {"run.out", "run.device"}  # settings that do not change what is trained
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,7 +51,7 @@ class Progress:
     train_seconds: float = 0.0
     seconds: float = 0.0
     examples: int = 0
-    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def claim_folder(config: RunConfig, world_size: int) -> IO[str]:
@@ -63,7 +65,7 @@ def claim_folder(config: RunConfig, world_size: int) -> IO[str]:
     Raises:
         ConfigError: DIR belongs to another configuration, to a run that is going on, or holds something else.
     """
-    out = Path(config.out)
+    out = Path(config.run.out)
     if out.is_dir() and not (out / CONFIG).is_file() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise ConfigError(f"--out: {out} is not empty and holds no run; name another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -73,16 +75,28 @@ def claim_folder(config: RunConfig, world_size: int) -> IO[str]:
     except BlockingIOError:
         claim.close()
         raise ConfigError(f"--out: a run is going on in {out}; wait for it, stop it, or name another folder") from None
-    wanted = {k: v for k, v in config.as_dict().items() if k not in _MAY_CHANGE} | {"world_size": world_size}
+    wanted = {**config.as_dict(), "world_size": world_size}
     found = json.loads((out / CONFIG).read_text()) if (out / CONFIG).is_file() else wanted
-    differing = [f"{k}: {found.get(k)!r} there, {v!r} here" for k, v in wanted.items() if found.get(k) != v]
+    here, there = dict(_settings(json.loads(json.dumps(wanted)))), dict(_settings(found))
+    names = [name for name in {**here, **there} if name not in _MAY_CHANGE and here.get(name) != there.get(name)]
+    differing = [f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names]
     if differing and find_checkpoints(out / CHECKPOINTS):
         claim.close()
         raise ConfigError(f"--out: {out} belongs to another run ({'; '.join(differing)}); name another folder")
     if differing:
-        shutil.rmtree(out / SYNTHETIC, ignore_errors=True)
+        for name in (SYNTHETIC, TENSORBOARD):
+            shutil.rmtree(out / name, ignore_errors=True)
     write_json(out / CONFIG, wanted)
     return claim
+
+
+def _settings(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting under the name that says where it stands: data.num_users."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -140,7 +154,7 @@ class Checkpoints:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
 
-def dense_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What the artifact does not hold: every weight and buffer outside the tables."""
+def dense_weights(model: nn.Module, tables: str) -> dict[str, torch.Tensor]:
+    """What the artifact does not hold: every weight and buffer whose name does not begin as those of the tables do."""
     state = model.state_dict()
-    return {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith("tables.")}
+    return {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith(tables)}

@@ -1,95 +1,286 @@
-"""What a run can be told. Checked once, here; the whole of it is in metrics.json and enough to run again."""
+"""What a run can be told. Checked once, here; the whole of it is in metrics.json and enough to run again.
+
+Options stand in groups: `data`, `model` (one class for each recipe), `embedding`, `optimisation`, `run`. Each is a
+field of its group and a flag of `python -m training RECIPE`; `training.flags` makes the flags of the fields.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from dpq_rec import ConfigError, DPQConfig
+from training import flags
+from training.vocabularies import VocabularyPolicy
 
-Embedding = Literal["full", "dpq-sx", "dpq-vq"]
 SYNTHETIC = "synthetic"
+METHODS: dict[str, Literal["sx", "vq"]] = {"dpq-sx": "sx", "dpq-vq": "vq"}
 
 
-def _option(default: Any, text: str, **more: Any) -> Any:
-    """A field, and what `--help` says of it."""
-    return dataclasses.field(default=default, metadata={"help": text, **more})
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Data: what is read, and which id gets which row.
 
+    Attributes:
+        path: Parquet file or folder with user_id and item_id; or 'synthetic', which generates a population.
+        features: more columns to learn from: numbers are dense, strings and lists are categorical.
+        vocabulary: how ids of users and items get rows; categorical features have a row for each value.
+        num_users: users that 'synthetic' generates.
+        num_items: items that 'synthetic' generates.
+        num_interactions: interactions that 'synthetic' generates; for dlrm with label, price (a number), segment (a
+            string) and tags (a list).
+        string_ids: whether 'synthetic' generates ids that are strings.
+    """
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One training run. Each field is a flag of `python -m training`, by the same name."""
-
-    data: str = _option("", "Parquet file or folder with user_id and item_id; or 'synthetic'")
-    out: str = _option("", "folder of the run: metrics.json, artifact/, model.safetensors, checkpoints/")
-    recipe: str = _option("two-tower", "", hidden=True)
-
-    embedding: Embedding = _option(
-        "dpq-vq", "tables: plain, or DPQ by softmax or by centroids", choices="full dpq-sx dpq-vq"
-    )
-    embedding_dim: int = _option(64, "E, width of a vector")
-    num_subspaces: int = _option(16, "D, groups a vector is split into; must divide E")
-    num_codes: int = _option(32, "K, choices per group; a row takes D * log2(K) bits")
-    num_levels: int = _option(1, "L, residual levels; 1, plain DPQ, is what trains today")
-    batch_norm: bool = _option(True, "normalise the scores of each code")
-    penalty_weight: float = _option(1.0, "dpq-vq: weight of the term that draws values to their queries")
-
-    epochs: int = _option(20, "passes over the training split, at most")
-    patience: int = _option(3, "stop after so many epochs without a better validation metric")
-    batch_size: int = _option(4096, "examples a rank takes per step; fewer where an epoch would have under 20 steps")
-    num_negatives: int = _option(
-        2048, "uniform negatives a rank draws per step, shared by its examples; at most batch_size"
-    )
-    temperature: float = _option(0.1, "divides the cosine of user and item before the softmax")
-    learning_rate: float = _option(
-        0.1, "of plain tables and of queries (row-wise Adagrad, fused into the backward pass)"
-    )
-    quantizer_learning_rate: float = _option(0.003, "of keys and values (Adam)")
-    seed: int = _option(0, "of everything random")
-    device: str = _option("auto", "auto takes CUDA where present", choices="auto cpu cuda")
-    max_eval_users: int = _option(50_000, "measure metrics on at most so many users, drawn at random")
-
-    num_users: int = _option(100_000, "synthetic: users")
-    num_items: int = _option(20_000, "synthetic: items")
-    num_interactions: int = _option(2_000_000, "synthetic: interactions")
+    path: str = field(metadata={"flag": "data"})
+    features: tuple[str, ...] = ()
+    vocabulary: VocabularyPolicy = field(default_factory=VocabularyPolicy, metadata={"renamed": {"kind": "vocabulary"}})
+    num_users: int = 100_000
+    num_items: int = 20_000
+    num_interactions: int = 2_000_000
+    string_ids: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("data", "out"):
-            if not getattr(self, name):
-                raise ConfigError(f"--{name} is missing")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            choices = field.metadata.get("choices", "").split()
-            if choices and value not in choices:
-                raise ConfigError(f"--{field.name}: got {value!r}, want one of {', '.join(choices)}")
-            if field.type in ("int", "float") and field.name != "seed" and value <= 0:
-                raise ConfigError(f"--{field.name.replace('_', '-')}: got {value}, want more than 0")
-        if self.num_levels != 1:
-            raise ConfigError(f"--num-levels: got {self.num_levels}, want 1: residual levels are read, not trained yet")
+        _check_positive(self, "num_users", "num_items", "num_interactions")
+        if not self.path:
+            raise ConfigError("--data is missing")
+        if self.path != SYNTHETIC and not Path(self.path).exists():
+            raise ConfigError(f"--data: {self.path} does not exist")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoTowerOptions:
+    """Model two-tower: similarity of a user's and an item's vector, softmax against sampled items.
+
+    Attributes:
+        similarity: what is searched by: the vectors' cosine or their dot product.
+        temperature: divides the similarity before the softmax; 0.1 suits cosines, 1 dot products.
+        negatives: what an example's item is told from: items drawn uniformly, the other examples' items, or both.
+        num_negatives: uniform negatives a rank draws per step, shared by its examples; at most batch_size.
+        log_q: subtract the logarithm of how likely an item is to be a candidate (Yi et al., 2019).
+        max_eval_users: measure metrics on at most so many users, drawn at random.
+    """
+
+    similarity: Literal["cosine", "dot"] = "cosine"
+    temperature: float = 0.1
+    negatives: Literal["uniform", "in-batch", "both"] = "uniform"
+    num_negatives: int = 2048
+    log_q: bool = True
+    max_eval_users: int = 50_000
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "temperature", "num_negatives", "max_eval_users")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DLRMOptions:
+    """Model dlrm: click-through from ids, categorical and dense features, by TorchRec's DLRM; wants a column `label`.
+
+    Attributes:
+        dense_layers: widths of the layers over the dense features; one as wide as a vector follows them.
+        over_layers: widths of the layers over the interactions of vectors; one of width 1 follows them.
+    """
+
+    dense_layers: tuple[int, ...] = (64,)
+    over_layers: tuple[int, ...] = (128, 64)
+
+    def __post_init__(self) -> None:
+        for name in ("dense_layers", "over_layers"):
+            if any(width < 1 for width in getattr(self, name)):
+                raise ConfigError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, want widths of 1 or more")
+        if not self.over_layers:
+            raise ConfigError("--over-layers: got none, want one width at least")
+
+
+ModelOptions: TypeAlias = TwoTowerOptions | DLRMOptions
+MODEL_OPTIONS: dict[str, type[ModelOptions]] = {"two-tower": TwoTowerOptions, "dlrm": DLRMOptions}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingOptions:
+    """Embedding: the tables, plain or compressed.
+
+    Attributes:
+        kind: plain tables, or DPQ by softmax (dpq-sx) or by centroids (dpq-vq).
+        embedding_dim: E, width of a vector.
+        dpq: how tables are quantized; None where they are plain.
+        start: keys and values begin uniformly, or as the k-means centroids of the queries they stand for.
+    """
+
+    kind: Literal["full", "dpq-sx", "dpq-vq"] = field(default="dpq-vq", metadata={"flag": "embedding"})
+    embedding_dim: int = 64
+    dpq: DPQConfig | None = field(
+        default_factory=lambda: DPQConfig(method="vq"),
+        metadata={"renamed": {"method": "", "temperature": "dpq-temperature"}},
+    )
+    start: Literal["uniform", "kmeans"] = "uniform"
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "embedding_dim")
+        method = self.dpq.method if self.dpq else None
+        if METHODS.get(self.kind) != method:
+            raise ConfigError(f"embedding: got {self.kind} with a DPQ configuration of {method}, want the same")
+        if self.dpq is None and self.start != "uniform":
+            raise ConfigError(
+                f"--start: got {self.start} with --embedding full: it has no keys and values; leave it out"
+            )
+        if self.dpq is not None:
+            self.dpq.query_dim(self.embedding_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationOptions:
+    """Optimisation: how it learns, and for how long.
+
+    Attributes:
+        epochs: passes over the training split, at most.
+        patience: stop after so many epochs without a better validation metric.
+        batch_size: examples a rank takes per step; fewer where an epoch would have under 20 steps.
+        optimizer: of plain tables and of queries, fused into the backward pass; adam wants CUDA.
+        learning_rate: of that optimizer; 0.1 suits the two Adagrads, 0.003 adam, more than 1 sgd.
+        dense_learning_rate: of all other weights, keys and values among them (Adam).
+    """
+
+    epochs: int = 20
+    patience: int = 3
+    batch_size: int = 4096
+    optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam"] = "rowwise-adagrad"
+    learning_rate: float = 0.1
+    dense_learning_rate: float = 0.003
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "epochs", "patience", "batch_size", "learning_rate", "dense_learning_rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Run: where it goes and on what.
+
+    Attributes:
+        out: folder of the run: metrics.json, artifact/, model.safetensors, checkpoints/, tensorboard/.
+        seed: of everything random.
+        device: auto takes CUDA where present.
+    """
+
+    out: str
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ConfigError("--out is missing")
         if self.seed < 0:
             raise ConfigError(f"--seed: got {self.seed}, want 0 or more")
-        if self.num_negatives > self.batch_size:
-            got = f"{self.num_negatives} negatives, a batch of {self.batch_size}"
-            raise ConfigError(f"--num-negatives: got {got}; want at most as many as the batch")
-        if self.data != SYNTHETIC and not Path(self.data).exists():
-            raise ConfigError(f"--data: {self.data} does not exist")
-        if self.dpq is not None:
-            self.dpq.subspace_dim(self.embedding_dim)
 
-    @property
-    def dpq(self) -> DPQConfig | None:
-        """How tables are quantized; None for plain ones."""
-        if self.embedding == "full":
-            return None
-        return DPQConfig(
-            method="sx" if self.embedding == "dpq-sx" else "vq",
-            num_subspaces=self.num_subspaces,
-            num_codes=self.num_codes,
-            batch_norm=self.batch_norm,
-            penalty_weight=self.penalty_weight,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run.
+
+    Attributes:
+        recipe: what is trained: "two-tower" or "dlrm".
+        data: what is read.
+        model: the recipe's own options.
+        embedding: the tables.
+        optimisation: how it learns.
+        run: where it goes and on what.
+    """
+
+    recipe: str
+    data: DataOptions
+    model: ModelOptions
+    embedding: EmbeddingOptions
+    optimisation: OptimisationOptions
+    run: RunOptions
+
+    def __post_init__(self) -> None:
+        want = MODEL_OPTIONS.get(self.recipe)
+        if want is None or not isinstance(self.model, want):
+            got = f"{self.recipe!r} with {type(self.model).__name__}"
+            raise ConfigError(f"recipe: got {got}, want one of {', '.join(MODEL_OPTIONS)} with its own options")
+        if isinstance(self.model, TwoTowerOptions):
+            self._check_two_tower(self.model)
+
+    def _check_two_tower(self, model: TwoTowerOptions) -> None:
+        if self.data.features:
+            reason = "two-tower has no layer after its tables that they could enter; dlrm takes them"
+            raise ConfigError(f"--features: got {','.join(self.data.features)}; {reason}")
+        if model.negatives != "in-batch" and model.num_negatives > self.optimisation.batch_size:
+            got = f"{model.num_negatives} negatives, a batch of {self.optimisation.batch_size}"
+            raise ConfigError(f"--num-negatives: got {got}; want at most as many as the batch")
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting, as metrics.json holds it."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> RunConfig:
+        """The configuration that `as_dict` gave, also after JSON.
+
+        Raises:
+            ConfigError: something is missing or no option, of another type, or makes no sense.
+        """
+        recipe = content.get("recipe")
+        if recipe not in MODEL_OPTIONS:
+            raise ConfigError(f"recipe: got {recipe!r}, want one of {', '.join(MODEL_OPTIONS)}")
+        groups = {**_GROUPS, "model": MODEL_OPTIONS[recipe]}
+        if set(content) != {"recipe", *groups}:
+            raise ConfigError(f"configuration: got {', '.join(content)}; want recipe, {', '.join(groups)}")
+        built: dict[str, Any] = {name: flags.build(kind, content[name], f"{name}.") for name, kind in groups.items()}
+        return cls(recipe=recipe, **built)
+
+
+_GROUPS: dict[str, type] = {
+    "data": DataOptions,
+    "model": TwoTowerOptions,
+    "embedding": EmbeddingOptions,
+    "optimisation": OptimisationOptions,
+    "run": RunOptions,
+}
+
+
+def options_of(recipe: str) -> list[flags.Option]:
+    """Every option that a recipe has, group by group."""
+    groups = {**_GROUPS, "model": MODEL_OPTIONS[recipe]}
+    return [option for name, kind in groups.items() for option in flags.options(kind, (name,))]
+
+
+def value_of(content: Mapping[str, Any], option: flags.Option) -> Any:
+    """An option's value in what `as_dict` gave; where tables are plain, the default of what is DPQ's."""
+    value: Any = content
+    for name in option.path:
+        value = (value if value is not None else dataclasses.asdict(DPQConfig()))[name]
+    return value
+
+
+def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> RunConfig:
+    """The configuration that `as_dict` gave, with other values for some flags.
+
+    Raises:
+        ConfigError: a flag that makes no sense there.
+    """
+    config: dict[str, Any] = copy.deepcopy(dict(content))
+    by_flag = {option.flag: option for option in options_of(config["recipe"])}
+    kind = changes.get("embedding", config["embedding"]["kind"])
+    of_dpq = [flag for flag in changes if by_flag[flag].path[1] == "dpq"]
+    if kind == "full" and of_dpq:
+        raise ConfigError(f"--{of_dpq[0]}: --embedding full has plain tables, without such an option; leave it out")
+    quantized = {**(config["embedding"]["dpq"] or {}), "method": METHODS.get(kind)}
+    config["embedding"]["dpq"] = None if kind == "full" else quantized
+    for flag, value in changes.items():
+        *above, name = by_flag[flag].path
+        group = config
+        for each in above:
+            group = group[each]
+        group[name] = value
+    return RunConfig.from_dict(config)
+
+
+def _check_positive(options: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')}: got {getattr(options, name)}, want more than 0")

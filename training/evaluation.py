@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from dpq_rec.errors import ConfigError
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.vocabulary import Vocabulary
-from training.interactions import TEST, TRAIN, VALIDATION, Interactions, Pairs, find_rows, held_out
+from training.columns import Values, id_array
+from training.interactions import Interactions, held_out
+from training.splits import TEST, TRAIN, VALIDATION
+from training.vocabularies import find_rows
 
 VectorsOf: TypeAlias = Callable[[NDArray[np.int64]], torch.Tensor]
 """Rows [N] (int64) -> vectors [N, E] (float32), on any one device."""
@@ -57,14 +60,14 @@ class EvaluatedUsers(NamedTuple):
     """U users and all that their metrics depend on, besides the vectors.
 
     Attributes:
-        user_ids_U: ascending (int64).
+        user_ids_U: ascending (int64, or objects of str).
         user_rows_U: (int64); MISSING_ROW for a user that is not in the training split.
         num_test_items_U: distinct test items (int64), those that can only be missed too.
         test_items: rows of the test items that are candidates.
         excluded_items: rows that are no candidates.
     """
 
-    user_ids_U: NDArray[np.int64]
+    user_ids_U: NDArray[Any]
     user_rows_U: NDArray[np.int64]
     num_test_items_U: NDArray[np.int64]
     test_items: UserItems
@@ -86,12 +89,12 @@ class RetrievalMetrics(NamedTuple):
 
     Attributes:
         names: "recall@10", "ndcg@10", ...: the C columns.
-        user_ids_U: (int64).
+        user_ids_U: (int64, or objects of str).
         values_UC: (float64).
     """
 
     names: tuple[str, ...]
-    user_ids_U: NDArray[np.int64]
+    user_ids_U: NDArray[Any]
     values_UC: NDArray[np.float64]
 
     @property
@@ -137,15 +140,21 @@ def evaluated_users(
         max_users: where more have items in the split, so many drawn at random.
         seed: of that draw.
     """
-    test = Pairs(*distinct_pairs(*held_out(interactions, split)))
-    user_ids_U = np.unique(test.user_ids_N)
-    if max_users is not None and len(user_ids_U) > max_users:
-        user_ids_U = np.sort(np.random.default_rng(seed).choice(user_ids_U, max_users, replace=False))
-    users_T = _positions(user_ids_U, test.user_ids_N)
-    item_ids_T, users_T = test.item_ids_N[users_T >= 0], users_T[users_T >= 0]
-    user_rows_U = find_rows(vocabularies["user_id"], user_ids_U)
+    pairs = held_out(interactions, split)
+    users, items = pairs.users.sorted(), pairs.items.sorted()
+    users_T, items_T = distinct_pairs(users.codes_T, items.codes_T)
+    drawn_U = np.arange(len(users.distinct_D))
+    if max_users is not None and len(drawn_U) > max_users:
+        drawn_U = np.sort(np.random.default_rng(seed).choice(drawn_U, max_users, replace=False))
+    places = np.full(len(users.distinct_D), -1)
+    places[drawn_U] = np.arange(len(drawn_U))
+    users_T, items_T = places[users_T], items_T[places[users_T] >= 0]
+    users_T = users_T[users_T >= 0]
+    user_ids = users.distinct_D.take(drawn_U)
+    user_ids_U = user_ids.to_numpy(zero_copy_only=False)
+    user_rows_U = find_rows(vocabularies["user_id"], Values.of(user_ids))
     excluded = training_items(interactions, user_ids_U, vocabularies["item_id"], with_validation=split == TEST)
-    item_rows_T = find_rows(vocabularies["item_id"], item_ids_T)
+    item_rows_T = find_rows(vocabularies["item_id"], Values(items.distinct_D, items_T))
     ranked_T = (item_rows_T != MISSING_ROW) & (user_rows_U[users_T] != MISSING_ROW)
     ranked_T &= ~_pairs_in(users_T, item_rows_T, excluded)
     return EvaluatedUsers(
@@ -159,7 +168,7 @@ def evaluated_users(
 
 def training_items(
     interactions: Interactions,
-    user_ids_U: NDArray[np.int64],
+    user_ids_U: NDArray[Any],
     item_vocabulary: Vocabulary,
     *,
     with_validation: bool = False,
@@ -168,20 +177,20 @@ def training_items(
 
     Args:
         interactions: the data.
-        user_ids_U: ids of the users, ascending and distinct (int64); the result is in their order.
+        user_ids_U: ids of the users, distinct (int64, or objects of str); the result is in their order.
         item_vocabulary: of item_id; an item it does not know has no row and is left out.
         with_validation: those of the validation split too.
     """
     users, items = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     last_split = VALIDATION if with_validation else TRAIN
+    known_users = id_array(user_ids_U, interactions.id_kinds["user_id"])
     for piece in interactions.scan(("user_id", "item_id")):
-        users_N = _positions(user_ids_U, piece["user_id"])
-        wanted_N = (users_N >= 0) & (piece["split"] <= last_split)
-        users.append(users_N[wanted_N])
-        items.append(piece["item_id"][wanted_N])
-    users_T, item_rows_T = np.concatenate(users), find_rows(item_vocabulary, np.concatenate(items))
-    known_T = item_rows_T != MISSING_ROW
-    return UserItems.from_pairs(users_T[known_T], item_rows_T[known_T], len(user_ids_U))
+        users_N = piece.values["user_id"].positions(known_users)
+        wanted_N = (users_N >= 0) & (piece.splits_N <= last_split)
+        item_rows_N = find_rows(item_vocabulary, piece.values["item_id"].where(wanted_N))
+        users.append(users_N[wanted_N][item_rows_N != MISSING_ROW])
+        items.append(item_rows_N[item_rows_N != MISSING_ROW])
+    return UserItems.from_pairs(np.concatenate(users), np.concatenate(items), len(user_ids_U))
 
 
 def distinct_pairs(
@@ -326,14 +335,6 @@ def _count_chunk(
             users_L = users_B[: np.count_nonzero(live_B > slot)]
             below_LN = scores_BN[: len(users_L)] < thresholds_UP[users_L, slot, None]
             counts_UP[users_L, slot] += len(items_NE) - below_LN.sum(1)
-
-
-def _positions(sorted_U: NDArray[np.int64], ids_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each id stands in a sorted list, -1 where it does not."""
-    if not len(sorted_U):
-        return np.full(len(ids_N), -1)
-    at_N = np.minimum(np.searchsorted(sorted_U, ids_N), len(sorted_U) - 1)
-    return np.where(sorted_U[at_N] == ids_N, at_N, -1)
 
 
 def _pairs_in(users_N: NDArray[np.int64], item_rows_N: NDArray[np.int64], items: UserItems) -> NDArray[np.bool_]:

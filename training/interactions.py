@@ -1,7 +1,7 @@
-"""Interactions to batches of rows. In: Parquet files of user_id and item_id (contract 1). Out: Batch(user_rows_B, ...).
+"""Interactions as a stream. In: Parquet files of user_id and item_id (contract 1). Out: Pieces: splits, ids, features.
 
 Files are streamed and may be larger than memory. What is held grows with the users (only where no column names the
-split) and with the distinct ids (vocabularies), never with the interactions.
+split), never with the interactions.
 """
 
 from __future__ import annotations
@@ -10,56 +10,52 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
-from dpq_rec.kernels import MISSING_ROW
-from dpq_rec.vocabulary import Vocabulary
+from training.columns import IdKind, Values, bags, empty_values, feature_kind, id_kind, numbers
+from training.files import IDS, DataFile, RowGroup, no_nulls, parquet_files, row_groups
+from training.splits import HeldOutRows, SplitCounts, checked_splits, hold_out_last
 
-TRAIN, VALIDATION, TEST = 0, 1, 2
-
-_IdCounts: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64]]
 _logger = logging.getLogger(__name__)
-_IDS = ("user_id", "item_id")
-_PIECE_ROWS = 1 << 20  # rows read at a time
-_WINDOW_ROWS = 1 << 22  # rows mixed with each other: their ids take 64 MB
+_NO_FEATURES = ("user_id", "item_id", "split", "label")
 
 
-class RowGroup(NamedTuple):
-    """One row group of a file; `first_row` counts through all files."""
+class Piece(NamedTuple):
+    """N rows that follow each other in the files, all splits among them.
 
-    path: Path
-    metadata: Any
-    position: int
-    first_row: int
-    num_rows: int
+    Attributes:
+        splits_N: TRAIN, VALIDATION or TEST (int8).
+        values: name of an id or a categorical feature -> its values, row after row.
+        lengths: the same names -> how many values each row has (int64 [N]): ones for ids.
+        numbers: name of a dense feature, or "label" -> float32 [N].
+    """
 
+    splits_N: NDArray[np.int8]
+    values: dict[str, Values]
+    lengths: dict[str, NDArray[np.int64]]
+    numbers: dict[str, NDArray[np.float32]]
 
-class SplitCounts(NamedTuple):
-    """How many rows are in each split."""
-
-    train: int
-    validation: int
-    test: int
+    def where(self, wanted_N: NDArray[np.bool_]) -> Piece:
+        """Some of the rows."""
+        return Piece(
+            self.splits_N[wanted_N],
+            {name: each.where(np.repeat(wanted_N, self.lengths[name])) for name, each in self.values.items()},
+            {name: lengths_N[wanted_N] for name, lengths_N in self.lengths.items()},
+            {name: numbers_N[wanted_N] for name, numbers_N in self.numbers.items()},
+        )
 
 
 class Pairs(NamedTuple):
-    """Interactions: the ids [N] (int64) of their users and items."""
+    """Interactions: the ids [N] of their users and items."""
 
-    user_ids_N: NDArray[np.int64]
-    item_ids_N: NDArray[np.int64]
-
-
-class Batch(NamedTuple):
-    """The rows [B] (int64) of users and of the items they chose."""
-
-    user_rows_B: NDArray[np.int64]
-    item_rows_B: NDArray[np.int64]
+    users: Values
+    items: Values
 
 
 class Interactions:
@@ -68,15 +64,30 @@ class Interactions:
     Attributes:
         row_groups: every row group, in file order.
         num_rows: of all splits together.
+        id_kinds: user_id, item_id and each categorical feature -> "int64" or "string".
+        categorical_features: those of the features asked for that are strings or lists, in the order asked for.
+        dense_features: those that are numbers.
+        has_label: whether labels were asked for.
     """
 
-    def __init__(self, row_groups: Sequence[RowGroup], held_out: _HeldOutRows | None) -> None:
-        self.row_groups = tuple(row_groups)
-        self.num_rows = sum(group.num_rows for group in row_groups)
+    def __init__(
+        self,
+        groups: Sequence[RowGroup],
+        held_out: HeldOutRows | None,
+        id_kinds: Mapping[str, IdKind],
+        dense_features: Sequence[str] = (),
+        *,
+        has_label: bool = False,
+    ) -> None:
+        self.row_groups = tuple(groups)
+        self.num_rows = sum(group.num_rows for group in groups)
+        self.id_kinds = MappingProxyType(dict(id_kinds))
+        self.categorical_features = tuple(name for name in id_kinds if name not in IDS)
+        self.dense_features, self.has_label = tuple(dense_features), has_label
         self._held_out = held_out
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Interactions:
+    def open(cls, path: str | os.PathLike[str], *, features: Sequence[str] = (), label: bool = False) -> Interactions:
         """Look at the files' columns; where none is named `split`, stream them once to find each user's last items.
 
         A folder is searched with its subfolders for *.parquet, names that start with . or _ left out. The order of
@@ -85,11 +96,17 @@ class Interactions:
         ones in row order; by row order where there is none) is the test and the one before it the validation. The first
         item of a user always trains: of two, the other is the test; a single one is not held out.
 
+        Args:
+            path: of the file or folder.
+            features: more columns. Numbers, integers and booleans among them, are dense; strings, and lists of strings
+                or of integers, are categorical.
+            label: whether to read the column `label`, 0 or 1.
+
         Raises:
-            ConfigError: nothing at the path, no file with interactions, a file that is no Parquet, columns of a wrong
-                type or not alike in all files. Nulls are found as they are read.
+            ConfigError: nothing at the path, no file with interactions, a file that is no Parquet, columns missing, of
+                a wrong type or not alike in all files. Wrong values are found as they are read.
         """
-        files = [_File.open(file) for file in _parquet_files(Path(path))]
+        files = [DataFile.open(file) for file in parquet_files(Path(path))]
         used = [file for file in files if not file.lacks]
         if not used:
             seen = "; ".join(f"{file.path.name} ({', '.join(file.types)})" for file in files[:5])
@@ -99,299 +116,123 @@ class Interactions:
                 _logger.warning("ignored %s: it has no column %s", file.path, " and no column ".join(file.lacks))
         split = _shared_column(used, "split")
         timestamp = None if split else _shared_column(used, "timestamp")
-        for file in used:
-            for column in filter(None, (*_IDS, split, timestamp)):
-                file.check(column)
-        groups = list(_row_groups(used))
-        return cls(groups, None if split else _hold_out_last(groups, timestamp))
+        _check_types(used, [name for name in (split, timestamp, "label" if label else None) if name])
+        kinds: dict[str, IdKind] = {name: _shared_kind(used, name, id_kind) for name in IDS}
+        dense = []
+        for name in _checked_names(features):
+            kind = _shared_kind(used, name, feature_kind)
+            if kind == "dense":
+                dense.append(name)
+            else:
+                kinds[name] = kind
+        groups = list(row_groups(used))
+        held_out_rows = None if split else hold_out_last(groups, kinds["user_id"], timestamp)
+        return cls(groups, held_out_rows, kinds, dense, has_label=label)
 
-    def scan(
-        self, columns: Sequence[str], row_groups: Iterable[RowGroup] | None = None
-    ) -> Iterator[dict[str, NDArray[Any]]]:
-        """The columns asked for and `split` (int8 [N]), in pieces of at most 1,048,576 rows.
+    def scan(self, columns: Sequence[str], groups: Iterable[RowGroup] | None = None) -> Iterator[Piece]:
+        """The columns asked for and the splits, in pieces of at most 262,144 rows.
 
         Args:
-            columns: names besides `split`, at least one; ids come as int64.
-            row_groups: which to read, and in which order; all of them unless given.
+            columns: ids, features and "label".
+            groups: which row groups to read, and in which order; all of them unless given.
 
         Raises:
-            ConfigError: a null, a split other than 0, 1 and 2, or a damaged file.
+            ConfigError: a null id or label, a label other than 0 and 1, a split other than 0, 1 and 2, a number that is
+                infinite in float32, or a damaged file.
         """
-        for group in self.row_groups if row_groups is None else row_groups:
+        read = [*columns, "split"] if self._held_out is None else list(columns)
+        for group in self.row_groups if groups is None else groups:
             first_row = group.first_row
-            for piece in _read(group, [*columns, "split"] if self._held_out is None else list(columns)):
-                if self._held_out is not None:
-                    piece["split"] = self._held_out.splits(first_row, len(piece[columns[0]]))
-                first_row += len(piece["split"])
-                yield piece
+            for batch in group.read(read):
+                if self._held_out is None:
+                    splits_N = checked_splits(batch, group.path)
+                else:
+                    splits_N = self._held_out.splits(first_row, len(batch))
+                yield self._piece(batch, columns, group.path, splits_N)
+                first_row += len(batch)
 
     def count_splits(self) -> SplitCounts:
         """Rows of each split. An epoch has train // (batch_size * world_size) batches on each rank."""
+        if self._held_out is not None:
+            num_validation, num_test = map(len, self._held_out)
+            return SplitCounts(self.num_rows - num_validation - num_test, num_validation, num_test)
         counts = np.zeros(3, np.int64)
-        for piece in self.scan(("user_id",)):
-            counts += np.bincount(piece["split"], minlength=3)
+        for piece in self.scan(()):
+            counts += np.bincount(piece.splits_N, minlength=3)
         return SplitCounts(*counts.tolist())
 
-
-def count_ids(interactions: Interactions, column: str) -> _IdCounts:
-    """The distinct ids [V] of a column in the training split, ascending, and how often each occurs [V] (both int64)."""
-    parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-    for piece in interactions.scan((column,)):
-        parts.append(np.unique(piece[column][piece["split"] == TRAIN], return_counts=True))
-        # As much must be new as is merged already: so the whole stays at N log N.
-        if sum(len(ids_V) for ids_V, _ in parts[1:]) >= max(len(parts[0][0]), _PIECE_ROWS):
-            parts = [_merge_counts(parts)]
-    return _merge_counts(parts)
-
-
-def _merge_counts(parts: Sequence[_IdCounts]) -> _IdCounts:
-    every_N, counts_N = map(np.concatenate, zip(*parts, strict=True))
-    ids_V, at_N = np.unique(every_N, return_inverse=True)
-    return ids_V, np.bincount(at_N, counts_N, minlength=len(ids_V)).astype(np.int64)
-
-
-def build_vocabulary(interactions: Interactions, column: str) -> NDArray[np.int64]:
-    """The ids of a column in the training split: row v holds ids_V[v] (int64), falling frequency, then ascending id.
-
-    Raises:
-        ConfigError: there are no training rows.
-    """
-    ids_V, counts_V = count_ids(interactions, column)
-    if not len(ids_V):
-        raise ConfigError(f"data: got no training rows among {interactions.num_rows} interactions, want at least one")
-    return ids_V[np.argsort(-counts_V, kind="stable")]
-
-
-def train_batches(
-    interactions: Interactions,
-    vocabularies: Mapping[str, Vocabulary],
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
-    shuffle: bool = True,
-    window_rows: int = _WINDOW_ROWS,
-) -> Iterator[Batch]:
-    """This rank's batches of an epoch: over all ranks every training row once, but for the remainder.
-
-    All ranks get equally many batches, all of batch_size: fewer than world_size * batch_size rows, others in each
-    epoch, are dropped at its end. The order depends on data, seed and epoch alone: row groups are read in shuffled
-    order, and rows are mixed within windows of several row groups. Data that fit into a window are mixed completely.
-
-    Args:
-        interactions: the data.
-        vocabularies: of user_id and item_id.
-        batch_size: B, of one rank.
-        rank: of world_size ranks; takes every world_size-th batch.
-        world_size: number of ranks.
-        seed: 0 or more, the same on all ranks.
-        epoch: 0 or more.
-        shuffle: False gives the rows in file order, and drops the last ones.
-        window_rows: rows held at a time; each takes 50 bytes or so.
-
-    Raises:
-        ConfigError: too few rows for one batch on each rank, or an id that its vocabulary does not know.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    groups = list(interactions.row_groups)
-    if shuffle:
-        groups = [groups[i] for i in rng.permutation(len(groups))]
-    rest, step_rows, num_rows = _join([]), batch_size * world_size, 0
-    for window in _windows(interactions, groups, window_rows):
-        num_rows += len(window.user_ids_N)
-        window = _join([rest, window])
-        order_N = np.arange(len(window.user_ids_N), dtype=np.int32)
-        if shuffle:
-            rng.shuffle(order_N)
-        whole = len(order_N) // step_rows * step_rows
-        mine_N = order_N[:whole].reshape(-1, world_size, batch_size)[:, rank].ravel()
-        rest = Pairs(*(ids_N[order_N[whole:]] for ids_N in window))
-        users_N = _known_rows(vocabularies["user_id"], window.user_ids_N[mine_N], "user_id")
-        items_N = _known_rows(vocabularies["item_id"], window.item_ids_N[mine_N], "item_id")
-        del window, order_N
-        for at in range(0, len(mine_N), batch_size):
-            yield Batch(users_N[at : at + batch_size], items_N[at : at + batch_size])
-    if num_rows < step_rows:
-        got = f"{batch_size} on each of {world_size} rank(s), {num_rows} training rows"
-        raise ConfigError(f"batch_size: got {got}; want at most {num_rows // world_size}")
+    def _piece(self, batch: Any, columns: Sequence[str], path: Path, splits_N: NDArray[np.int8]) -> Piece:
+        piece = Piece(splits_N, {}, {}, {})
+        for name in columns:
+            column_N = no_nulls(batch, name, path) if name in (*IDS, "label") else batch.column(name)
+            if name in self.id_kinds:
+                piece.values[name], piece.lengths[name] = bags(column_N, self.id_kinds[name])
+                continue
+            piece.numbers[name] = numbers_N = numbers(column_N)
+            wrong = numbers_N[np.isinf(numbers_N) if name != "label" else (numbers_N != 0) & (numbers_N != 1)]
+            if len(wrong):
+                want = "0 or 1" if name == "label" else "numbers that float32 can hold"
+                raise ConfigError(f"{name}: got {wrong[0]} in {path}, want {want}")
+        return piece
 
 
 def held_out(interactions: Interactions, split: int) -> Pairs:
     """The interactions of a split, VALIDATION or TEST, in row order; memory grows with them."""
-    return _join(list(_pairs(interactions, split)))
+    parts = [tuple(empty_values(interactions.id_kinds[name]) for name in IDS)]
+    for piece in interactions.scan(IDS):
+        wanted_N = piece.splits_N == split
+        if wanted_N.any():
+            parts.append(tuple(piece.values[name].where(wanted_N) for name in IDS))
+    return Pairs(*(Values.join(each) for each in zip(*parts, strict=True)))
 
 
-def find_rows(vocabulary: Vocabulary, ids_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """vocabulary.rows(ids_N), asking once for each distinct id, in ascending order: several times as fast."""
-    encoded = pa.array(ids_N).dictionary_encode()
-    ids_D = encoded.dictionary.to_numpy()
-    order_D = np.argsort(ids_D)
-    rows_D = np.empty(len(ids_D), np.int64)
-    rows_D[order_D] = vocabulary.rows(ids_D[order_D])
-    return rows_D[encoded.indices.to_numpy()]
+def _checked_names(features: Sequence[str]) -> Sequence[str]:
+    for at, name in enumerate(features):
+        if name in _NO_FEATURES or name in features[:at]:
+            reason = f"it is {'the label' if name == 'label' else 'read anyway'}" if name in _NO_FEATURES else "twice"
+            raise ConfigError(f"features: got {name}, {reason}; want other columns, each once")
+    return features
 
 
-def _known_rows(vocabulary: Vocabulary, ids_N: NDArray[np.int64], column: str) -> NDArray[np.int64]:
-    rows_N = find_rows(vocabulary, ids_N)
-    unknown = ids_N[rows_N == MISSING_ROW]
-    if len(unknown):
-        got = f"{len(unknown)} training rows with ids that are not in the vocabulary, {unknown[0]} for one"
-        raise ConfigError(f"{column}: got {got}; want the vocabulary that was built from these data")
-    return rows_N
+def _check_types(files: Sequence[DataFile], columns: Sequence[str]) -> None:
+    """Raises ConfigError for a split, timestamp or label that is missing or of a wrong type."""
+    for file in files:
+        for name in columns:
+            if name not in file.types:
+                raise ConfigError(f"{name}: got no such column in {file.path}; it has: {', '.join(file.types)}")
+            kind = file.types[name]
+            is_number = (pa.types.is_integer(kind) and kind != pa.uint64()) or pa.types.is_floating(kind)
+            is_time = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+            fits = {
+                "split": is_number and not pa.types.is_floating(kind),
+                "timestamp": is_number or is_time,
+                "label": is_number or pa.types.is_boolean(kind),
+            }
+            if not fits[name]:
+                want = {"split": "int8", "timestamp": "a number, a date or a timestamp", "label": "a number"}[name]
+                raise ConfigError(f"{name}: got {kind}, want {want} ({file.path})")
 
 
-def _windows(interactions: Interactions, groups: Sequence[RowGroup], window_rows: int) -> Iterator[Pairs]:
-    """Training rows in stretches of at least window_rows, the last one shorter."""
-    parts: list[Pairs] = []
-    for part in _pairs(interactions, TRAIN, groups):
-        parts.append(part)
-        if sum(len(each.user_ids_N) for each in parts) >= window_rows:
-            parts = [_join(parts)]
-            yield parts.pop()
-    if parts:
-        yield _join(parts)
+def _shared_kind(files: Sequence[DataFile], column: str, kind_of: Any) -> Any:
+    """What the column is, by id_kind or feature_kind, in all files alike."""
+    kinds = {}
+    for file in files:
+        if column not in file.types:
+            raise ConfigError(f"features: got {column}, which is not in {file.path}; it has: {', '.join(file.types)}")
+        kind = kind_of(file.types[column])
+        if kind is None:
+            want = "int64 or string" if kind_of is id_kind else "numbers, strings, or lists of strings or integers"
+            raise ConfigError(f"{column}: got {file.types[column]}, want {want} ({file.path})")
+        kinds[kind] = f"{file.types[column]} in {file.path}"
+    if len(kinds) > 1:
+        raise ConfigError(f"{column}: got {', '.join(kinds.values())}; want the same in every file")
+    return next(iter(kinds))
 
 
-def _pairs(interactions: Interactions, split: int, groups: Sequence[RowGroup] | None = None) -> Iterator[Pairs]:
-    for piece in interactions.scan(_IDS, groups):
-        wanted_N = piece["split"] == split
-        yield Pairs(piece["user_id"][wanted_N], piece["item_id"][wanted_N])
-
-
-def _join(parts: Sequence[Pairs]) -> Pairs:
-    users, items = zip(Pairs(np.empty(0, np.int64), np.empty(0, np.int64)), *parts, strict=True)
-    return Pairs(np.concatenate(users), np.concatenate(items))
-
-
-class _HeldOutRows(NamedTuple):
-    """The rows that the default split holds out, ascending (int64)."""
-
-    validation_rows: NDArray[np.int64]
-    test_rows: NDArray[np.int64]
-
-    def splits(self, first_row: int, num_rows: int) -> NDArray[np.int8]:
-        """The split of each of num_rows rows."""
-        splits_N = np.full(num_rows, TRAIN, np.int8)
-        for split, rows in ((VALIDATION, self.validation_rows), (TEST, self.test_rows)):
-            begin, end = np.searchsorted(rows, [first_row, first_row + num_rows])
-            splits_N[rows[begin:end] - first_row] = split
-        return splits_N
-
-
-class _Latest(NamedTuple):
-    """Rows of users with their times; after a merge the last three of each user, by user and time."""
-
-    users_N: NDArray[np.int64]
-    times_N: NDArray[Any]
-    rows_N: NDArray[np.int64]
-
-
-def _hold_out_last(groups: Sequence[RowGroup], timestamp: str | None) -> _HeldOutRows:
-    """The default split, in one pass: three rows of each user say which is its last and how many it has."""
-    parts: list[_Latest] = []
-    for group in groups:
-        first_row = group.first_row
-        for piece in _read(group, ["user_id", *([timestamp] if timestamp else [])]):
-            rows_N = np.arange(first_row, first_row + len(piece["user_id"]))
-            parts.append(_Latest(piece["user_id"], piece[timestamp] if timestamp else rows_N, rows_N))
-            first_row += len(rows_N)
-            if sum(len(part.rows_N) for part in parts[1:]) >= max(len(parts[0].rows_N), _PIECE_ROWS):
-                parts = [_merge_latest(parts)]
-    if not parts:
-        return _HeldOutRows(np.empty(0, np.int64), np.empty(0, np.int64))
-    users_N, _, rows_N = _merge_latest(parts)
-    as_before = np.zeros(len(users_N) + 1, np.bool_)
-    as_before[1:-1] = users_N[1:] == users_N[:-1]
-    is_later_N, is_last_N = as_before[:-1], ~as_before[1:]
-    is_second_last_N = np.append(is_last_N[1:], np.False_) & ~is_last_N
-    return _HeldOutRows(np.sort(rows_N[is_second_last_N & is_later_N]), np.sort(rows_N[is_last_N & is_later_N]))
-
-
-def _merge_latest(parts: Sequence[_Latest]) -> _Latest:
-    users_N, times_N, rows_N = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order_N = np.lexsort((times_N, users_N))  # stable: equal times stay in row order
-    users_N = users_N[order_N]
-    keep_N = np.ones(len(users_N), np.bool_)
-    keep_N[:-3] = users_N[:-3] != users_N[3:]
-    return _Latest(users_N[keep_N], times_N[order_N][keep_N], rows_N[order_N][keep_N])
-
-
-class _File(NamedTuple):
-    """A Parquet file's path, footer and column types by name, and which of user_id and item_id it lacks."""
-
-    path: Path
-    metadata: Any
-    types: dict[str, Any]
-    lacks: list[str]
-
-    @classmethod
-    def open(cls, path: Path) -> _File:
-        try:
-            metadata = pq.read_metadata(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(f"data: {path} cannot be read as Parquet: {error}") from error
-        schema = metadata.schema.to_arrow_schema()
-        types = dict(zip(schema.names, schema.types, strict=True))
-        return cls(path, metadata, types, [name for name in _IDS if name not in types])
-
-    def check(self, column: str) -> None:
-        """Raises ConfigError for a column of a wrong type."""
-        kind = self.types[column]
-        is_integer = pa.types.is_integer(kind) and kind != pa.uint64()
-        is_time = pa.types.is_floating(kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
-        if not is_integer and not (column == "timestamp" and is_time):
-            want = {"split": "int8", "timestamp": "a number, a date or a timestamp"}.get(column, "int64")
-            raise ConfigError(f"{column}: got {kind}, want {want} ({self.path})")
-
-
-def _parquet_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise ConfigError(f"data: {path} does not exist; want a Parquet file or a folder of them")
-    if path.is_file():
-        return [path]
-    found = path.rglob("*.parquet")
-    return sorted(file for file in found if not any(part[0] in "._" for part in file.relative_to(path).parts))
-
-
-def _shared_column(files: Sequence[_File], column: str) -> str | None:
+def _shared_column(files: Sequence[DataFile], column: str) -> str | None:
     """The column's name where all files have it, of one type; None where none has it."""
     types = {str(file.types.get(column, "none")): file.path for file in files}
     if len(types) > 1:
         got = ", ".join(f"{kind} in {path}" for kind, path in types.items())
         raise ConfigError(f"{column}: got {got}; want the same in every file")
     return column if column in files[0].types else None
-
-
-def _row_groups(files: Sequence[_File]) -> Iterator[RowGroup]:
-    first_row = 0
-    for file in files:
-        for position in range(file.metadata.num_row_groups):
-            num_rows = file.metadata.row_group(position).num_rows
-            yield RowGroup(file.path, file.metadata, position, first_row, num_rows)
-            first_row += num_rows
-
-
-def _read(group: RowGroup, columns: list[str]) -> Iterator[dict[str, NDArray[Any]]]:
-    try:
-        with pq.ParquetFile(group.path, metadata=group.metadata) as file:
-            num_rows = max(1, min(_PIECE_ROWS, group.num_rows))
-            for batch in file.iter_batches(num_rows, [group.position], columns, use_threads=False):
-                yield {name: _numpy_column(batch.column(name), name, group.path) for name in columns}
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"data: {group.path} cannot be read: {error}") from error
-
-
-def _numpy_column(values: Any, name: str, path: Path) -> NDArray[Any]:
-    """Arrow to numpy, ids as int64, checked."""
-    array: NDArray[Any] = (values.cast(pa.int64()) if name in _IDS else values).to_numpy(zero_copy_only=False)
-    num_nulls = values.null_count or (int(np.isnan(array).sum()) if array.dtype.kind == "f" else 0)
-    if num_nulls:
-        raise ConfigError(f"{name}: got {num_nulls} nulls within {len(array)} rows of {path}, want none")
-    if name != "split":
-        return array
-    wrong = array[(array < TRAIN) | (array > TEST)]
-    if len(wrong):
-        raise ConfigError(f"split: got {wrong[0]} in {path}, want 0 (train), 1 (validation) or 2 (test)")
-    return array.astype(np.int8, copy=False)

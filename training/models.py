@@ -1,57 +1,90 @@
-"""Models that are trained around the tables. In: rows of a batch. Out: the loss.
+"""Models that are trained around the tables. In: features of a batch. Out: the loss, or logits.
 
-`TwoTower` has no layer after its tables: the vectors that are served are the ones to search with.
+`TwoTower` has no layer after its tables: the vectors that are served are the ones to search with. `ClickThrough` is
+TorchRec's DLRM, as it is, around them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from dpq_rec.nn import DPQEmbeddingBagCollection
-from training.config import RunConfig
+from training.config import DLRMOptions, EmbeddingOptions, TwoTowerOptions
 
 USER, ITEM, NEGATIVE = "user_id", "item_id", "negative_item_id"
+_META = torch.device("meta")
 _BLOCK_USERS = 256  # so that scores stay in the cache, and their memory is used again rather than mapped anew
 
 
-class TwoTower(nn.Module):
-    """Cosine of a user's and an item's vector, trained by sampled softmax against uniform negatives.
+def make_tables(
+    features: Mapping[str, Sequence[str]],
+    num_embeddings: Mapping[str, int],
+    options: EmbeddingOptions,
+    device: torch.device = _META,
+) -> nn.Module:
+    """The tables, plain or DPQ, named by their columns; values of a feature are averaged.
+
+    On the meta device they take no memory until they are sharded, so that no rank ever holds a whole one.
 
     Args:
-        config: of the run.
-        num_embeddings: rows of the tables `user_id` and `item_id`.
+        features: table -> the features that it serves.
+        num_embeddings: table -> rows.
+        options: of the tables.
         device: of the parameters.
     """
-
-    def __init__(self, config: RunConfig, num_embeddings: Mapping[str, int], device: torch.device) -> None:
-        super().__init__()
-        features = {USER: [USER], ITEM: [ITEM, NEGATIVE]}
-        bound = config.embedding_dim**-0.5
-        tables = [
-            EmbeddingBagConfig(
-                name=name,
-                embedding_dim=config.embedding_dim,
-                num_embeddings=num_embeddings[name],
-                feature_names=features[name],
-                init_fn=partial(nn.init.uniform_, a=-bound, b=bound),
-            )
-            for name in (USER, ITEM)
-        ]
-        dpq = config.dpq
-        self.tables: nn.Module = (
-            EmbeddingBagCollection(tables=tables, device=device)
-            if dpq is None
-            else DPQEmbeddingBagCollection(tables, dpq, device=device)
+    bound = options.embedding_dim**-0.5
+    tables = [
+        EmbeddingBagConfig(
+            name=name,
+            embedding_dim=options.embedding_dim,
+            num_embeddings=num_embeddings[name],
+            feature_names=list(served),
+            pooling=PoolingType.SUM if name in (USER, ITEM) else PoolingType.MEAN,  # an id is a bag of one
+            init_fn=partial(nn.init.uniform_, a=-bound, b=bound),
         )
+        for name, served in features.items()
+    ]
+    if options.dpq is None:
+        return EmbeddingBagCollection(tables=tables, device=device)
+    return DPQEmbeddingBagCollection(tables, options.dpq, device=device)
+
+
+class TwoTower(nn.Module):
+    """Similarity of a user's and an item's vector, trained by a softmax against sampled items.
+
+    With `log_q`, a candidate's score is s / temperature - log Q: s the similarity, Q how many candidates of a step are
+    expected to be this item (Yi et al., 2019, eq. 4 and 5: from the probability it differs by a constant, which cancels
+    out). In-batch candidates are drawn as the training split is: of B examples B * share are the item's. N uniform ones
+    of V items add N / V (Yang et al., 2020, mix them so). Where all are uniform Q is constant, and nothing is
+    subtracted.
+
+    Args:
+        options: of the recipe.
+        tables: vectors of `user_id`, `item_id` and, where negatives are drawn, `negative_item_id`.
+        item_shares_V: each item's share of the training split, float32.
+        device: of the buffers.
+    """
+
+    TABLES = "tables."  # what the names of the tables' weights begin with
+
+    def __init__(
+        self, options: TwoTowerOptions, tables: nn.Module, item_shares_V: torch.Tensor, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.options, self.tables = options, tables
         self.temperature: torch.Tensor
-        self.register_buffer("temperature", torch.tensor(config.temperature, device=device))
+        self.register_buffer("temperature", torch.tensor(options.temperature, device=device))
+        self.item_shares_V: torch.Tensor
+        self.register_buffer("item_shares_V", item_shares_V.to(device), persistent=False)
 
     def forward(self, features: KeyedJaggedTensor, items_B: torch.Tensor, negatives_N: torch.Tensor) -> torch.Tensor:
         """Mean loss of a batch.
@@ -59,36 +92,112 @@ class TwoTower(nn.Module):
         Args:
             features: rows by feature, as `two_tower_features` lays them out.
             items_B: the positive rows, and
-            negatives_N: the sampled rows again, to leave out a negative that is the example's own item.
+            negatives_N: the sampled rows again, to leave out a candidate that is the example's own item.
         """
         pooled = self.tables(features)
-        users_BE, positives_BE = (functional.normalize(pooled[name], dim=1) for name in (USER, ITEM))
-        sampled_NE = functional.normalize(pooled[NEGATIVE][: len(negatives_N)], dim=1)
-        users_BE = users_BE / self.temperature  # here, not at the B x N scores: those set the time of a step
-        blocks = zip(*(t.split(_BLOCK_USERS) for t in (users_BE, positives_BE, items_B)), strict=True)
-        losses = [_sampled_softmax(u_BE, p_BE, i_B, sampled_NE, negatives_N) for u_BE, p_BE, i_B in blocks]
+        users_BE, positives_BE = self._scaled(pooled[USER]), self._scaled(pooled[ITEM])
+        drawn = [(self._scaled(pooled[NEGATIVE][: len(negatives_N)]), negatives_N)] if len(negatives_N) else []
+        in_batch = [] if self.options.negatives == "uniform" else [(positives_BE, items_B)]
+        vectors, rows = zip(*drawn, *in_batch, strict=True)
+        candidates = _Candidates(torch.cat(vectors), torch.cat(rows), None)
+        users_BE = users_BE / self.temperature  # here, not at the B x C scores: those set the time of a step
+        log_q_B = torch.zeros_like(users_BE[:, 0])
+        if in_batch and self.options.log_q:
+            candidates = candidates._replace(log_q_C=self._log_q(candidates.rows_C, len(items_B), len(negatives_N)))
+            log_q_B = self._log_q(items_B, len(items_B), len(negatives_N))
+        blocks = zip(*(t.split(_BLOCK_USERS) for t in (users_BE, positives_BE, items_B, log_q_B)), strict=True)
+        losses = [_sampled_softmax(candidates, u_BE, p_BE, i_B, q_B) for u_BE, p_BE, i_B, q_B in blocks]
         return torch.cat(losses).mean()
+
+    def _scaled(self, vectors_NE: torch.Tensor) -> torch.Tensor:
+        return functional.normalize(vectors_NE, dim=1) if self.options.similarity == "cosine" else vectors_NE
+
+    def _log_q(self, rows_N: torch.Tensor, num_examples: int, num_negatives: int) -> torch.Tensor:
+        return (num_examples * self.item_shares_V[rows_N] + num_negatives / len(self.item_shares_V)).log()
+
+
+class _Candidates(NamedTuple):
+    """What an example's item is told from: vectors, rows, and what is subtracted from scores."""
+
+    vectors_CE: torch.Tensor
+    rows_C: torch.Tensor
+    log_q_C: torch.Tensor | None
 
 
 def _sampled_softmax(
+    candidates: _Candidates,
     users_BE: torch.Tensor,
     positives_BE: torch.Tensor,
     items_B: torch.Tensor,
-    sampled_NE: torch.Tensor,
-    negatives_N: torch.Tensor,
+    log_q_B: torch.Tensor,
 ) -> torch.Tensor:
-    """-log softmax of each example's own item among itself and the sampled ones [B]."""
-    positive_B = (users_BE * positives_BE).sum(1)
-    negative_BN = (users_BE @ sampled_NE.t()).masked_fill_(items_B[:, None] == negatives_N, -torch.inf)
-    return torch.logaddexp(positive_B, negative_BN.logsumexp(1)) - positive_B
+    """-log softmax of each example's own item among itself and the candidates that are other items [B]."""
+    positive_B = (users_BE * positives_BE).sum(1) - log_q_B
+    if candidates.log_q_C is None:
+        scores_BC = users_BE @ candidates.vectors_CE.t()
+    else:
+        scores_BC = torch.addmm(candidates.log_q_C, users_BE, candidates.vectors_CE.t(), beta=-1)
+    scores_BC = scores_BC.masked_fill_(items_B[:, None] == candidates.rows_C, -torch.inf)
+    return torch.logaddexp(positive_B, scores_BC.logsumexp(1)) - positive_B
 
 
 def two_tower_features(users_B: torch.Tensor, items_B: torch.Tensor, negatives_N: torch.Tensor) -> KeyedJaggedTensor:
     """Rows (int64) as TorchRec takes them. Only the first N bags of the negatives hold one; N is at most B."""
     ones_B = torch.ones_like(users_B)
+    if not len(negatives_N):
+        values, lengths = torch.cat([users_B, items_B]), torch.cat([ones_B, ones_B])
+        return KeyedJaggedTensor(keys=[USER, ITEM], values=values, lengths=lengths)
     with_negative_B = (torch.arange(len(users_B), device=users_B.device) < len(negatives_N)).long()
     return KeyedJaggedTensor(
         keys=[USER, ITEM, NEGATIVE],
         values=torch.cat([users_B, items_B, negatives_N]),
         lengths=torch.cat([ones_B, ones_B, with_negative_B]),
     )
+
+
+class ClickThrough(nn.Module):
+    """DLRM (Naumov et al., 2019) over vectors of ids and categorical features and over standardised dense features.
+
+    Args:
+        options: of the recipe.
+        tables: pooled vectors by column; anything with TorchRec's interface of an EmbeddingBagCollection.
+        means_F: of the dense features in the training split (float32), and
+        deviations_F: their standard deviations, more than 0. Both are buffers: the saved model takes features
+            as they come.
+        device: of the weights.
+    """
+
+    TABLES = "dlrm.sparse_arch.embedding_bag_collection."  # what the names of the tables' weights begin with
+
+    def __init__(
+        self,
+        options: DLRMOptions,
+        tables: EmbeddingBagCollection,
+        means_F: torch.Tensor,
+        deviations_F: torch.Tensor,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.means_F: torch.Tensor
+        self.deviations_F: torch.Tensor
+        self.register_buffer("means_F", means_F.to(device))
+        self.register_buffer("deviations_F", deviations_F.to(device))
+        self.dlrm = DLRM(
+            embedding_bag_collection=tables,
+            dense_in_features=max(1, len(means_F)),
+            dense_arch_layer_sizes=[*options.dense_layers, tables.embedding_bag_configs()[0].embedding_dim],
+            over_arch_layer_sizes=[*options.over_layers, 1],
+            dense_device=device,
+        )
+
+    def forward(self, features: KeyedJaggedTensor, dense_BF: torch.Tensor) -> torch.Tensor:
+        """Logits [B] of the label being 1.
+
+        Args:
+            features: rows by column.
+            dense_BF: the dense features as they come.
+        """
+        standard_BF = (dense_BF - self.means_F) / self.deviations_F
+        if not dense_BF.shape[1]:  # DLRM wants one at least: without any, its dense part is a vector that is learned
+            standard_BF = dense_BF.new_ones(len(dense_BF), 1)
+        return self.dlrm(standard_BF, features).squeeze(1)

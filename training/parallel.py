@@ -10,12 +10,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.distributed.rendezvous import rendezvous
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -27,14 +26,31 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from dpq_rec import ConfigError, DpqRecError
-from training.config import RunConfig
+from dpq_rec.nn import Quantizer
+from training.config import OptimisationOptions, RunConfig
 
 T = TypeVar("T")
+_FUSED: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
+    "rowwise-adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
+    "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
+    "sgd": (torch.optim.SGD, {}),
+    "adam": (torch.optim.Adam, {}),
+}
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of this rank: `auto` takes CUDA where present."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+def choose_device(config: RunConfig) -> torch.device:
+    """The device of this rank: `auto` takes CUDA where present.
+
+    Raises:
+        ConfigError: CUDA is asked for and absent; or an optimizer that the device has not.
+    """
+    name, has_cuda = config.run.device, torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError("--device: got cuda, and no CUDA device is there; want auto or cpu")
+    if name == "cpu" or not has_cuda:
+        if config.optimisation.optimizer == "adam":
+            want = "rowwise-adagrad, adagrad or sgd, or CUDA"
+            raise ConfigError(f"--optimizer: got adam on CPU, where FBGEMM has no fused Adam; want {want}")
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -46,7 +62,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     """The ranks that torchrun started; without torchrun, one rank of its own."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        # torchrun keeps one store over restarts, where ranks would find addresses of those that were killed.
+        store, rank, world_size = next(rendezvous("env://"))
+        life = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=life, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -57,16 +76,17 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def shard(
-    model: nn.Module, config: RunConfig, device: torch.device
+    model: nn.Module, options: OptimisationOptions, device: torch.device
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """The model under DistributedModelParallel, and the optimizer of all its parameters.
 
-    Tables and queries take row-wise Adagrad, fused into the backward pass; all other parameters Adam.
+    Tables and queries take the optimizer that the options name, fused into the backward pass; other parameters Adam.
     """
+    fused, fixed = _FUSED[options.optimizer]
     collections = [m for m in model.modules() if isinstance(m, EmbeddingBagCollection | EmbeddingCollection)]
     names = []
     for collection in collections:
-        _apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": config.learning_rate, "eps": 1e-8})
+        _apply_optimizer_in_backward(fused, collection.parameters(), {"lr": options.learning_rate, **fixed})
         plain = isinstance(collection, EmbeddingBagCollection)
         names += [t.name for t in (collection.embedding_bag_configs() if plain else collection.embedding_configs())]
     sharders: list[Any] = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
@@ -77,14 +97,27 @@ def shard(
         constraints=dict.fromkeys(names, constraint),
     )
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
-    wrapped = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
-    dense = dict(in_backward_optimizer_filter(wrapped.named_parameters()))
+    # Running means move values without a gradient: where nothing else is dense, DDP has nothing to do, and refuses.
+    of_tables = {id(weight) for collection in collections for weight in collection.parameters()}
+    has_dense = any(weight.requires_grad and id(weight) not in of_tables for weight in model.parameters())
+    wrapped = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders, init_data_parallel=has_dense)
+    _start_alike(wrapped)
+    trained = in_backward_optimizer_filter(wrapped.named_parameters())
+    dense = {name: weight for name, weight in trained if weight.requires_grad}
     optimizers: list[Any] = [("fused", wrapped.fused_optimizer)]
     if dense:
-        adam = KeyedOptimizerWrapper(dense, lambda p: torch.optim.Adam(p, lr=config.quantizer_learning_rate))
+        adam = KeyedOptimizerWrapper(dense, lambda p: torch.optim.Adam(p, lr=options.dense_learning_rate))
         adam.init_state()  # so that a checkpoint has a place to load its state into
         optimizers.append(("dense", adam))
     return wrapped, CombinedOptimizer(optimizers)
+
+
+def _start_alike(model: nn.Module) -> None:
+    """Give every rank rank 0's keys, values and their statistics; DDP sees to parameters alone, and not always."""
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.data, 0)
 
 
 def on_rank_0(work: Callable[[], T]) -> T | None:
@@ -104,20 +137,6 @@ def on_rank_0(work: Callable[[], T]) -> T | None:
     if box[0]:
         raise ConfigError(box[0])
     return result
-
-
-def array_from_rank_0(work: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
-    """The array [N] that rank 0's call returns, on every rank.
-
-    Raises:
-        ConfigError: as `on_rank_0`.
-    """
-    array = on_rank_0(work)
-    length = torch.tensor([0 if array is None else len(array)])
-    dist.broadcast(length, 0)
-    content = torch.empty(int(length), dtype=torch.int64) if array is None else torch.from_numpy(array.copy())
-    dist.broadcast(content, 0)
-    return content.numpy()
 
 
 def add_up(values: list[float]) -> list[float]:

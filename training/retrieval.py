@@ -12,13 +12,11 @@ from torch.nn import functional
 
 from dpq_rec import ConfigError, EmbeddingStore, Vocabulary
 from dpq_rec.lookup import decode_rows
-from training.config import RunConfig
+from training.config import TwoTowerOptions
 from training.evaluation import EvaluatedUsers, VectorsOf, evaluate, evaluated_users
-from training.interactions import TEST, VALIDATION, Interactions
+from training.interactions import Interactions
 from training.models import ITEM, USER
 from training.parallel import add_up
-
-_SPLITS = {"validation": VALIDATION, "test": TEST}
 
 
 class Retrieval:
@@ -27,40 +25,40 @@ class Retrieval:
     Args:
         interactions: the data.
         vocabularies: of user_id and item_id.
-        config: says how many users to measure at most.
+        options: how many users to measure at most, and whether by cosine or by dot product.
     """
 
-    def __init__(self, interactions: Interactions, vocabularies: Mapping[str, Vocabulary], config: RunConfig) -> None:
-        self.interactions, self.vocabularies, self.config = interactions, vocabularies, config
-        self._users: dict[str, EvaluatedUsers] = {}
+    def __init__(
+        self, interactions: Interactions, vocabularies: Mapping[str, Vocabulary], options: TwoTowerOptions
+    ) -> None:
+        self.interactions, self.vocabularies, self.options = interactions, vocabularies, options
+        self._users: dict[int, EvaluatedUsers] = {}
 
-    def measure(self, store: EmbeddingStore, split: str) -> dict[str, float]:
-        """Metrics of the vectors that an artifact serves, on "validation" or "test"; every rank calls it.
+    def measure(self, store: EmbeddingStore, split: int) -> dict[str, float]:
+        """Metrics of the vectors that an artifact serves, on VALIDATION or TEST; every rank calls it.
 
         Raises:
             ConfigError: no user has items in the split.
         """
         if split not in self._users:
-            users = evaluated_users(
-                self.interactions, self.vocabularies, _SPLITS[split], max_users=self.config.max_eval_users
-            )
+            users = evaluated_users(self.interactions, self.vocabularies, split, max_users=self.options.max_eval_users)
             self._users[split] = users.take(np.arange(dist.get_rank(), len(users.user_ids_U), dist.get_world_size()))
         found = evaluate(
             self._users[split],
-            _unit_vectors(store, USER),
-            _unit_vectors(store, ITEM),
+            self._vectors(store, USER),
+            self._vectors(store, ITEM),
             num_items=store.table(ITEM).manifest.num_embeddings,
         )
         *sums, num_users = add_up([*found.sums, found.num_users])
         if not num_users:
-            raise ConfigError(f"data: got no user with items in the {split} split, want at least one")
+            raise ConfigError(f"data: got no user with items in split {split}, want at least one")
         return {name: total / num_users for name, total in zip(found.names, sums, strict=True)}
 
+    def _vectors(self, store: EmbeddingStore, table: str) -> VectorsOf:
+        """What the model compares: by cosine, vectors of length one."""
 
-def _unit_vectors(store: EmbeddingStore, table: str) -> VectorsOf:
-    """Vectors of length one: the model compares by cosine."""
+        def vectors_of(rows_N: NDArray[np.int64]) -> torch.Tensor:
+            vectors_NE = torch.from_numpy(decode_rows(store.table(table), rows_N))
+            return functional.normalize(vectors_NE, dim=1) if self.options.similarity == "cosine" else vectors_NE
 
-    def vectors_of(rows_N: NDArray[np.int64]) -> torch.Tensor:
-        return functional.normalize(torch.from_numpy(decode_rows(store.table(table), rows_N)), dim=1)
-
-    return vectors_of
+        return vectors_of

@@ -1,4 +1,4 @@
-"""A population with planted structure. In: SyntheticConfig. Out: Parquet files of user_id, item_id, split (contract 1).
+"""A population with planted structure. In: SyntheticConfig. Out: Parquet files of user_id, item_id, split and more.
 
 Items belong to clusters. Each user likes two, and takes most of its items from the first, some from the second, the
 rest from anywhere; within a cluster and over all, popularity falls with rank as Zipf's law has it. How many items
@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
-from training.interactions import TEST, TRAIN, VALIDATION
+from training.splits import TEST, TRAIN, VALIDATION
+from training.synthetic_clicks import draw_clicks
 
 _FORMAT = 1  # of what is generated: another number where the same settings give other rows
 _DESCRIPTION = "_synthetic.json"  # readers of Parquet folders skip names that start so
@@ -45,6 +46,8 @@ class SyntheticConfig:
         num_interactions: rows of all splits.
         num_held_out_users: users with a validation and a test item, evenly drawn; all where there are fewer users.
         seed: 0 or more.
+        with_clicks: columns label, price (dense), segment (string) and tags (list of strings) too.
+        string_ids: ids are strings, of the same users and items.
     """
 
     num_users: int
@@ -52,6 +55,8 @@ class SyntheticConfig:
     num_interactions: int
     num_held_out_users: int = 20_000
     seed: int = 0
+    with_clicks: bool = False
+    string_ids: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("num_users", 1), ("num_items", 3), ("num_held_out_users", 0), ("seed", 0)):
@@ -83,7 +88,8 @@ def generate(config: SyntheticConfig, folder: str | os.PathLike[str]) -> Path:
         ConfigError: the folder holds something else.
     """
     folder = Path(folder)
-    description = json.dumps({"format": _FORMAT, **dataclasses.asdict(config)})
+    told_apart = {name: value for name, value in dataclasses.asdict(config).items() if value is not False}
+    description = json.dumps({"format": _FORMAT, **told_apart})
     if folder.exists():
         told = folder / _DESCRIPTION
         if not told.is_file() or told.read_text() != description:
@@ -94,9 +100,9 @@ def generate(config: SyntheticConfig, folder: str | os.PathLike[str]) -> Path:
     unfinished.mkdir(parents=True)
     activity = _Activity.draw(config)
     for number, block in enumerate(_blocks(activity.rows_per_user)):
-        rows = _draw_block(config, activity, block, number)
+        columns = _columns(config, _draw_block(config, activity, block, number), number)
         options = {"use_dictionary": ["user_id", "split"], "compression": "zstd", "row_group_size": _GROUP_ROWS}
-        pq.write_table(pa.table(rows._asdict()), unfinished / f"part-{number:05}.parquet", **options)
+        pq.write_table(pa.table(columns), unfinished / f"part-{number:05}.parquet", **options)
     (unfinished / _DESCRIPTION).write_text(description)
     unfinished.rename(folder)
     return folder
@@ -131,11 +137,11 @@ class _Activity(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Columns of a file, by their names in it."""
+    """Numbers of users and items from 0 on, and splits."""
 
-    user_id: NDArray[np.int64]
-    item_id: NDArray[np.int64]
-    split: NDArray[np.int8]
+    users_N: NDArray[np.int64]
+    items_N: NDArray[np.int64]
+    splits_N: NDArray[np.int8]
 
 
 def _blocks(rows_per_user: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -165,7 +171,35 @@ def _draw_block(config: SyntheticConfig, activity: _Activity, block_B: NDArray[n
     # What the user has already can only be missed: it trains, and where it was to be held out, nothing is.
     again_N = _repeats(users_N, items_N)
     splits_N[np.isin(users_N, users_N[again_N[splits_N[again_N] != TRAIN]])] = TRAIN
-    return _Rows(_scatter(users_N, 2 * config.seed), _scatter(items_N, 2 * config.seed + 1), splits_N)
+    return _Rows(users_N, items_N, splits_N)
+
+
+def _columns(config: SyntheticConfig, rows: _Rows, number: int) -> dict[str, Any]:
+    """The columns of a file, by their names in it."""
+    users_N, items_N = _scatter(rows.users_N, 2 * config.seed), _scatter(rows.items_N, 2 * config.seed + 1)
+    columns: dict[str, Any] = {"user_id": users_N, "item_id": items_N, "split": rows.splits_N}
+    if config.string_ids:
+        columns |= {"user_id": _strings(users_N, "user"), "item_id": _strings(items_N, "item")}
+    if config.with_clicks:
+        clusters_N = rows.items_N % config.num_clusters
+        liked_N = (clusters_N == rows.users_N % config.num_clusters) | (
+            clusters_N == _second_tastes(config, rows.users_N)
+        )
+        rng = np.random.default_rng([config.seed, 2, number])
+        columns |= draw_clicks(users_N, items_N, liked_N, rng)._asdict()
+    return columns
+
+
+def _strings(ids_N: NDArray[np.int64], prefix: str) -> Any:
+    """Names of ids, each distinct one made once."""
+    encoded = pa.array(ids_N).dictionary_encode()
+    names = pa.array([f"{prefix}-{each:012x}" for each in encoded.dictionary.to_pylist()], pa.string())
+    return names.take(encoded.indices)
+
+
+def _second_tastes(config: SyntheticConfig, users_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The second cluster that each user likes; the first is its number mod the clusters."""
+    return _mix(users_N.astype(np.uint64) + np.uint64(1)).astype(np.int64) % config.num_clusters
 
 
 def _num_coverers(config: SyntheticConfig) -> int:
@@ -182,9 +216,8 @@ def _num_covering(config: SyntheticConfig, num_covered: int, users_N: NDArray[np
 def _draw_items(config: SyntheticConfig, users_N: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
     """An item for each row. Item i is of cluster i % C, where it has popularity rank i // C."""
     clusters = config.num_clusters
-    second_N = _mix(users_N.astype(np.uint64) + np.uint64(1)).astype(np.int64) % clusters
     source_N = rng.random(len(users_N))
-    tastes_N = np.where(source_N < _FIRST_TASTE, users_N % clusters, second_N)
+    tastes_N = np.where(source_N < _FIRST_TASTE, users_N % clusters, _second_tastes(config, users_N))
     anywhere_N = source_N >= _FIRST_TASTE + _SECOND_TASTE
     sizes_N = np.where(anywhere_N, config.num_items, (config.num_items - 1 - tastes_N) // clusters + 1)
     ranks_N = _zipf_ranks(sizes_N, rng)

@@ -1,16 +1,19 @@
-"""The hot loops in C++. In: numpy arrays. Out: numpy arrays. The GIL is released; `reference` says what they compute.
+"""The hot loops in C++. In: numpy arrays; lists of str. Out: numpy arrays. `reference` says what they compute.
 
-Arguments are trusted to fit each other, as everything inside the library is; what comes from a file, rows and codes, is
-checked as it is read.
+The GIL is released. Arguments are trusted to fit each other, as everything inside the library is; what comes from a
+file, rows, codes and offsets, is checked as it is read.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.codes import CodeLayout
-from dpq_rec.errors import DamagedArtifactError
+from dpq_rec.errors import DamagedArtifactError, IdTypeError
 
 try:
     from dpq_rec.kernels import _native
@@ -76,13 +79,144 @@ def encode(
     Returns:
         codes_ND (uint16).
     """
-    num_subspaces, num_codes, subspace_dim = keys_DKS.shape
-    padded = -(-num_codes // _native.LANES) * _native.LANES
-    keys_DSP = np.zeros((num_subspaces, subspace_dim, padded), np.float32)
-    keys_DSP[:, :, :num_codes] = keys_DKS.transpose(0, 2, 1)
-    scale_P = np.zeros(padded, np.float32)
-    shift_P = np.full(padded, -np.inf, np.float32)
-    scale_P[:num_codes], shift_P[:num_codes] = scale_K, shift_K
+    keys_DSP, scale_P, shift_P = _in_lanes(keys_DKS), *_affine_in_lanes(scale_K, shift_K)
     codes_ND = np.empty(queries_NDS.shape[:2], np.uint16)
     _native.encode(queries_NDS, keys_DSP, scale_P, shift_P, codes_ND, euclidean)
     return codes_ND
+
+
+class SoftmaxGradients(NamedTuple):
+    """Gradients of a mixture of values, by what it is made of (float32); X is the width of a key."""
+
+    queries_NDX: NDArray[np.float32]
+    keys_DKX: NDArray[np.float32]
+    values_DKS: NDArray[np.float32]
+    scale_K: NDArray[np.float32]
+    shift_K: NDArray[np.float32]
+
+
+def softmax_gradients(
+    queries_NDX: NDArray[np.float32],
+    keys_DKX: NDArray[np.float32],
+    values_DKS: NDArray[np.float32],
+    affine: tuple[NDArray[np.float32], NDArray[np.float32]],
+    gradients_NDS: NDArray[np.float32],
+    *,
+    euclidean: bool,
+) -> SoftmaxGradients:
+    """Gradients of sum over k of w[k] * value[k], where w is the softmax of scale[k] * score[k] + shift[k].
+
+    Args:
+        queries_NDX: queries (float32), contiguous.
+        keys_DKX: keys (float32).
+        values_DKS: values (float32).
+        affine: scale_K and shift_K (float32).
+        gradients_NDS: the loss's gradient by the mixture (float32), contiguous.
+        euclidean: the score is minus the squared distance rather than the dot product.
+    """
+    keys_DXP, values_DSP = _in_lanes(keys_DKX), _in_lanes(values_DKS)
+    scale_P, shift_P = _affine_in_lanes(*affine)
+    inputs = (queries_NDX, keys_DXP, values_DSP, scale_P, shift_P)
+    by_query, by_key, by_value, by_scale, by_shift = map(np.zeros_like, inputs)
+    _native.softmax_gradients(*inputs, gradients_NDS, by_query, by_key, by_value, by_scale, by_shift, euclidean)
+    num_codes = keys_DKX.shape[1]
+    return SoftmaxGradients(
+        by_query,
+        by_key[:, :, :num_codes].transpose(0, 2, 1),
+        by_value[:, :, :num_codes].transpose(0, 2, 1),
+        by_scale[:num_codes],
+        by_shift[:num_codes],
+    )
+
+
+def central_moments(
+    queries_NDS: NDArray[np.float32], mean_DS: NDArray[np.float32], weights_N: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Weighted sums over queries, [D, S*S + S + 2]: with c = query - mean and r = c.c, of c c^T, r c, r and r^2.
+
+    Args:
+        queries_NDS: queries (float32), contiguous.
+        mean_DS: what they are centred on (float32), contiguous.
+        weights_N: weight of each (float32), contiguous.
+    """
+    _, num_subspaces, dim = queries_NDS.shape
+    sums = np.zeros((num_subspaces, dim * dim + dim + 2))
+    _native.central_moments(queries_NDS, mean_DS, weights_N, sums)
+    return sums.astype(np.float32)
+
+
+def central_moments_gradient(
+    queries_NDS: NDArray[np.float32],
+    mean_DS: NDArray[np.float32],
+    weights_N: NDArray[np.float32],
+    gradients: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """The gradient [N, D, S] by the queries of what has `gradients` [D, S*S + S + 2] by their central moments.
+
+    Its sum over queries, negated, is the gradient by the mean.
+    """
+    gradients, dim = gradients.copy(), queries_NDS.shape[2]
+    by_covariance = gradients[:, : dim * dim].reshape(-1, dim, dim)
+    gradients[:, : dim * dim] = ((by_covariance + by_covariance.transpose(0, 2, 1)) / 2).reshape(-1, dim * dim)
+    out_NDS = np.empty_like(queries_NDS)
+    _native.central_moments_gradient(queries_NDS, mean_DS, weights_N, gradients, out_NDS)
+    return out_NDS
+
+
+def _in_lanes(tensor_DKS: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[D, S, P]: codes side by side, filled up with zeros to whole vector registers."""
+    num_subspaces, num_codes, subspace_dim = tensor_DKS.shape
+    padded_DSP = np.zeros((num_subspaces, subspace_dim, -(-num_codes // _native.LANES) * _native.LANES), np.float32)
+    padded_DSP[:, :, :num_codes] = tensor_DKS.transpose(0, 2, 1)
+    return padded_DSP
+
+
+def _affine_in_lanes(
+    scale_K: NDArray[np.float32], shift_K: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scale [P] and shift [P] that let no filling win."""
+    padded = -(-len(scale_K) // _native.LANES) * _native.LANES
+    scale_P, shift_P = np.zeros(padded, np.float32), np.full(padded, -np.inf, np.float32)
+    scale_P[: len(scale_K)], shift_P[: len(shift_K)] = scale_K, shift_K
+    return scale_P, shift_P
+
+
+def find_rows(
+    ids: Sequence[object], id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], rows_U: NDArray[np.uint32]
+) -> NDArray[np.int64]:
+    """Rows of strings, by binary search in a sorted list of them.
+
+    Args:
+        ids: N str, in a list or a tuple.
+        id_bytes_T: the UTF-8 of the list's ids, one behind the other (uint8 [T]).
+        id_offsets_U1: id i is id_bytes[id_offsets[i] : id_offsets[i + 1]] (int64 [U + 1]).
+        rows_U: the row of each (uint32).
+
+    Returns:
+        rows_N (int64), MISSING_ROW where an id is not in the list.
+
+    Raises:
+        IdTypeError: something that is no str, or that holds half a surrogate pair, which UTF-8 cannot.
+        DamagedArtifactError: offsets outside the bytes: nothing is read there.
+    """
+    held = tuple(ids)
+    out_N = np.empty(len(held), np.int64)
+    bad_id_at, bad_entry = _native.find_rows(held, id_bytes_T, id_offsets_U1, rows_U, out_N)
+    if bad_id_at >= 0:
+        bad = held[bad_id_at]
+        got = "half a surrogate pair" if isinstance(bad, str) else type(bad).__name__
+        raise IdTypeError(f"ids: got {got} at position {bad_id_at}, want a flat list of strings, valid in UTF-8")
+    if bad_entry >= 0:
+        raise DamagedArtifactError(f"the vocabulary's id {bad_entry} lies outside its {len(id_bytes_T)} bytes")
+    return out_N
+
+
+def find_disorder(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64]) -> int | None:
+    """The first id that is not above the one before it, or that lies outside the bytes; None if there is none.
+
+    Args:
+        id_bytes_T: as in `find_rows`.
+        id_offsets_U1: likewise.
+    """
+    at = _native.find_disorder(id_bytes_T, id_offsets_U1)
+    return at if at >= 0 else None

@@ -21,3 +21,38 @@ def encode(
     codes: NDArray[np.uint16],
     euclidean: bool,
 ) -> None: ...
+def softmax_gradients(
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    gradients: NDArray[np.float32],
+    query_gradients: NDArray[np.float32],
+    key_gradients: NDArray[np.float32],
+    value_gradients: NDArray[np.float32],
+    scale_gradients: NDArray[np.float32],
+    shift_gradients: NDArray[np.float32],
+    euclidean: bool,
+) -> None: ...
+def central_moments(
+    queries: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    sums: NDArray[np.float64],
+) -> None: ...
+def central_moments_gradient(
+    queries: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    gradients: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None: ...
+def find_rows(
+    ids: tuple[object, ...],
+    id_bytes: NDArray[np.uint8],
+    id_offsets: NDArray[np.int64],
+    rows: NDArray[np.uint32],
+    out: NDArray[np.int64],
+) -> tuple[int, int]: ...
+def find_disorder(id_bytes: NDArray[np.uint8], id_offsets: NDArray[np.int64]) -> int: ...

@@ -1,8 +1,5 @@
 // The hot loops. Each has a plain numpy twin in reference.py, which the tests hold it to bit for bit.
 // Shapes are trusted to fit each other (artifact.py checks a file's); what depends on the data is checked here.
-//
-// One source, three instruction sets: DPQ_MULTIVERSION compiles a function for AVX-512, AVX2 and the baseline and lets
-// the loader choose. Helpers are force-inlined so that they take the instruction set of the function they stand in.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -13,14 +10,9 @@
 #include <limits>
 #include <vector>
 
-namespace nb = nanobind;
+#include "simd.h"
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define DPQ_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define DPQ_MULTIVERSION
-#endif
-#define DPQ_INLINE inline __attribute__((always_inline))
+namespace nb = nanobind;
 
 namespace {
 
@@ -173,46 +165,38 @@ DPQ_MULTIVERSION DecodeResult decode_rows(const DecodeArgs& a, uint8_t* tail) {
   return a.code_bits == 8 ? decode_in_pieces<true>(a, tail) : decode_in_pieces<false>(a, tail);
 }
 
-constexpr int kLanes = 16;  // codes scored side by side; vectors of this width map to any instruction set
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
 struct EncodeArgs {
   const float* queries;  // [N, D, S]
-  const float* keys;     // [D, S, P]: transposed, the codes padded to P, a multiple of kLanes
+  const float* keys;     // [D, S, P]: transposed, the codes padded to P, a multiple of kMaxLanes
   const float* scale;    // [P]
   const float* shift;    // [P]: -inf for the padding, so that it never wins
   uint16_t* codes;       // [N, D]
   int64_t num_queries, num_subspaces, subspace_dim, padded_codes;
+  bool euclidean;
 };
-
-DPQ_INLINE Floats load(const float* from) {
-  Floats to;
-  std::memcpy(&to, from, sizeof(to));
-  return to;
-}
 
 // The highest of scale[k] * score[k] + shift[k], and the lowest such k. Every code's score is a sum over s in order,
 // so a row's code depends on nothing but the row: not on the batch, the machine or the vector width.
-template <bool kEuclidean>
+template <bool kEuclidean, int kLanes>
 DPQ_INLINE uint16_t best_code(const EncodeArgs& a, const float* query, const float* keys) {
-  Floats best = Floats{} - std::numeric_limits<float>::infinity();
-  Ints best_at = Ints{};
-  Ints at;
+  using V = dpq::Lanes<kLanes>;
+  typename V::Floats best = typename V::Floats{} - std::numeric_limits<float>::infinity();
+  typename V::Ints best_at = typename V::Ints{};
+  typename V::Ints at;
   for (int i = 0; i < kLanes; ++i) at[i] = i;
   for (int64_t k = 0; k < a.padded_codes; k += kLanes) {
-    Floats score = Floats{};
+    typename V::Floats score = typename V::Floats{};
     for (int64_t s = 0; s < a.subspace_dim; ++s) {
-      const Floats key = load(keys + s * a.padded_codes + k);
+      const typename V::Floats key = V::load(keys + s * a.padded_codes + k);
       if (kEuclidean) {
-        const Floats difference = key - query[s];
+        const typename V::Floats difference = key - query[s];
         score -= difference * difference;
       } else {
         score += key * query[s];
       }
     }
-    score = score * load(a.scale + k) + load(a.shift + k);
-    const Ints better = score > best;
+    score = score * V::load(a.scale + k) + V::load(a.shift + k);
+    const typename V::Ints better = score > best;
     best = better ? score : best;
     best_at = better ? at : best_at;
     at += kLanes;
@@ -224,8 +208,8 @@ DPQ_INLINE uint16_t best_code(const EncodeArgs& a, const float* query, const flo
   return static_cast<uint16_t>(best_at[winner]);
 }
 
-template <bool kEuclidean>
-DPQ_INLINE void encode_loop(const EncodeArgs& a) {
+template <bool kEuclidean, int kLanes>
+DPQ_INLINE void encode_by(const EncodeArgs& a) {
   constexpr int64_t kBlock = 64;  // queries per visit of a subspace, so that its keys stay in the first-level cache
   for (int64_t start = 0; start < a.num_queries; start += kBlock) {
     const int64_t stop = std::min(start + kBlock, a.num_queries);
@@ -233,14 +217,18 @@ DPQ_INLINE void encode_loop(const EncodeArgs& a) {
       const float* keys = a.keys + j * a.subspace_dim * a.padded_codes;
       for (int64_t n = start; n < stop; ++n) {
         const int64_t at = n * a.num_subspaces + j;
-        a.codes[at] = best_code<kEuclidean>(a, a.queries + at * a.subspace_dim, keys);
+        a.codes[at] = best_code<kEuclidean, kLanes>(a, a.queries + at * a.subspace_dim, keys);
       }
     }
   }
 }
 
-DPQ_MULTIVERSION void encode_dot(const EncodeArgs& a) { encode_loop<false>(a); }
-DPQ_MULTIVERSION void encode_euclidean(const EncodeArgs& a) { encode_loop<true>(a); }
+template <int kLanes>
+DPQ_INLINE void encode_loop(const EncodeArgs& a) {
+  a.euclidean ? encode_by<true, kLanes>(a) : encode_by<false, kLanes>(a);
+}
+
+DPQ_DEFINE_BY_LANES(encode_queries, encode_loop, EncodeArgs)
 
 template <typename T, int kDims>
 using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
@@ -280,15 +268,23 @@ void encode(Array<const float, 3> queries, Array<const float, 3> keys, Array<con
                         static_cast<int64_t>(queries.shape(0)),
                         static_cast<int64_t>(queries.shape(1)),
                         static_cast<int64_t>(queries.shape(2)),
-                        static_cast<int64_t>(keys.shape(2))};
+                        static_cast<int64_t>(keys.shape(2)),
+                        euclidean};
   nb::gil_scoped_release release;
-  euclidean ? encode_euclidean(args) : encode_dot(args);
+  encode_queries(args);
 }
 
 }  // namespace
 
+void define_central_moments(nb::module_& m);    // central_moments.cpp
+void define_find_rows(nb::module_& m);          // find_rows.cpp
+void define_softmax_gradients(nb::module_& m);  // softmax_gradients.cpp
+
 NB_MODULE(_native, m) {
-  m.attr("LANES") = kLanes;
+  m.attr("LANES") = dpq::kMaxLanes;
   m.def("decode", &decode);
   m.def("encode", &encode);
+  define_central_moments(m);
+  define_find_rows(m);
+  define_softmax_gradients(m);
 }

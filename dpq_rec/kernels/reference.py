@@ -1,14 +1,18 @@
 """The hot loops in plain numpy: what they compute, without how they are made fast. The tests hold the kernels to these.
 
-`decode` and `encode` take what the functions of the same name in `dpq_rec.kernels` take.
+Each takes what the function of the same name in `dpq_rec.kernels` takes.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.codes import CodeLayout, unpack_codes
+from dpq_rec.kernels import SoftmaxGradients
 
 
 def decode(
@@ -46,3 +50,88 @@ def encode(
         scores_NDK = scores_NDK - (key_1DK - query_ND1) ** 2 if euclidean else scores_NDK + key_1DK * query_ND1
     codes_ND: NDArray[np.intp] = (scores_NDK * scale_K + shift_K).argmax(axis=-1)
     return codes_ND.astype(np.uint16)
+
+
+def softmax_gradients(
+    queries_NDX: NDArray[np.float32],
+    keys_DKX: NDArray[np.float32],
+    values_DKS: NDArray[np.float32],
+    affine: tuple[NDArray[np.float32], NDArray[np.float32]],
+    gradients_NDS: NDArray[np.float32],
+    *,
+    euclidean: bool,
+) -> SoftmaxGradients:
+    """Gradients of the mixture of values by the softmax of the scores."""
+    scale_K, shift_K = affine
+    differences_NDKX = keys_DKX - queries_NDX[:, :, None]
+    scores_NDK = np.einsum("ndx,dkx->ndk", queries_NDX, keys_DKX)
+    if euclidean:
+        scores_NDK = -(differences_NDKX**2).sum(-1)
+    logits_NDK = scores_NDK * scale_K + shift_K
+    weights_NDK = np.exp(logits_NDK - logits_NDK.max(-1, keepdims=True))
+    weights_NDK /= weights_NDK.sum(-1, keepdims=True)
+    pulls_NDK = np.einsum("nds,dks->ndk", gradients_NDS, values_DKS)
+    of_logits_NDK = weights_NDK * (pulls_NDK - (weights_NDK * pulls_NDK).sum(-1, keepdims=True))
+    of_scores_NDK = of_logits_NDK * scale_K
+    by_keys_NDKX = 2 * differences_NDKX if euclidean else np.broadcast_to(keys_DKX, differences_NDKX.shape)
+    by_queries_NDKX = (
+        -2 * differences_NDKX if euclidean else np.broadcast_to(queries_NDX[:, :, None], differences_NDKX.shape)
+    )
+    return SoftmaxGradients(
+        np.einsum("ndk,ndkx->ndx", of_scores_NDK, by_keys_NDKX),
+        np.einsum("ndk,ndkx->dkx", of_scores_NDK, by_queries_NDKX),
+        np.einsum("ndk,nds->dks", weights_NDK, gradients_NDS),
+        (of_logits_NDK * scores_NDK).sum((0, 1)),
+        of_logits_NDK.sum((0, 1)),
+    )
+
+
+def central_moments(
+    queries_NDS: NDArray[np.float32], mean_DS: NDArray[np.float32], weights_N: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Weighted sums over queries of c c^T, r c, r and r^2, with c = query - mean and r = c.c."""
+    centred_NDS = queries_NDS - mean_DS
+    squared_ND = (centred_NDS**2).sum(-1)
+    parts = [
+        np.einsum("n,nds,ndt->dst", weights_N, centred_NDS, centred_NDS).reshape(len(mean_DS), -1),
+        np.einsum("n,nd,nds->ds", weights_N, squared_ND, centred_NDS),
+        np.stack([weights_N @ squared_ND, weights_N @ squared_ND**2], 1),
+    ]
+    moments: NDArray[np.float32] = np.concatenate(parts, 1)
+    return moments
+
+
+def central_moments_gradient(
+    queries_NDS: NDArray[np.float32],
+    mean_DS: NDArray[np.float32],
+    weights_N: NDArray[np.float32],
+    gradients: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """By the queries: the sum over the moments of each one's gradient times its derivative."""
+    centred_NDS, dim = queries_NDS - mean_DS, queries_NDS.shape[2]
+    squared_ND1 = (centred_NDS**2).sum(-1, keepdims=True)
+    by_covariance, by_third, by_norms = np.split(gradients, [dim * dim, dim * dim + dim], axis=1)
+    by_covariance = by_covariance.reshape(-1, dim, dim)
+    out_NDS = np.einsum("dst,ndt->nds", by_covariance + by_covariance.transpose(0, 2, 1), centred_NDS)
+    out_NDS = out_NDS + 2 * (centred_NDS * by_third).sum(-1, keepdims=True) * centred_NDS + squared_ND1 * by_third
+    out_NDS = out_NDS + (2 * by_norms[:, :1] + 4 * by_norms[:, 1:] * squared_ND1) * centred_NDS
+    weighted_NDS: NDArray[np.float32] = weights_N[:, None, None] * out_NDS
+    return weighted_NDS
+
+
+def find_rows(
+    ids: Sequence[str], id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], rows_U: NDArray[np.uint32]
+) -> NDArray[np.int64]:
+    """Rows [N] of strings; -1 where one is not in the list."""
+    row_of_id = dict(zip(_texts(id_bytes_T, id_offsets_U1), rows_U.tolist(), strict=True))
+    return np.array([row_of_id.get(text.encode(), -1) for text in ids], np.int64)
+
+
+def find_disorder(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64]) -> int | None:
+    """The first id that is not above the one before it; offsets lie within the bytes here."""
+    pairs = itertools.pairwise(_texts(id_bytes_T, id_offsets_U1))
+    return next((at for at, (before, text) in enumerate(pairs, 1) if before >= text), None)
+
+
+def _texts(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64]) -> list[bytes]:
+    return [id_bytes_T[begin:end].tobytes() for begin, end in itertools.pairwise(id_offsets_U1.tolist())]

@@ -1,6 +1,6 @@
 """Training side of DPQ: the only place that imports torch and torchrec.
 
-`quantizer` (with `scores`, `softmax`, `upkeep`, `kmeans`, `collectives` below it), `tables` (with `shards` below it),
+`quantizer` (with `scores`, `choice`, `upkeep`, `kmeans`, `collectives` below it), `tables` (with `shards` below it),
 `embedding` and `collection`; then `replace`, `start` and `freeze`, which `find` the tables of a model.
 """
 

@@ -1,6 +1,6 @@
 """Ids to vectors by feature: the drop-ins for TorchRec's collections. In: KeyedJaggedTensor.
 
-Out: KeyedTensor (DPQEmbeddingBagCollection, bags) or feature -> JaggedTensor (DPQEmbeddingCollection, a vector an id).
+Out: KeyedTensor (DPQEmbeddingBagCollection, pooled), or feature -> JaggedTensor (DPQEmbeddingCollection, not pooled).
 """
 
 from __future__ import annotations

@@ -122,8 +122,9 @@ def _check_padding(name: str, table: TrainedTable, vocabulary: Vocabulary) -> No
         return
     ids_N = vocabulary.ids_of_rows(table.padding_idx, table.padding_idx + 1).ids_N
     if len(ids_N):
+        first = next(iter(ids_N[:1]))
         raise ConfigError(
-            f"vocabularies: got one for table {name!r} in which id {ids_N[0]} lives in row {table.padding_idx}, the "
+            f"vocabularies: got one for table {name!r} in which id {first} lives in row {table.padding_idx}, the "
             "padding row, for which the model returns zeros; leave that id out"
         )
 

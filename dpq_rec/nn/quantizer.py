@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from dpq_rec.config import DPQConfig
+from dpq_rec.nn.choice import choose, softmax_choice
 from dpq_rec.nn.collectives import sum_over_ranks, world_size
 from dpq_rec.nn.kmeans import centroids
 from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
-from dpq_rec.nn.softmax import softmax_choice
 from dpq_rec.nn.upkeep import Revival, RunningMeans
 
 
@@ -118,7 +118,7 @@ class Quantizer(nn.Module):
                 self.values_MKS.data[groups] = found_GKS
             level = self._compare(number, rest_NDS, rest_NDS.new_ones(len(rest_NDS)))
             if number + 1 < config.num_levels:
-                rest_NDS = rest_NDS - _choose(level.values_DKS, level.codes_ND)
+                rest_NDS = rest_NDS - choose(level.values_DKS, level.codes_ND)
         self.train(was_training)
 
     @property
@@ -151,8 +151,12 @@ class Quantizer(nn.Module):
             if self.revival is not None:
                 self._revive(number, rest_NDS.detach())
             level = self._compare(number, rest_NDS, counts_N)
-            emitted_NDS = self._emit(level)
-            penalty = penalty + self._penalty(level, rest_NDS, counts_N)
+            if self.config.method == "sx":
+                emitted_NDS = softmax_choice(*level, score=self.score, temperature=self.config.temperature)
+            else:
+                chosen_NDS = choose(level.values_DKS, level.codes_ND)
+                penalty = penalty + self._penalty(chosen_NDS, rest_NDS, counts_N)
+                emitted_NDS = chosen_NDS if self.config.value_gradient else chosen_NDS.detach()
             self._keep_up(number, level.codes_ND, rest_NDS.detach(), counts_N)
             codes.append(level.codes_ND)
             vectors_NDS = emitted_NDS if vectors_NDS is None else vectors_NDS + emitted_NDS
@@ -178,16 +182,16 @@ class Quantizer(nn.Module):
             level = self._compare(number, rest_NDS, None, subspaces)
             codes.append(level.codes_ND)
             if number + 1 < self.config.num_levels:
-                rest_NDS = rest_NDS - _choose(level.values_DKS, level.codes_ND)
+                rest_NDS = rest_NDS - choose(level.values_DKS, level.codes_ND)
         return torch.cat(codes, 1)
 
     def decode(self, codes_NM: torch.Tensor) -> torch.Tensor:
         """Vectors [N, E] of codes: each group is the sum of its levels' values, in order (DPQ paper, eq. 2)."""
         values_MKS = self.stored_values() + 0.0  # never minus zero, as an artifact holds none
         by_level = codes_NM.chunk(self.config.num_levels, 1)
-        vectors_NDS = _choose(self._of_level(values_MKS, 0), by_level[0])
+        vectors_NDS = choose(self._of_level(values_MKS, 0), by_level[0])
         for number, codes_ND in enumerate(by_level[1:], 1):
-            vectors_NDS = vectors_NDS + _choose(self._of_level(values_MKS, number), codes_ND)
+            vectors_NDS = vectors_NDS + choose(self._of_level(values_MKS, number), codes_ND)
         return vectors_NDS.flatten(1)
 
     def _compare(
@@ -221,25 +225,14 @@ class Quantizer(nn.Module):
         with torch.set_grad_enabled(self.config.method == "sx"):
             return norm(queries_NDS, keys_DKS, counts_N)
 
-    def _emit(self, level: _Level) -> torch.Tensor:
-        """The chosen values [N, D, S], with the gradients of the method."""
-        if self.config.method == "sx":
-            return softmax_choice(*level, score=self.score, temperature=self.config.temperature)
-        chosen_NDS = _choose(level.values_DKS, level.codes_ND)
-        return chosen_NDS if self.config.value_gradient else chosen_NDS.detach()
-
-    def _penalty(self, level: _Level, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
+    def _penalty(self, chosen_NDS: torch.Tensor, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
         """|T(Q) - sg(Q)|^2 (DPQ paper, below eq. 7), and its mirror, which commits queries to their values."""
         config = self.config
         draw = 0.0 if config.ema_decay is not None else config.penalty_weight
-        if config.method == "sx" or not (draw or config.commitment_weight):
-            return rest_NDS.new_zeros(())
-        chosen_NDS = _choose(level.values_DKS, level.codes_ND)
         errors_N = draw * (chosen_NDS - rest_NDS.detach()).square().flatten(1).mean(1)
         if config.commitment_weight:
-            errors_N = errors_N + config.commitment_weight * (rest_NDS - chosen_NDS.detach()).square().flatten(1).mean(
-                1
-            )
+            committed_N = (rest_NDS - chosen_NDS.detach()).square().flatten(1).mean(1)
+            errors_N = errors_N + config.commitment_weight * committed_N
         # Ranks average their gradients, and so their losses: this rank's share is scaled so that the average over ranks
         # is the mean over all occurrences.
         occurrences = sum_over_ranks(counts_N.sum()).clamp(min=1)
@@ -288,8 +281,3 @@ class Quantizer(nn.Module):
     def _grouped(self, queries_NQ: torch.Tensor) -> torch.Tensor:
         width = self.query_dim // self.config.num_subspaces
         return queries_NQ.view(len(queries_NQ), queries_NQ.shape[1] // width, width)
-
-
-def _choose(values_DKS: torch.Tensor, codes_ND: torch.Tensor) -> torch.Tensor:
-    """The values [N, D, S] of codes."""
-    return values_DKS[torch.arange(len(values_DKS), device=codes_ND.device), codes_ND]

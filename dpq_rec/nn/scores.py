@@ -10,9 +10,11 @@ saves two passes over them, and ranks exchange D x S x S numbers.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dpq_rec import kernels
@@ -61,7 +63,7 @@ def encode(queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, affine: Affine, sc
     bits differ with the size of the batch.
     """
     if queries_NDS.device.type == "cpu":
-        arrays = [t.detach().float().contiguous().numpy() for t in (queries_NDS, keys_DKS, *affine)]
+        arrays = _arrays(*(tensor.float() for tensor in (queries_NDS, keys_DKS, *affine)))
         codes_ND = kernels.encode(*arrays, euclidean=score == "euclidean")
         return torch.from_numpy(codes_ND).long()
     chunk = max(1, _ENCODE_CHUNK // keys_DKS[..., 0].numel())
@@ -105,17 +107,9 @@ def score_moments(
     first = sum_over_ranks(first)
     count = first[-1].detach().clamp(min=1)
     mean_DS = first[:-1].view(D, S) / count
-    centred_NDS = queries_NDS - mean_DS
-    weights_N = counts_N / count
-    squared_ND = centred_NDS.square().sum(-1)
-    weighted_DNS = (centred_NDS * weights_N[:, None, None]).transpose(0, 1)
-    second = [
-        torch.bmm(weighted_DNS.transpose(1, 2), centred_NDS.transpose(0, 1)).flatten(),
-        torch.bmm(weighted_DNS.transpose(1, 2), squared_ND.t().unsqueeze(-1)).flatten(),
-        torch.stack([weights_N @ squared_ND, weights_N @ squared_ND.square()]).flatten(),
-    ]
-    covariance, third, norms = sum_over_ranks(torch.cat(second)).split([D * S * S, D * S, 2 * D])
-    covariance_DSS, third_DS, (norm_D, norm_squared_D) = covariance.view(D, S, S), third.view(D, S), norms.view(2, D)
+    moments = sum_over_ranks(_central_moments(queries_NDS, mean_DS, counts_N / count))
+    covariance, third_DS, norms = moments.split([S * S, S, 2], 1)
+    covariance_DSS, (norm_D, norm_squared_D) = covariance.view(D, S, S), norms.unbind(1)
 
     from_mean_DKS = keys_DKS if score == "dot" else keys_DKS - mean_DS[:, None]
     spread_DK = (torch.bmm(from_mean_DKS, covariance_DSS) * from_mean_DKS).sum(-1)
@@ -128,6 +122,40 @@ def score_moments(
     mean_K = mean_DK.mean(0)
     var_K = (var_DK.clamp(min=0) + (mean_DK - mean_K).square()).mean(0)
     return Moments(mean_K, var_K), first[-1].detach()
+
+
+def _central_moments(queries_NDS: torch.Tensor, mean_DS: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
+    """Weighted sums [D, S*S + S + 2] of c c^T, r c, r and r^2, with c = query - mean and r = c.c."""
+    if queries_NDS.device.type == "cpu" and queries_NDS.dtype == torch.float32:
+        moments: torch.Tensor = _CentralMoments.apply(queries_NDS, mean_DS, weights_N)
+        return moments
+    centred_NDS = queries_NDS - mean_DS
+    squared_ND = centred_NDS.square().sum(-1)
+    weighted_DNS = (centred_NDS * weights_N[:, None, None]).transpose(0, 1)
+    parts = [
+        torch.bmm(weighted_DNS.transpose(1, 2), centred_NDS.transpose(0, 1)).flatten(1),
+        torch.bmm(weighted_DNS.transpose(1, 2), squared_ND.t().unsqueeze(-1)).flatten(1),
+        torch.stack([weights_N @ squared_ND, weights_N @ squared_ND.square()], 1),
+    ]
+    return torch.cat(parts, 1)
+
+
+class _CentralMoments(torch.autograd.Function):
+    """The same by a kernel: one visit of the queries, each way, instead of products whose inner width is S."""
+
+    @staticmethod
+    def forward(ctx: Any, queries_NDS: torch.Tensor, mean_DS: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(queries_NDS, mean_DS, weights_N)
+        return torch.from_numpy(kernels.central_moments(*_arrays(queries_NDS, mean_DS, weights_N)))
+
+    @staticmethod
+    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        by_query = torch.from_numpy(kernels.central_moments_gradient(*_arrays(*ctx.saved_tensors, gradients)))
+        return by_query, -by_query.sum(0), None
+
+
+def _arrays(*tensors: torch.Tensor) -> tuple[NDArray[np.float32], ...]:
+    return tuple(tensor.detach().contiguous().numpy() for tensor in tensors)
 
 
 class ScoreNorm(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from dpq_rec import (
     IdentityVocabulary,
     Int64Vocabulary,
     ModuloVocabulary,
+    StringVocabulary,
     TableContents,
     Vocabulary,
     open_artifact,
@@ -31,14 +33,37 @@ NUM_ROWS = 50
 LONG_IDS = [2**53 + 1, INT64_MIN, 7, -7, INT64_MAX, 0, *range(1_000, 1_000 + NUM_ROWS - 6)]
 # Rare ids that share a row: row_of = 3, 0, 3, 49, 3.
 SHARING_IDS, SHARING_ROWS = [-20, -10, 5, 60, 2**40], [3, 0, 3, 49, 3]
+# Row v holds STRING_IDS[v]: empty, prefixes of each other, 1 to 4 bytes in UTF-8, NUL, an option's and a number's look.
+STRING_IDS = [
+    "the",
+    "",
+    "7",
+    "a",
+    "ab",
+    "a\0",
+    "ü",
+    "-x",
+    "€",
+    "😀",
+    *(f"item_{i}" for i in range(NUM_ROWS - 11)),
+    "z" * 99,
+]
+SHARING_STRINGS, SHARING_STRING_ROWS = ["rare", "b", "so rare", "c", ""], [3, 0, 3, 49, 3]
 
 TABLES = [
     *("plain", "identity", "modulo", "odd_bits", "two_levels", "half", "shared", "sharing_rows", "dense", "one_row"),
 ]
+STRING_TABLES = ["strings", "dense_strings", "strings_sharing_rows"]
+TABLES += STRING_TABLES
 TRAINED = ["trained_sx", "trained_vq", "trained_plain"]  # frozen from `trained_model`; the others are made up
 TABLES += TRAINED
 IDS = ["hits", "unknown", "mixed", "duplicates", "first_and_last_row", "none", "one"]
-WRONG_IDS: dict[str, list[object]] = {"strings": ["a", "7"], "floats": [1.5, 7.0], "booleans": [True, False]}
+WRONG_IDS: dict[str, list[object]] = {
+    "strings": ["a", "7"],  # in a table of integers
+    "integers": [7, 0],  # in a table of strings
+    "floats": [1.5, 7.0],
+    "booleans": [True, False],
+}
 UNKNOWN_TABLE = "nobody"
 
 
@@ -65,6 +90,18 @@ def write_cases(path: Path) -> Path:
         ),
         "one_row": _dpq(
             Int64Vocabulary.from_ids([42]), CodeLayout(num_subspaces=1, num_codes=2), subspace_dim=1, num_rows=1
+        ),
+    }
+    strings = StringVocabulary.from_ids(STRING_IDS)
+    tables |= {
+        "strings": _dpq(strings, CodeLayout(num_subspaces=3, num_codes=11), subspace_dim=4),
+        "dense_strings": TableContents(
+            num_embeddings=NUM_ROWS, embedding_dim=3, vocabulary=strings, chunks=[_numbers((NUM_ROWS, 3), "float32")]
+        ),
+        "strings_sharing_rows": _dpq(
+            StringVocabulary.from_pairs(SHARING_STRINGS, SHARING_STRING_ROWS),
+            CodeLayout(num_subspaces=2, num_codes=90),
+            subspace_dim=2,
         ),
     }
     tables |= _frozen(path.with_name("frozen"), long)
@@ -148,9 +185,17 @@ def _numbers(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return numbers.astype(dtype)
 
 
-def ids_of(table: str, name: str) -> list[int]:
+def ids_of(table: str, name: str) -> list[Any]:
     """One of the lists of ids in IDS, as it is for one table."""
-    if table == "one_row":
+    known: list[Any]
+    unknown: list[Any] = [-99, NUM_ROWS, 2**53 + 3, INT64_MIN + 1, INT64_MAX - 1]
+    if table in STRING_TABLES:
+        unknown = ["The", "\0", "item_", "\U0010ffff", "rar"]
+    if table == "strings_sharing_rows":
+        known, first, last = SHARING_STRINGS, "b", "c"
+    elif table in STRING_TABLES:
+        known, first, last = STRING_IDS, STRING_IDS[0], STRING_IDS[-1]
+    elif table == "one_row":
         known, first, last = [42], 42, 42
     elif table == "sharing_rows":
         known, first, last = SHARING_IDS, -10, 60
@@ -160,7 +205,6 @@ def ids_of(table: str, name: str) -> list[int]:
         known, first, last = [3, -1, INT64_MAX, INT64_MIN, 2**53 + 1, 120], 0, NUM_ROWS - 1
     else:
         known, first, last = LONG_IDS, LONG_IDS[0], LONG_IDS[-1]
-    unknown = [-99, NUM_ROWS, 2**53 + 3, INT64_MIN + 1, INT64_MAX - 1]
     return {
         "hits": known[::-1],
         "unknown": unknown,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -50,13 +51,15 @@ class Reader(Protocol):
     Attributes:
         tables: those it knows.
         dtypes: what it can be asked for.
-        id_types: the keys of `cases.WRONG_IDS` that it can be given at all.
+        id_types: the keys of `cases.WRONG_IDS` that it can be given at all for a table of integers.
+        string_id_types: likewise, for a table of strings.
         takes_no_ids: whether it can be asked for no ids.
     """
 
     tables: Sequence[str]
     dtypes: tuple[str, ...]
     id_types: tuple[str, ...]
+    string_id_types: tuple[str, ...]
     takes_no_ids: bool
 
     def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
@@ -76,6 +79,7 @@ class _Anything:
     tables: Sequence[str] = cases.TABLES
     dtypes: tuple[str, ...] = ("float32", "float16")
     id_types: tuple[str, ...] = ("strings", "floats", "booleans")
+    string_id_types: tuple[str, ...] = ("integers", "floats", "booleans")
     takes_no_ids = True
 
     def close(self) -> None:
@@ -94,7 +98,8 @@ class ReferenceReader(_Anything):
     def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
         if table not in self.tables:
             raise ReaderError("unknown_table")
-        if any(type(i) is not int for i in ids):
+        wanted = str if self.tables[table]["vocabulary"]["kind"] == "string" else int
+        if any(type(i) is not wanted for i in ids):
             raise ReaderError("id_type")
         rows = [self._row(table, i) for i in ids]
         unknown = [at for at, row in enumerate(rows) if row == MISSING_ROW]
@@ -102,14 +107,21 @@ class ReferenceReader(_Anything):
             raise ReaderError("unknown_ids")
         return Answer(self._decode(table, np.array(rows, np.int64)).astype(dtype), unknown)
 
-    def _row(self, table: str, wanted: int) -> int:
+    def _row(self, table: str, wanted: Any) -> int:
         kind, num_rows = self.tables[table]["vocabulary"]["kind"], self.tables[table]["num_embeddings"]
         if kind == "modulo":
             return wanted % num_rows
         if kind == "identity":
             return wanted if 0 <= wanted < num_rows else MISSING_ROW
+        rows = self.tensors[table]["rows"].tolist()
+        return dict(zip(self._ids(table), rows, strict=True)).get(wanted, MISSING_ROW)
+
+    def _ids(self, table: str) -> list[Any]:
         tensors = self.tensors[table]
-        return dict(zip(tensors["ids"].tolist(), tensors["rows"].tolist(), strict=True)).get(wanted, MISSING_ROW)
+        if self.tables[table]["vocabulary"]["kind"] == "int64":
+            return tensors["ids"].tolist()
+        content = tensors["id_bytes"].tobytes()
+        return [content[begin:end].decode() for begin, end in itertools.pairwise(tensors["id_offsets"].tolist())]
 
     def _decode(self, table: str, rows_N: np.ndarray) -> np.ndarray:
         entry, tensors = self.tables[table], self.tensors[table]
@@ -179,6 +191,7 @@ class CommandLineReader(_Anything):
 
     dtypes = ("float32",)
     id_types = ("strings", "floats")  # on a command line nothing is a boolean
+    string_id_types = ()  # and everything is a string
     takes_no_ids = False
 
     def __init__(self, artifact: Path) -> None:
@@ -187,11 +200,11 @@ class CommandLineReader(_Anything):
     def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
         with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
             try:
-                code = main(["lookup", str(self.artifact), "--table", table, *map(str, ids)])
+                code = main(["lookup", str(self.artifact), "--table", table, "--", *map(str, ids)])
             except SystemExit as exit_:
                 code = exit_.code
         if code == 2:
-            raise ReaderError("id_type" if "invalid int value" in stderr.getvalue() else "unknown_table")
+            raise ReaderError("id_type" if "want an integer" in stderr.getvalue() else "unknown_table")
         answer = _from_json(json.loads(stdout.getvalue()), dtype)
         assert code == (1 if answer.missing else 0)
         if answer.missing and missing == "error":
@@ -202,12 +215,12 @@ class CommandLineReader(_Anything):
 class ParquetReader(_Anything):
     """`dpq-rec export`, read by pyarrow. A file has no policies and no types of ids but its own."""
 
-    id_types = ()
+    id_types = string_id_types = ()
 
     def __init__(self, artifact: Path) -> None:
         self.store = EmbeddingStore.open(artifact)
         self.folder = tempfile.TemporaryDirectory()
-        self.exports: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+        self.exports: dict[tuple[str, str], dict[Any, np.ndarray]] = {}
 
     def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
         manifest = self._table(table).manifest
@@ -226,7 +239,7 @@ class ParquetReader(_Anything):
         except UnknownTableError as error:
             raise ReaderError("unknown_table") from error
 
-    def _export(self, table: str, dtype: str) -> dict[int, np.ndarray]:
+    def _export(self, table: str, dtype: str) -> dict[Any, np.ndarray]:
         if (table, dtype) not in self.exports:
             folder = Path(self.folder.name) / f"{table}-{dtype}"
             export_table(self._table(table), folder, ExportConfig(dtype=dtype, rows_per_part=13))
@@ -310,6 +323,7 @@ class HttpTablesReader(_HttpReader):
 class HttpBinaryReader(_HttpReader):
     """POST /v1/tables/{table}/lookup, bytes both ways: eight of them are always an integer."""
 
+    tables = tuple(table for table in cases.TABLES if table not in cases.STRING_TABLES)
     id_types = ()
 
     def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
@@ -327,7 +341,7 @@ class HttpBinaryReader(_HttpReader):
 class GrpcReader(_Anything):
     """Lookup."""
 
-    id_types = ("strings",)  # the message has no field for others
+    id_types, string_id_types = ("strings",), ("integers",)  # the message has no field for others
 
     def __init__(self, server: Server) -> None:
         self.channel = grpc.insecure_channel(server.grpc)

@@ -6,6 +6,7 @@
 import contextlib
 import functools
 
+import httpx
 import numpy as np
 import pytest
 
@@ -53,17 +54,24 @@ def reader(request, open_reader):
 def each_reader(names, values_of):
     """Parametrize over each reader, the tables it knows, and what it can be asked of each."""
     cases_of_readers = [
-        (name, table, *values) for name, kind in READERS.items() for table in kind.tables for values in values_of(kind)
+        (name, table, *values)
+        for name, kind in READERS.items()
+        for table in kind.tables
+        for values in values_of(kind, table)
     ]
     return pytest.mark.parametrize(("reader", "table", *names), cases_of_readers, indirect=["reader"])
 
 
-def lists_of_ids(kind):
+def lists_of_ids(kind, table):
     return [(ids,) for ids in cases.IDS if ids != "none" or kind.takes_no_ids]
 
 
-def lists_of_ids_and_dtypes(kind):
-    return [(*ids, dtype) for ids in lists_of_ids(kind) for dtype in kind.dtypes]
+def lists_of_ids_and_dtypes(kind, table):
+    return [(*ids, dtype) for ids in lists_of_ids(kind, table) for dtype in kind.dtypes]
+
+
+def wrong_types_of_ids(kind, table):
+    return [(wrong,) for wrong in (kind.string_id_types if table in cases.STRING_TABLES else kind.id_types)]
 
 
 @each_reader(["ids", "dtype"], lists_of_ids_and_dtypes)
@@ -83,7 +91,7 @@ def test_lookup_reports_the_positions_of_unknown_ids(reader, reference, table, i
     assert list(reader.lookup(table, asked, "float32", "zeros").missing) == wanted
 
 
-@each_reader([], lambda kind: [()])
+@each_reader([], lambda kind, table: [()])
 def test_lookup_gives_zeros_to_unknown_ids_alone(reader, table):
     vectors, missing = reader.lookup(table, cases.ids_of(table, "mixed"), "float32", "zeros")
     is_missing = np.isin(np.arange(len(vectors)), list(missing))
@@ -109,10 +117,16 @@ def test_lookup_in_an_unknown_table_fails(reader, missing):
         reader.lookup(cases.UNKNOWN_TABLE, [7], "float32", missing)
 
 
-@each_reader(["wrong"], lambda kind: [(wrong,) for wrong in kind.id_types])
+@each_reader(["wrong"], wrong_types_of_ids)
 def test_lookup_of_ids_of_another_type_fails(reader, table, wrong):
     with pytest.raises(ReaderError, match=r"^id_type$"):
         reader.lookup(table, cases.WRONG_IDS[wrong], "float32", "zeros")
+
+
+@pytest.mark.parametrize("table", cases.STRING_TABLES)
+def test_http_refuses_bytes_for_a_table_of_strings(open_reader, table):
+    with pytest.raises(httpx.HTTPStatusError, match="415"):
+        open_reader("http-binary").lookup(table, [7], "float32", "zeros")
 
 
 def test_the_reference_decodes_as_contract_3_says(artifact):

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dpq_rec import CodeLayout, IdentityVocabulary, Int64Vocabulary, TableContents, pack_codes, write_artifact
+from dpq_rec import (
+    CodeLayout,
+    IdentityVocabulary,
+    Int64Vocabulary,
+    StringVocabulary,
+    TableContents,
+    pack_codes,
+    write_artifact,
+)
 
 
 def random_codes(num_rows, layout, seed=0):
@@ -47,6 +55,16 @@ def small_artifact(path: Path) -> Path:
     )
     dense = dense_contents(np.arange(12, dtype=np.float32).reshape(3, 4))
     return write_artifact(path, {"item": item, "dense": dense}, version="v1")
+
+
+WORDS = ["the", "7", "ü", "", "-ing"]
+
+
+def word_artifact(path: Path) -> Path:
+    """One dense table, `word`, of string ids; row v is [2 v, 2 v + 1] and holds WORDS[v]."""
+    vectors_VE = np.arange(10, dtype=np.float32).reshape(5, 2)
+    contents = dense_contents(vectors_VE, StringVocabulary.from_ids(WORDS))
+    return write_artifact(path, {"word": contents}, version="words")
 
 
 def edit_manifest(artifact: Path, edit) -> None:

@@ -6,6 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpq_rec import (
     ArtifactError,
@@ -16,12 +19,14 @@ from dpq_rec import (
     IdentityVocabulary,
     Int64Vocabulary,
     ModuloVocabulary,
+    StringVocabulary,
     TableContents,
     open_artifact,
     pack_codes,
     verify,
     write_artifact,
 )
+from dpq_rec.strings import PackedStrings
 from tests.dpq_rec.builders import dense_contents, dpq_contents, edit_manifest, small_artifact
 
 LAYOUT = CodeLayout(num_subspaces=2, num_codes=5)
@@ -62,6 +67,30 @@ GOLDEN_ENTRY = {
     "vocabulary": {"kind": "int64"},
 }
 
+# The same of strings: "", "a\0", "b" and "ü" live in rows 2, 2, 1 and 0; E=1, D=1, K=2.
+GOLDEN_STRING_HEADER = (
+    '{"id_offsets":{"dtype":"I64","shape":[5],"data_offsets":[0,40]},'
+    '"rows":{"dtype":"U32","shape":[4],"data_offsets":[40,56]},'
+    '"values":{"dtype":"F32","shape":[1,2,1],"data_offsets":[56,64]},'
+    '"id_bytes":{"dtype":"U8","shape":[5],"data_offsets":[64,69]},'
+    '"padding":{"dtype":"U8","shape":[59],"data_offsets":[69,128]},'
+    '"packed_codes":{"dtype":"U8","shape":[3,1],"data_offsets":[128,131]}}'
+)
+GOLDEN_STRING_BYTES = bytes.fromhex(
+    "b801000000000000"  # the header's 440 bytes
+    + GOLDEN_STRING_HEADER.encode().hex()
+    + "20" * 62
+    + "0000000000000000000000000000000002000000000000000300000000000000"
+    + "0500000000000000"
+    + "02000000020000000100000000000000"
+    + "0000003f0000c03f"  # 0.5, 1.5
+    + "6100"
+    + "62"
+    + "c3bc"
+    + "00" * 59
+    + "010001"
+)
+
 
 @pytest.fixture
 def artifact(tmp_path):
@@ -82,12 +111,44 @@ def golden_artifact(path):
     return write_artifact(path, {"t": contents}, version="golden")
 
 
+def golden_string_artifact(path):
+    layout = CodeLayout(num_subspaces=1, num_codes=2)
+    contents = TableContents(
+        num_embeddings=3,
+        embedding_dim=1,
+        vocabulary=StringVocabulary.from_pairs(["b", "ü", "", "a\0"], [1, 0, 2, 2]),
+        layout=layout,
+        values=np.array([[[0.5], [1.5]]], np.float32),
+        chunks=[pack_codes(np.array([[1], [0], [1]]), layout)],
+    )
+    return write_artifact(path, {"t": contents}, version="golden")
+
+
 # Writing
 
 
 def test_write_artifact_writes_the_golden_bytes(tmp_path):
     golden_artifact(tmp_path / "a")
     assert (tmp_path / "a/tables/t.safetensors").read_bytes() == GOLDEN_BYTES
+
+
+def test_write_artifact_writes_the_golden_bytes_of_a_table_of_strings(tmp_path):
+    path = golden_string_artifact(tmp_path / "a")
+    assert (path / "tables/t.safetensors").read_bytes() == GOLDEN_STRING_BYTES
+    assert json.loads((path / "manifest.json").read_text())["tables"]["t"]["vocabulary"] == {"kind": "string"}
+
+
+def test_safetensors_reads_every_tensor_of_a_table_of_strings(tmp_path):
+    path = golden_string_artifact(tmp_path / "a")
+    tensors = safetensors.numpy.load_file(path / "tables/t.safetensors")
+    found = {name: (str(tensor.dtype), tensor.tolist()) for name, tensor in tensors.items() if name != "padding"}
+    assert found == {
+        "id_offsets": ("int64", [0, 0, 2, 3, 5]),
+        "rows": ("uint32", [2, 2, 1, 0]),
+        "values": ("float32", [[[0.5], [1.5]]]),
+        "id_bytes": ("uint8", list("a\0bü".encode())),
+        "packed_codes": ("uint8", [[1], [0], [1]]),
+    }
 
 
 def test_write_artifact_writes_the_golden_manifest(tmp_path):
@@ -195,6 +256,28 @@ def test_open_artifact_reads_the_golden_bytes(tmp_path):
     vectors, missing = EmbeddingStore.open(tmp_path).lookup("t", [-7, 10, 11, 300])
     assert vectors.tolist() == [[3, 3.5, 12, 12.5], [1, 1.5, 14, 14.5], [0, 0, 0, 0], [0, 0.5, 10, 10.5]]
     assert missing.tolist() == [2]
+
+
+def test_open_artifact_finds_the_golden_strings(tmp_path):
+    path = golden_string_artifact(tmp_path / "a")
+    vectors, missing = EmbeddingStore.open(path).lookup("t", ["ü", "b", "a", "", "a\0"])
+    assert (vectors.tolist(), missing.tolist()) == ([[1.5], [0.5], [0], [1.5], [1.5]], [2])
+    assert verify(path).tables["t"].vocabulary_bytes == 5 + 5 * 8 + 4 * 4
+
+
+texts = st.one_of(st.text("\0abü€😀", max_size=4), st.text(max_size=9))
+
+
+@given(st.dictionaries(texts, st.integers(0, 6), max_size=20), st.lists(texts, max_size=20))
+def test_strings_are_found_in_an_artifact_as_in_a_dict(tmp_path_factory, row_of_text, asked):
+    vocabulary = StringVocabulary.from_pairs(list(row_of_text), list(row_of_text.values()))
+    contents = dense_contents(np.arange(1, 8, dtype=np.float32)[:, None], vocabulary)
+    path = write_artifact(tmp_path_factory.mktemp("strings") / "a", {"t": contents})
+    verify(path)
+    asked = [*asked, *row_of_text]
+    vectors, missing = EmbeddingStore.open(path).lookup("t", asked)
+    assert vectors[:, 0].tolist() == [row_of_text.get(text, -1) + 1 for text in asked]
+    assert missing.tolist() == [at for at, text in enumerate(asked) if text not in row_of_text]
 
 
 def test_open_artifact_gives_back_what_was_written(artifact):
@@ -316,7 +399,7 @@ def test_open_artifact_calls_a_manifest_damaged_that_is_no_manifest(artifact, co
         (lambda manifest: manifest.update(format="other"), "reads dpq-rec version 1"),
         (lambda manifest: manifest.update(format_version=2), "got dpq-rec version 2"),
         (set_field("kind", "lattice"), "got kind 'lattice'"),
-        (set_field("vocabulary", {"kind": "string"}), "got 'string'"),
+        (set_field("vocabulary", {"kind": "uuid"}), "got 'uuid'"),
     ],
 )
 def test_open_artifact_says_what_this_version_cannot_read(artifact, edit, message):
@@ -378,6 +461,9 @@ def test_dense_table_is_stored_as_it_is(tmp_path):
     [
         (Int64Vocabulary(np.array([9, 3]), np.array([0, 1], np.uint32)), "not strictly ascending"),
         (Int64Vocabulary(np.array([3, 9]), np.array([0, 4], np.uint32)), "a row outside the table's 4"),
+        (StringVocabulary(PackedStrings.pack([b"b", b"a"]), np.zeros(2, np.uint32)), "not strictly ascending"),
+        (StringVocabulary(PackedStrings.pack([b"\xff"]), np.zeros(1, np.uint32)), "not UTF-8"),
+        (StringVocabulary.from_pairs(["a", "b"], [0, 4]), "a row outside the table's 4"),
         (IdentityVocabulary(5), "one of 5 rows, the table has 4"),
         (ModuloVocabulary(5), "one of 5 rows, the table has 4"),
     ],

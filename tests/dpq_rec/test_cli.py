@@ -8,7 +8,7 @@ import pytest
 
 from dpq_rec import EmbeddingStore, open_artifact
 from dpq_rec.cli import main
-from tests.dpq_rec.builders import edit_manifest, overwrite, small_artifact
+from tests.dpq_rec.builders import edit_manifest, overwrite, small_artifact, word_artifact
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_lookup_of_an_unknown_table_names_the_tables(capsys, path):
 def test_lookup_of_an_id_that_is_no_integer_is_usage(capsys, path, wrong):
     code, stdout, stderr = run(capsys, "lookup", path, "--table", "item", "1", wrong)
     assert (code, stdout) == (2, "")
-    assert "argument ID: invalid int value" in stderr
+    assert_one_line(stderr, f"ID: got {wrong!r}, want an integer: table 'item' has integer ids")
 
 
 def test_lookup_of_an_id_beyond_64_bits_is_usage(capsys, path):
@@ -84,6 +84,38 @@ def test_lookup_of_a_damaged_row_leaves_with_1(capsys, path):
     code, stdout, stderr = run(capsys, "lookup", path, "--table", "item", "40")
     assert (code, stdout) == (1, "")
     assert_one_line(stderr, "row 0 holds a code of 5 or more", "get a sound copy")
+
+
+@pytest.fixture
+def word_path(tmp_path):
+    return word_artifact(tmp_path / "words")
+
+
+def test_lookup_takes_ids_of_a_table_of_strings_as_they_are(capsys, word_path):
+    code, stdout, stderr = run(capsys, "lookup", word_path, "--table", "word", "7", "the", "ü", "THE", "")
+    reply = json.loads(stdout)
+    assert (code, stderr, reply["missing"]) == (1, "", [3])
+    assert [vector[0] for vector in reply["vectors"]] == [2, 0, 4, 0, 6]
+
+
+def test_lookup_takes_ids_that_begin_with_a_hyphen_after_two_hyphens(capsys, word_path):
+    code, stdout, _ = run(capsys, "lookup", word_path, "--table", "word", "--", "-ing", "the")
+    assert (code, [vector[0] for vector in json.loads(stdout)["vectors"]]) == (0, [8, 0])
+
+
+def test_lookup_of_an_id_that_is_no_text_is_usage(word_path):
+    command = [Path(sys.executable).with_name("dpq-rec"), "lookup", word_path, "--table", "word", b"\xff"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_line(done.stderr, "half a surrogate pair at position 0")
+
+
+def test_verify_and_inspect_name_the_vocabulary_of_strings(capsys, word_path):
+    code, stdout, _ = run(capsys, "verify", word_path)
+    assert (code, stdout.splitlines()[0].split()[-2:]) == (0, ["string", "vocabulary"])
+    code, stdout, _ = run(capsys, "inspect", word_path)
+    word = next(line.split() for line in stdout.splitlines() if line.startswith("word"))
+    assert (code, word[-5:]) == (0, ["string", "40", "78", "40", "1.0"])  # 10 bytes of text, 6 offsets, 5 rows
 
 
 # verify

@@ -16,6 +16,7 @@ from dpq_rec import (
     Int64Vocabulary,
     MissingDependencyError,
     ModuloVocabulary,
+    StringVocabulary,
     TableContents,
     unpack_codes,
     write_artifact,
@@ -110,6 +111,31 @@ def test_export_table_gives_ids_that_share_a_row_a_line_each_and_rows_without_an
     assert read(out).to_pylist() == lines
 
 
+def test_export_table_writes_string_ids_and_those_that_share_a_row(tmp_path, out):
+    vocabulary = StringVocabulary.from_pairs(["ü", "", "a\0", "7"], [2, 0, 2, 1])
+    table = open_table(tmp_path, dense_contents(np.arange(6, dtype=np.float32).reshape(3, 2), vocabulary))
+    assert export_table(table, out, ExportConfig(rows_per_part=2)) == (2, 4)
+    assert read(out).schema.field("id").type == pa.string()
+    lines = [("", [0, 1]), ("7", [2, 3]), ("a\0", [4, 5]), ("ü", [4, 5])]
+    assert [(line["id"], line["vector"]) for line in read(out).to_pylist()] == lines
+
+
+def test_export_table_writes_long_strings_in_smaller_batches(tmp_path, out, monkeypatch):
+    monkeypatch.setattr("dpq_rec.export._BATCH_BYTES", 300)
+    vocabulary = StringVocabulary.from_ids([letter * 88 for letter in "abcdefg"])  # 100 bytes each, with their 12
+    export_table(open_table(tmp_path, dpq_contents(7, LAYOUT, vocabulary=vocabulary)), out)
+    metadata = pq.ParquetFile(out / "part-00000.parquet").metadata
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [2, 2, 2, 1]
+
+
+def test_export_table_refuses_string_ids_that_are_not_utf_8(tmp_path, out):
+    open_table(tmp_path, dense_contents(np.zeros((1, 2), np.float32), StringVocabulary.from_ids(["a"])))
+    overwrite(tmp_path / "artifact", "t", "id_bytes", 0, b"\xff")
+    with pytest.raises(DamagedArtifactError, match="not UTF-8"):
+        export_table(EmbeddingStore.open(tmp_path / "artifact").table("t"), out)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("kind", [IdentityVocabulary, ModuloVocabulary])
 def test_export_table_names_rows_by_their_number_where_ids_are_rows(tmp_path, out, kind):
     export_table(open_table(tmp_path, dpq_contents(4, LAYOUT, vocabulary=kind(4))), out)
@@ -189,12 +215,20 @@ print(json.dumps([num_ids, peak]))
 """
 
 
-def peak_kb(tmp_path, num_rows):
+def shuffled_integers(num_rows):
+    return Int64Vocabulary.from_ids(np.random.default_rng(0).permutation(num_rows) * 7)
+
+
+def shuffled_strings(num_rows):
+    return StringVocabulary.from_ids([f"{i:0100}" for i in np.random.default_rng(0).permutation(num_rows)])
+
+
+def peak_kb(tmp_path, num_rows, make_vocabulary):
     layout, generator = CodeLayout(num_subspaces=8, num_codes=256), np.random.default_rng(0)
     contents = TableContents(
         num_embeddings=num_rows,
         embedding_dim=64,
-        vocabulary=Int64Vocabulary(np.arange(num_rows) * 7, generator.permutation(num_rows).astype(np.uint32)),
+        vocabulary=make_vocabulary(num_rows),
         layout=layout,
         values=generator.standard_normal((8, 256, 8)).astype(np.float32),
         chunks=[generator.integers(0, 256, (num_rows, 8), np.uint8)],
@@ -207,7 +241,9 @@ def peak_kb(tmp_path, num_rows):
     return peak
 
 
+@pytest.mark.parametrize("make_vocabulary", [shuffled_integers, shuffled_strings])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
-def test_export_table_takes_no_more_memory_for_a_table_eight_times_as_large(tmp_path):
-    small, large = peak_kb(tmp_path, 50_000), peak_kb(tmp_path, 400_000)  # 13 and 102 MB of vectors
+def test_export_table_takes_no_more_memory_for_a_table_eight_times_as_large(tmp_path, make_vocabulary):
+    # 13 and 102 MB of vectors, 5 and 40 MB of strings
+    small, large = (peak_kb(tmp_path, num_rows, make_vocabulary) for num_rows in (50_000, 400_000))
     assert large - small < 20_000

@@ -15,7 +15,7 @@ from dpq_rec import (
     write_artifact,
 )
 from dpq_rec.lookup import decode_rows
-from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite, small_artifact
+from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite, small_artifact, word_artifact
 
 DENSE = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -113,6 +113,32 @@ def test_lookup_of_ids_that_share_a_row_gives_them_the_same_vector(tmp_path):
     vocabulary = Int64Vocabulary(np.array([1, 2, 5]), np.array([2, 0, 2], np.uint32))
     store = EmbeddingStore.open(write_artifact(tmp_path / "a", {"t": dense_contents(DENSE, vocabulary)}))
     assert store.lookup("t", [1, 5, 2]).vectors.tolist() == DENSE[[2, 2, 0]].tolist()
+
+
+def test_lookup_finds_strings_and_reports_those_that_are_unknown(tmp_path):
+    store = EmbeddingStore.open(word_artifact(tmp_path / "words"))
+    vectors_NE, missing = store.lookup("word", ["ü", "The", "the", ""])
+    assert (vectors_NE.tolist(), missing.tolist()) == ([[4, 5], [0, 0], [0, 1], [6, 7]], [1])
+
+
+def test_lookup_refuses_integers_where_ids_are_strings(tmp_path):
+    store = EmbeddingStore.open(word_artifact(tmp_path / "words"))
+    with pytest.raises(IdTypeError, match="got int at position 0, want a flat list of strings"):
+        store.lookup("word", [7])
+
+
+def test_lookup_shows_unknown_strings_escaped_and_cut(tmp_path):
+    store = EmbeddingStore.open(word_artifact(tmp_path / "words"))
+    with pytest.raises(UnknownIdsError, match=r"table 'word': 'a\\nb', '%s\.\.\., 'c'; ask" % ("x" * 39)):
+        store.lookup("word", ["the", "a\nb", "x" * 10_000, "c"], missing="error")
+
+
+@pytest.mark.parametrize("offset", [2**62, -(2**63), -1, 11])
+def test_lookup_reads_nothing_outside_the_ids_of_a_damaged_vocabulary(tmp_path, offset):
+    path = word_artifact(tmp_path / "words")
+    overwrite(path, "word", "id_offsets", 16, offset.to_bytes(8, "little", signed=True))
+    with pytest.raises(DamagedArtifactError, match="lies outside its 10 bytes"):
+        EmbeddingStore.open(path).lookup("word", ["7", "-ing", "ü", ""])
 
 
 def test_store_is_safe_to_share_between_threads(tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 
 from dpq_rec import DamagedArtifactError, verify
-from tests.dpq_rec.builders import overwrite, small_artifact
+from tests.dpq_rec.builders import overwrite, small_artifact, word_artifact
 
 
 @pytest.fixture
@@ -66,3 +66,26 @@ def test_verify_finds_an_id_that_lives_outside_the_table(artifact):
     overwrite(artifact, "item", "rows", 4, (4).to_bytes(4, "little"))
     with pytest.raises(DamagedArtifactError, match=r"table 'item': .* a row outside the table's 4"):
         verify(artifact)
+
+
+# The ids of `word` in the file: "", -ing, 7, the, ü; they begin at bytes 0, 0, 4, 5, 8 and end at 10.
+HOSTILE_STRINGS = {
+    "ids out of order": ("id_bytes", 4, b"z", "not strictly ascending"),
+    "an id twice": ("id_offsets", 16, bytes(8), "not strictly ascending"),
+    "bytes that are not UTF-8": ("id_bytes", 9, b"\x20", "not UTF-8"),
+    "an id that lives outside the table": ("rows", 0, b"\x05", "a row outside the table's 5"),
+    "an offset beyond the bytes": ("id_offsets", 16, (2**40).to_bytes(8, "little"), "see number 1"),
+    "an offset below the bytes": ("id_offsets", 16, b"\xff" * 8, "see number 1"),
+    "a first offset that is not 0": ("id_offsets", 0, b"\x01", "want 0 to 10"),
+    "a last offset that is not the end": ("id_offsets", 40, b"\x09", "want 0 to 10"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_STRINGS)
+def test_verify_finds_a_damaged_vocabulary_of_strings(tmp_path, name):
+    tensor, at, data, message = HOSTILE_STRINGS[name]
+    path = word_artifact(tmp_path / "words")
+    verify(path)
+    overwrite(path, "word", tensor, at, data)
+    with pytest.raises(DamagedArtifactError, match=message):
+        verify(path)

@@ -11,9 +11,11 @@ from dpq_rec import (
     IdTypeError,
     Int64Vocabulary,
     ModuloVocabulary,
+    StringVocabulary,
 )
 from dpq_rec import vocabulary as vocabulary_module
 from dpq_rec.kernels import MISSING_ROW
+from dpq_rec.strings import PackedStrings
 from dpq_rec.vocabulary import load_vocabulary
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -123,6 +125,14 @@ def test_rows_refuses_what_is_not_a_flat_list_of_integers(vocabulary, name):
         vocabulary.rows(REFUSED[name])
 
 
+@given(rows_of_ids, st.randoms())
+def test_int64_vocabulary_from_pairs_takes_ids_in_any_order(row_of_id, random):
+    ids_U = random.sample(sorted(row_of_id), len(row_of_id))
+    vocabulary = Int64Vocabulary.from_pairs(ids_U, [row_of_id[i] for i in ids_U])
+    vocabulary.check(13)
+    assert vocabulary.rows(ids_U).tolist() == [row_of_id[i] for i in ids_U]
+
+
 def test_from_ids_refuses_an_id_in_two_rows():
     with pytest.raises(ConfigError, match="id 7 stands in two rows"):
         Int64Vocabulary.from_ids([3, 7, 1, 7])
@@ -156,8 +166,8 @@ def test_load_vocabulary_gives_back_what_was_stored(vocabulary):
 
 
 def test_load_vocabulary_refuses_a_kind_that_it_does_not_know():
-    with pytest.raises(ArtifactError, match="got 'string'"):
-        load_vocabulary("string", 3, {})
+    with pytest.raises(ArtifactError, match="got 'uuid', this version reads identity, modulo, int64 and string"):
+        load_vocabulary("uuid", 3, {})
 
 
 INT64, UINT32 = np.arange(3), np.arange(3, dtype=np.uint32)
@@ -178,3 +188,163 @@ INT64, UINT32 = np.arange(3), np.arange(3, dtype=np.uint32)
 def test_load_vocabulary_calls_tensors_that_do_not_fit_damaged(tensors):
     with pytest.raises(DamagedArtifactError):
         load_vocabulary("int64", 3, tensors)
+
+
+# Strings
+
+texts = st.one_of(st.text("\0abü€😀", max_size=4), st.text(max_size=9))
+rows_of_texts = st.dictionaries(texts, st.integers(0, 12), max_size=20)
+
+
+def string_vocabulary(row_of_text):
+    return StringVocabulary.from_pairs(list(row_of_text), list(row_of_text.values()))
+
+
+@given(rows_of_texts, st.lists(texts, max_size=30))
+def test_string_vocabulary_finds_the_rows_that_a_dict_finds(row_of_text, asked):
+    asked = asked + list(row_of_text)
+    found_N = string_vocabulary(row_of_text).rows(asked)
+    assert found_N.dtype == np.int64
+    assert found_N.tolist() == [row_of_text.get(text, MISSING_ROW) for text in asked]
+
+
+@given(st.lists(texts, unique=True, max_size=20), st.lists(texts, max_size=20))
+def test_string_vocabulary_from_ids_puts_each_id_into_its_own_row(ids_V, asked):
+    row_of_text = {text: row for row, text in enumerate(ids_V)}
+    vocabulary = StringVocabulary.from_ids(ids_V)
+    vocabulary.check(len(ids_V))
+    assert vocabulary.rows(asked + ids_V).tolist() == [row_of_text.get(text, MISSING_ROW) for text in asked + ids_V]
+
+
+@given(rows_of_texts, st.integers(0, 13), st.integers(0, 13))
+def test_string_vocabulary_ids_of_rows_lists_every_id_of_the_range_by_row(row_of_text, start, stop):
+    ids_N, rows_N = string_vocabulary(row_of_text).ids_of_rows(start, stop)
+    wanted = sorted((row, text) for text, row in row_of_text.items() if start <= row < stop)
+    assert list(zip(rows_N.tolist(), ids_N.tolist(), strict=True)) == wanted
+    assert ids_N[1:3] == [text for _, text in wanted[1:3]]
+
+
+@given(rows_of_texts)
+def test_load_vocabulary_gives_back_the_strings_that_were_stored(row_of_text):
+    stored = string_vocabulary(row_of_text).tensors()
+    loaded = load_vocabulary("string", 13, stored)
+    loaded.check(13)
+    assert loaded.rows(list(row_of_text)).tolist() == list(row_of_text.values())
+    assert sum(tensor.nbytes for tensor in stored.values()) == (
+        sum(len(text.encode()) + 12 for text in row_of_text) + 8
+    )
+
+
+def test_string_vocabulary_sorts_by_bytes():
+    tensors = StringVocabulary.from_ids(["😀", "\uffff", "b", "", "ab", "a"]).tensors()
+    assert tensors["id_bytes"].tobytes() == "aabb\uffff😀".encode()
+    assert tensors["id_offsets"].tolist() == [0, 0, 1, 3, 4, 7, 11]
+    assert tensors["rows"].tolist() == [3, 5, 4, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("b", "x"),
+        np.array(["b", "x"]),
+        np.array(["b", "x"], object),
+        np.array(["b", "-", "x", "-"])[::2],
+        [np.str_("b"), "x"],
+        np.array(["b", "x"], np.dtypes.StringDType()),
+    ],
+    ids=["tuple", "array", "objects", "every other", "subclass", "StringDType"],
+)
+def test_string_vocabulary_takes_strings_in_any_list(asked):
+    assert StringVocabulary.from_ids(["a", "b"]).rows(asked).tolist() == [1, MISSING_ROW]
+    assert StringVocabulary.from_ids(asked).rows(["x"]).tolist() == [1]
+
+
+@pytest.mark.parametrize("nothing", [[], (), np.array([]), np.empty(0, np.int64), np.empty(0, "U3")])
+def test_string_vocabulary_finds_no_rows_of_no_ids(nothing):
+    found_N = StringVocabulary.from_ids(["a"]).rows(nothing)
+    assert (found_N.shape, found_N.dtype) == ((0,), np.int64)
+
+
+NO_STRINGS = {
+    "bytes": [b"a"],
+    "an array of bytes": np.array([b"a"]),
+    "integers": [1, 2],
+    "an array of integers": np.arange(2),
+    "booleans": [True],
+    "None": [None],
+    "a string and None": ["a", None],
+    "a string and an integer": ["a", 1],
+    "objects": np.array(["a", 1], object),
+    "lists": [["a"]],
+    "an array of arrays": np.array([["a"]]),
+    "a string": "ab",
+    "a dict": {"a": 1},
+    "nothing": None,
+    "half a surrogate pair": ["a", "\ud800"],
+}
+
+
+@pytest.mark.parametrize("name", NO_STRINGS)
+@pytest.mark.parametrize("take", [StringVocabulary.from_ids(["a", "b"]).rows, StringVocabulary.from_ids])
+def test_string_vocabulary_refuses_what_is_not_a_flat_list_of_strings(name, take):
+    with pytest.raises(IdTypeError, match="ids: got"):
+        take(NO_STRINGS[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids_U"), [(StringVocabulary, ["x", "it's", "y", "it's"]), (Int64Vocabulary, [4, 7, 5, 7])]
+)
+def test_from_pairs_refuses_an_id_that_is_given_twice(kind, ids_U):
+    shown = str(ids_U[1]) if kind is Int64Vocabulary else repr(ids_U[1])
+    with pytest.raises(ConfigError, match=f"id {shown} stands in two rows, or twice in one"):
+        kind.from_pairs(ids_U, [0, 1, 2, 1])
+
+
+@pytest.mark.parametrize(("kind", "ids_U"), [(StringVocabulary, ["x", "y"]), (Int64Vocabulary, [4, 7])])
+@pytest.mark.parametrize(
+    ("rows_U", "message"),
+    [
+        ([0], "got 2 ids and 1 rows"),
+        ([0, 1, 2], "got 2 ids and 3 rows"),
+        ([0, -1], "got rows -1 to 0"),
+        ([0, 2**32], r"want 0 to 4294967295"),
+    ],
+)
+def test_from_pairs_refuses_rows_that_do_not_fit(kind, ids_U, rows_U, message):
+    with pytest.raises(ConfigError, match=message):
+        kind.from_pairs(ids_U, rows_U)
+
+
+def test_string_vocabulary_refuses_ids_and_rows_of_different_lengths():
+    with pytest.raises(ConfigError, match="got 1 ids and 2 rows"):
+        StringVocabulary(PackedStrings.pack([b"a"]), np.arange(2, dtype=np.uint32))
+
+
+def test_check_finds_a_string_that_lives_outside_the_table():
+    with pytest.raises(DamagedArtifactError, match="a row outside the table's 2"):
+        StringVocabulary.from_ids(["a", "b", "c"]).check(2)
+
+
+BYTES, OFFSETS, ROWS = np.frombuffer(b"ab", np.uint8), np.arange(3), np.arange(2, dtype=np.uint32)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"id_bytes": BYTES, "id_offsets": OFFSETS},
+        {"id_bytes": BYTES, "rows": ROWS},
+        {"id_offsets": OFFSETS, "rows": ROWS},
+        {"id_bytes": BYTES, "id_offsets": OFFSETS, "rows": ROWS.astype(np.int64)},
+        {"id_bytes": BYTES, "id_offsets": OFFSETS, "rows": ROWS[:, None]},
+        {"id_bytes": BYTES, "id_offsets": OFFSETS, "rows": ROWS[:1]},
+        {"id_bytes": BYTES.view(np.int8), "id_offsets": OFFSETS, "rows": ROWS},
+        {"id_bytes": BYTES, "id_offsets": OFFSETS.astype(np.uint32), "rows": ROWS},
+        {"id_bytes": BYTES, "id_offsets": np.empty(0, np.int64), "rows": ROWS[:0]},
+        {"id_bytes": BYTES, "id_offsets": OFFSETS[:2], "rows": ROWS[:1]},
+        {"id_bytes": BYTES, "id_offsets": OFFSETS + 1, "rows": ROWS},
+    ],
+)
+def test_load_vocabulary_calls_tensors_of_strings_that_do_not_fit_damaged(tensors):
+    with pytest.raises(DamagedArtifactError):
+        load_vocabulary("string", 2, tensors)

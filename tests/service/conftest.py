@@ -23,6 +23,7 @@ from dpq_rec import (
     EmbeddingStore,
     IdentityVocabulary,
     Int64Vocabulary,
+    StringVocabulary,
     TableContents,
     pack_codes,
     publish,
@@ -89,6 +90,22 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store(artifact: Path) -> EmbeddingStore:
     return EmbeddingStore.open(artifact)
+
+
+NAMES = {"a": 0, "ü": 1, "": 2, "7": 2}  # id -> row of the table `name`
+
+
+@pytest.fixture(scope="session")
+def string_store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    """The table `name`, of string ids, two of which share a row; row v is [v + 1, -v]. And `user_id`."""
+    contents = TableContents(
+        num_embeddings=3,
+        embedding_dim=2,
+        vocabulary=StringVocabulary.from_pairs(list(NAMES), list(NAMES.values())),
+        chunks=[np.array([[1, 0], [2, -1], [3, -2]], np.float32)],
+    )
+    tables = {"name": contents, "user_id": _contents()[0]["user_id"]}
+    return EmbeddingStore.open(write_artifact(tmp_path_factory.mktemp("strings") / "artifact", tables))
 
 
 @pytest.fixture

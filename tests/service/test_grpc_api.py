@@ -117,6 +117,31 @@ def test_list_tables_describes_every_table(talk, make_engine):
         assert {f.name: getattr(table, f.name) for f in pb.TableInfo.DESCRIPTOR.fields} == vars(info)
 
 
+def test_lookup_takes_string_ids(lookup, make_engine, string_store):
+    reply = lookup(make_engine(store=string_store), table="name", string_ids=["ü", "b", "", "7", "a", "ü"])
+    assert vectors_of(reply).tolist() == [[2, -1], [0, 0], [3, -2], [3, -2], [1, 0], [2, -1]]
+    assert list(reply.missing) == [1]
+
+
+def test_lookup_pools_bags_of_strings(lookup, make_engine, string_store):
+    bags = {"string_ids": ["ü", "b", "7", "a"], "bag_lengths": [3, 0, 1], "pooling": pb.MEAN}
+    reply = lookup(make_engine(store=string_store), table="name", **bags)
+    assert (vectors_of(reply).tolist(), list(reply.missing)) == ([[2.5, -1.5], [0, 0], [1, 0]], [1])
+
+
+def test_lookup_of_no_string_ids_gives_no_vectors(lookup, make_engine, string_store):
+    reply = lookup(make_engine(store=string_store), table="name")
+    assert (reply.vectors, list(reply.missing), reply.dim) == (b"", [], 2)
+
+
+def test_list_tables_says_which_have_string_ids(talk, make_engine, string_store):
+    asked = pb.ListTablesRequest()
+    reply = talk(
+        lambda channel: pb_grpc.EmbeddingServiceStub(channel).ListTables(asked), make_engine(store=string_store)
+    )
+    assert [(table.name, table.vocabulary) for table in reply.tables] == [("name", "string"), ("user_id", "identity")]
+
+
 # Errors
 
 ERRORS = {
@@ -153,6 +178,22 @@ def test_lookup_error_is_the_contracts(lookup, make_engine, fields, status, said
     assert error.value.code() == status
     assert said in error.value.details()
     assert engine.num_in_flight == 0
+
+
+STRING_ERRORS = {
+    "integers": ({"ids": [7]}, Status.INVALID_ARGUMENT, "got integers, table 'name' wants strings"),
+    "both": ({"ids": [7], "string_ids": ["a"]}, Status.INVALID_ARGUMENT, "got both"),
+    # Details travel in a header of at most some KiB: a long id must not take their place.
+    "unknown": ({"string_ids": ["a", "é\n\0" + "x" * 100_000], "missing": pb.ERROR}, Status.NOT_FOUND, r"'é\n\x00xxx"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "status", "said"), STRING_ERRORS.values(), ids=STRING_ERRORS)
+def test_lookup_of_strings_fails_as_the_contract_says(lookup, make_engine, string_store, fields, status, said):
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        lookup(make_engine(store=string_store), table="name", **fields)
+    assert error.value.code() == status
+    assert said in error.value.details()
 
 
 def test_batch_lookup_limits_the_ids_of_all_requests_together(talk, make_engine):

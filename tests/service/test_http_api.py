@@ -1,42 +1,25 @@
 """The HTTP API in this process: every form of request and reply, and every error of contract 4."""
 
 import asyncio
-import dataclasses
 import logging
 import re
+import uuid
 
 import httpx
 import numpy as np
 import pytest
 
-from dpq_rec import EmbeddingStore
 from service import http_schema
 from service.http_api import create_app
 
 JSON, OCTETS = "application/json", "application/octet-stream"
 ITEMS = "/v1/tables/item_id/lookup"
 USERS = "/v1/tables/user_id/lookup"
+NAMES = "/v1/tables/name/lookup"
 
 
 def octets(ids):
     return np.asarray(ids, "<i8").tobytes()
-
-
-@pytest.fixture
-def string_store(store):
-    """A store whose table `name` has a vocabulary of strings."""
-
-    class StringVocabulary:
-        kind = "string"
-
-        def rows(self, ids):
-            return np.array([{"a": 0, "ü": 1}.get(i, -1) for i in ids], np.int64)
-
-        def tensors(self):
-            return {}
-
-    table = dataclasses.replace(store.tables["user_id"], name="name", vocabulary=StringVocabulary())
-    return EmbeddingStore(dataclasses.replace(store.artifact, tables={"name": table}))
 
 
 # Lookups
@@ -83,8 +66,27 @@ def test_lookup_of_no_ids_gives_no_vectors(call, sent):
 
 
 def test_lookup_takes_string_ids(call, make_engine, string_store):
-    answer = call("POST", "/v1/tables/name/lookup", make_engine(store=string_store), json={"ids": ["ü", "b"]})
-    assert (answer.status_code, answer.json()["missing"]) == (200, [1])
+    answer = call("POST", NAMES, make_engine(store=string_store), json={"ids": ["ü", "b", "", "7", "a", "ü"]})
+    found = answer.json()
+    assert (answer.status_code, found["missing"], found["dim"]) == (200, [1], 2)
+    assert found["vectors"] == [[2, -1], [0, 0], [3, -2], [3, -2], [1, 0], [2, -1]]
+
+
+def test_lookup_replies_in_bytes_to_string_ids(call, make_engine, string_store):
+    answer = call("POST", NAMES, make_engine(store=string_store), json={"ids": ["ü", "b"]}, headers={"Accept": OCTETS})
+    assert answer.content == np.array([2, -1, 0, 0], "<f4").tobytes() + np.array([1], "<u4").tobytes()
+
+
+def test_lookup_of_no_string_ids_gives_no_vectors(call, make_engine, string_store):
+    found = call("POST", NAMES, make_engine(store=string_store), json={"ids": []}).json()
+    assert (found["vectors"], found["missing"], found["dim"]) == ([], [], 2)
+
+
+def test_lookup_tables_takes_strings_for_one_table_and_integers_for_another(call, make_engine, string_store):
+    tables = {"name": {"ids": ["a", "x"]}, "user_id": {"ids": [3]}}
+    found = call("POST", "/v1/lookup", make_engine(store=string_store), json={"tables": tables}).json()["tables"]
+    assert (found["name"]["vectors"], found["name"]["missing"]) == ([[1, 0], [0, 0]], [1])
+    assert found["user_id"]["missing"] == []
 
 
 def test_lookup_tables_answers_each_as_lookup_does(call):
@@ -183,15 +185,45 @@ def test_lookup_error_is_the_contracts_and_is_documented(
     assert str(status) in create_app(engine).openapi()["paths"][template]["post"]["responses"]
 
 
-def test_lookup_refuses_bytes_for_string_ids(call, make_engine, string_store):
+STRING_ERRORS = {
+    "bytes": (
+        NAMES, {"content": b"12345678", "headers": {"Content-Type": OCTETS}}, 415, "unsupported_media_type", "string"
+    ),
+    "integers": (NAMES, {"json": {"ids": [7]}}, 422, "wrong_id_type", "got integers, table 'name' wants strings"),
+    "integers of several": (
+        "/v1/lookup", {"json": {"tables": {"name": {"ids": [7]}}}}, 422, "wrong_id_type", "wants strings"
+    ),
+    "mixed": (NAMES, {"json": {"ids": ["a", 7]}}, 422, "invalid_request", "ids[1]: got an integer"),
+    "null": (NAMES, {"json": {"ids": ["a", None]}}, 422, "invalid_request", "ids[1]: got null"),
+    "half a surrogate pair": (
+        NAMES, {"content": b'{"ids": ["\\ud800"]}', "headers": {"Content-Type": JSON}}, 400, "malformed", "surrogate"
+    ),
+    "unknown": (f"{NAMES}?missing=error", {"json": {"ids": ["a", "b\n"]}}, 404, "unknown_ids", "table 'name': 'b\\n';"),
+    "too many": (NAMES, {"json": {"ids": ["a"] * 301}}, 413, "too_many_ids", "301, want at most 300"),
+    "too long": (NAMES, {"json": {"ids": ["a" * 5000]}}, 413, "too_many_bytes", "more than 5000 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "sent", "status", "error_type", "said"), STRING_ERRORS.values(), ids=STRING_ERRORS)
+def test_lookup_of_strings_fails_as_the_contract_says(
+    call, make_engine, string_store, path, sent, status, error_type, said
+):
+    answer = call("POST", path, make_engine(store=string_store, max_ids=300, max_body_bytes=5000), **sent)
+    assert (answer.status_code, answer.json()["error_type"]) == (status, error_type)
+    assert said in answer.json()["error"]
+
+
+def test_lookup_takes_as_many_uuids_as_ids_are_allowed(call, make_engine, string_store):
     engine = make_engine(store=string_store)
-    answer = call("POST", "/v1/tables/name/lookup", engine, content=octets([1]), headers={"Content-Type": OCTETS})
-    assert (answer.status_code, answer.json()["error_type"]) == (415, "unsupported_media_type")
+    asked = [str(uuid.UUID(int=i)) for i in range(engine.settings.max_ids)]
+    answer = call("POST", NAMES, engine, json={"ids": asked}, headers={"Accept": OCTETS})
+    assert (answer.status_code, answer.headers["X-Num-Missing"]) == (200, str(engine.settings.max_ids))
 
 
-def test_lookup_refuses_integers_for_string_ids(call, make_engine, string_store):
-    answer = call("POST", "/v1/tables/name/lookup", make_engine(store=string_store), json={"ids": [1]})
-    assert (answer.status_code, answer.json()["error_type"]) == (422, "wrong_id_type")
+def test_tables_says_which_have_string_ids(call, make_engine, string_store):
+    found = call("GET", "/v1/tables", make_engine(store=string_store)).json()["tables"]
+    assert [(table["name"], table["vocabulary"]) for table in found] == [("name", "string"), ("user_id", "identity")]
+    assert found[0]["vocabulary_bytes"] == 4 + 5 * 8 + 4 * 4
 
 
 def test_lookup_takes_as_many_ids_and_bytes_as_allowed(call, make_engine):
@@ -380,7 +412,9 @@ def test_openapi_describes_bodies_and_replies_of_lookup(make_engine):
     paths = create_app(make_engine()).openapi()["paths"]
     operation = paths["/v1/tables/{table}/lookup"]["post"]
     assert set(operation["requestBody"]["content"]) == {JSON, OCTETS}
-    assert operation["requestBody"]["content"][JSON]["schema"]["required"] == ["ids"]
+    schema = operation["requestBody"]["content"][JSON]["schema"]
+    assert schema["required"] == ["ids"]
+    assert [kind["items"]["type"] for kind in schema["properties"]["ids"]["anyOf"]] == ["integer", "string"]
     assert set(operation["responses"]["200"]["content"]) == {JSON, OCTETS}
     assert {"X-Num-Rows", "X-Dim", "X-Dtype", "X-Num-Missing", "X-Version"} == set(
         operation["responses"]["200"]["headers"]

@@ -1,44 +1,113 @@
 """Settings are checked once, at the edge, and come back whole."""
 
+import dataclasses
+import json
+
 import pytest
 
-from dpq_rec import ConfigError
+from dpq_rec import ConfigError, DPQConfig
 from training.__main__ import main, parse
-from training.config import RunConfig
+from training.config import RunConfig, options_of, with_changes
+from training.recipes import RECIPES
+
+HERE = {"data": "synthetic", "out": "run"}
+
+
+def parsed(text):
+    return parse([*text.split(), "--data", "synthetic", "--out", "run"])
 
 
 def test_parse_gives_every_flag_its_field():
-    arguments = (
-        "two-tower --data synthetic --out run --embedding dpq-vq --num-codes 7 --no-batch-norm --learning-rate 0.5"
+    config = parsed("two-tower --embedding dpq-sx --num-codes 7 --no-batch-norm --learning-rate 0.5 --similarity dot")
+    assert (config.embedding.kind, config.embedding.dpq.num_codes, config.embedding.dpq.batch_norm) == (
+        "dpq-sx",
+        7,
+        False,
     )
-    config = parse(arguments.split())
-    assert (config.embedding, config.num_codes, config.batch_norm, config.learning_rate) == ("dpq-vq", 7, False, 0.5)
-    assert RunConfig(**config.as_dict()) == config
+    assert (config.optimisation.learning_rate, config.model.similarity) == (0.5, "dot")
 
 
-def test_config_says_how_tables_are_quantized():
-    config = RunConfig(data="synthetic", out="run", embedding="dpq-vq", num_subspaces=8, num_codes=7)
-    assert (config.dpq.method, config.dpq.num_subspaces, config.dpq.num_codes) == ("vq", 8, 7)
-    assert RunConfig(data="synthetic", out="run", embedding="full").dpq is None
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_configuration_comes_back_from_json(recipe):
+    config = parsed(f"{recipe} --dense-learning-rate 1 --min-count 3 --revive-after 9")
+    assert RunConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+
+
+def test_every_option_of_dpq_is_a_flag():
+    sx = parsed(
+        "two-tower --embedding dpq-sx --num-subspaces 8 --num-codes 7 --num-levels 2 --metric cosine --tie-keys "
+        "--share-subspaces --dpq-temperature 0.5 --no-batch-norm --revive-after 5 --values-dtype float16"
+    ).embedding.dpq
+    assert sx == DPQConfig(
+        method="sx",
+        num_subspaces=8,
+        num_codes=7,
+        num_levels=2,
+        metric="cosine",
+        tie_keys=True,
+        share_subspaces=True,
+        temperature=0.5,
+        batch_norm=False,
+        revive_after=5,
+        values_dtype="float16",
+    )
+    assert parsed("two-tower --embedding dpq-sx --key-dim 2").embedding.dpq.key_dim == 2
+    vq = parsed("two-tower --penalty-weight 2 --commitment-weight 0.5 --value-gradient").embedding.dpq
+    assert vq == DPQConfig(method="vq", penalty_weight=2, commitment_weight=0.5, value_gradient=True)
+    assert parsed("dlrm --ema-decay 0.9 --num-subspaces 8").embedding.dpq.ema_decay == 0.9
+    flags = {option.path[-1] for option in options_of("dlrm") if "dpq" in option.path}
+    assert flags == {field.name for field in dataclasses.fields(DPQConfig)} - {"method"}
+
+
+def test_plain_tables_have_no_dpq_and_get_it_when_they_are_quantized():
+    full = parsed("two-tower --embedding full")
+    assert full.embedding.dpq is None
+    quantized = with_changes(full.as_dict(), {"embedding": "dpq-sx", "num-codes": 9})
+    assert quantized.embedding.dpq == DPQConfig(method="sx", num_codes=9)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("changes", "message"),
     [
         ({"data": "nowhere"}, "--data: nowhere does not exist"),
         ({"out": ""}, "--out is missing"),
-        ({"embedding": "pq"}, "--embedding: got 'pq', want one of full, dpq-sx, dpq-vq"),
+        ({"embedding": "pq"}, "embedding.kind: got 'pq', want one of full, dpq-sx, dpq-vq"),
         ({"epochs": 0}, "--epochs: got 0, want more than 0"),
-        ({"num_levels": 2}, "--num-levels: got 2, want 1"),
+        ({"epochs": "many"}, "optimisation.epochs: got 'many', want a value of type int"),
         ({"seed": -1}, "--seed: got -1, want 0 or more"),
-        ({"num_negatives": 5000}, "got 5000 negatives, a batch of 4096"),
-        ({"num_subspaces": 7}, "num_subspaces: got 7, want a divisor"),
-        ({"num_codes": 1}, "num_codes: got 1"),
+        ({"num-negatives": 5000}, "got 5000 negatives, a batch of 4096"),
+        ({"num-subspaces": 7}, "num_subspaces: got 7, want a divisor"),
+        ({"num-codes": 1}, "num_codes: got 1"),
+        ({"commitment-weight": 0.5, "embedding": "dpq-sx"}, "commitment_weight: got 0.5 with method 'sx'"),
+        ({"embedding": "full", "num-codes": 8}, "--num-codes: --embedding full has plain tables"),
+        ({"embedding": "full", "start": "kmeans"}, "--start: got kmeans with --embedding full"),
+        ({"features": ("age",)}, "--features: got age; two-tower has no layer after its tables"),
+        ({"vocabulary": "modulo"}, "num_buckets: got None for modulo"),
     ],
 )
-def test_config_rejects_what_makes_no_sense(settings, message):
+def test_config_rejects_what_makes_no_sense(changes, message):
     with pytest.raises(ConfigError, match=message):
-        RunConfig(**{"data": "synthetic", "out": "run", **settings})
+        with_changes(RECIPES["two-tower"](**HERE).as_dict(), changes)
+
+
+def test_config_rejects_an_option_that_it_does_not_know():
+    content = RECIPES["dlrm"](**HERE).as_dict()
+    content["model"]["temperature"] = 1.0
+    with pytest.raises(ConfigError, match=r"got model\.temperature, which is no option; want some of dense_layers"):
+        RunConfig.from_dict(content)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("dlrm --no-log-q", "--log-q is an option of two-tower: dlrm scores a pair by itself"),
+        ("dlrm --negatives both", "--negatives is an option of two-tower"),
+        ("two-tower --over-layers 8", "--over-layers is an option of dlrm: two-tower has no layer"),
+    ],
+)
+def test_an_option_of_another_recipe_is_refused_with_the_reason(arguments, message, capsys):
+    assert main([*arguments.split(), "--data", "synthetic", "--out", "run"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_main_says_in_one_line_what_is_wrong(capsys):
@@ -46,12 +115,71 @@ def test_main_says_in_one_line_what_is_wrong(capsys):
     assert capsys.readouterr().err == "training: --data: nowhere does not exist\n"
 
 
-def test_help_shows_every_setting(capsys):
+def test_fused_adam_is_refused_on_cpu(capsys):
+    arguments = "two-tower --data synthetic --out run --device cpu --optimizer adam"
+    assert main(arguments.split()) == 2
+    assert "got adam on CPU, where FBGEMM has no fused Adam" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_none_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse(["three-tower", "--data", "synthetic"])
+    assert "got three-tower; the recipe comes first, one of two-tower, dlrm" in capsys.readouterr().err
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """metrics.json of a run that was."""
+    config = parsed("two-tower --embedding dpq-sx --num-codes 7 --epochs 3")
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": config.as_dict()}))
+    return config, str(tmp_path / "metrics.json")
+
+
+@pytest.mark.parametrize("recipe", [[], ["two-tower"]])
+def test_config_file_gives_the_configuration_of_another_run(earlier, recipe):
+    config, path = earlier
+    again = parse([*recipe, "--config", path, "--out", "again", "--num-codes", "9"])
+    want = with_changes(config.as_dict(), {"out": "again", "num-codes": 9})
+    assert again == want
+
+
+def test_config_file_of_another_recipe_is_refused(earlier):
+    with pytest.raises(ConfigError, match="--config: got a run of two-tower, and the recipe dlrm"):
+        parse(["dlrm", "--config", earlier[1], "--out", "again"])
+
+
+def test_config_file_may_name_data_that_has_moved(earlier, tmp_path):
+    config, path = earlier
+    content = config.as_dict()
+    content["data"]["path"] = "gone"
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": content}))
+    assert parse(["--config", path, "--out", "again", "--data", "synthetic"]).data.path == "synthetic"
+    with pytest.raises(ConfigError, match="--data: gone does not exist"):
+        parse(["--config", path, "--out", "again"])
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"metrics": {}}', '{"config": {"recipe": "nmf"}}'])
+def test_config_file_without_a_configuration_is_refused(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(ConfigError, match="--config: "):
+        parse(["--config", str(tmp_path / "metrics.json"), "--out", "again"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_shows_every_option_of_the_recipe_with_its_default_and_no_other(recipe, capsys):
+    with pytest.raises(SystemExit):
+        parse([recipe, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{option.flag}" in shown for option in options_of(recipe))
+    assert all(option.text for option in options_of(recipe))
+    assert f"(default: {RECIPES[recipe](**HERE).optimisation.learning_rate})" in shown
+    assert ("--log-q" in shown) == (recipe == "two-tower")
+
+
+def test_help_without_a_recipe_shows_recipes_and_examples(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
     shown = capsys.readouterr().out
-    assert all(
-        f"--{name.replace('_', '-')}" in shown
-        for name in RunConfig(data="synthetic", out="x").as_dict()
-        if name != "recipe"
-    )
+    assert "two-tower" in shown
+    assert "Click-through: how likely" in shown
+    assert "--config runs/dpq/metrics.json --out runs/again" in shown

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from dpq_rec import ConfigError, Int64Vocabulary
 from training import evaluation as module
+from training import files
 from training.evaluation import EvaluatedUsers, UserItems, evaluate, evaluated_users, training_items
-from training.interactions import TEST, TRAIN, VALIDATION, Interactions, build_vocabulary, count_ids
+from training.interactions import Interactions
+from training.splits import TEST, TRAIN, VALIDATION
+from training.vocabularies import build_vocabulary, count_ids
 
 DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -40,15 +43,18 @@ def naive_metrics(rows, split, score, cutoffs):
     return metrics
 
 
-def open_rows(path, rows):
+def open_rows(path, rows, *, strings=False):
     users, items, splits = zip(*rows, strict=True)
-    columns = {"user_id": pa.array(users, pa.int64()), "item_id": pa.array(items, pa.int64())}
+    if strings:  # two digits, so that strings and numbers have the same order
+        columns = {"user_id": [f"{user:02}" for user in users], "item_id": [f"{item:02}" for item in items]}
+    else:
+        columns = {"user_id": pa.array(users, pa.int64()), "item_id": pa.array(items, pa.int64())}
     pq.write_table(pa.table({**columns, "split": pa.array(splits, pa.int8())}), path)
     return Interactions.open(path)
 
 
 def vocabularies(interactions):
-    return {c: Int64Vocabulary.from_ids(build_vocabulary(interactions, c)) for c in ("user_id", "item_id")}
+    return {c: build_vocabulary(interactions, c).vocabulary for c in ("user_id", "item_id")}
 
 
 def from_table(vectors_VE):
@@ -99,8 +105,8 @@ class TestAgainstSorting:
             patch.setattr(module, "_TILE_SCORES", tile_scores)
             found = evaluate(
                 evaluated_users(interactions, known, split),
-                from_table(torch.from_numpy(user_vectors[build_vocabulary(interactions, "user_id")])),
-                from_table(torch.from_numpy(item_vectors[build_vocabulary(interactions, "item_id") - 10])),
+                from_table(torch.from_numpy(user_vectors[count_ids(interactions, "user_id").ids_U])),
+                from_table(torch.from_numpy(item_vectors[count_ids(interactions, "item_id").ids_U.to_numpy() - 10])),
                 num_items=len(known["item_id"].ids_U),
                 cutoffs=cutoffs,
             )
@@ -116,7 +122,7 @@ class TestAgainstSorting:
         known = vocabularies(interactions)
         ids, counts = count_ids(interactions, "item_id")
         popularity = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-        table = torch.tensor([[float(popularity[i])] for i in build_vocabulary(interactions, "item_id").tolist()])
+        table = torch.tensor([[float(popularity[i])] for i in ids.tolist()])
         found = evaluate(
             evaluated_users(interactions, known, TEST),
             lambda rows: torch.ones(len(rows), 1),
@@ -221,6 +227,27 @@ class TestEvaluate:
 
 
 class TestEvaluatedUsers:
+    @settings(deadline=None, max_examples=60)
+    @given(
+        rows=st.lists(ROWS, min_size=1, max_size=70),
+        split=st.sampled_from([VALIDATION, TEST]),
+        max_users=st.sampled_from([None, 2]),
+        piece_rows=st.integers(1, 20),
+    )
+    def test_are_the_same_for_string_ids_as_for_the_numbers_they_stand_for(
+        self, folder, rows, split, max_users, piece_rows
+    ):
+        rows = [*rows, (0, 10, TRAIN)]
+        both = open_rows(folder / "numbers.parquet", rows), open_rows(folder / "strings.parquet", rows, strings=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "_PIECE_ROWS", piece_rows)
+            numbers, strings = (evaluated_users(each, vocabularies(each), split, max_users=max_users) for each in both)
+        assert [f"{each:02}" for each in numbers.user_ids_U] == strings.user_ids_U.tolist()
+        for one, other in zip(numbers[1:3], strings[1:3], strict=True):
+            assert one.tolist() == other.tolist()
+        for one, other in zip(numbers[3:], strings[3:], strict=True):
+            assert [each.tolist() for each in one] == [each.tolist() for each in other]
+
     def test_keeps_in_the_denominators_what_can_only_be_missed(self, tmp_path):
         rows = [
             (1, 5, TRAIN),

@@ -13,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpq_rec import ConfigError, IdentityVocabulary, Int64Vocabulary
-from training import interactions as module
-from training.interactions import TEST, TRAIN, VALIDATION, Interactions, build_vocabulary, held_out, train_batches
+from training import files, splits
+from training import vocabularies as vocabularies_module
+from training.batches import train_batches
+from training.interactions import Interactions, held_out
+from training.splits import TEST, TRAIN, VALIDATION
+from training.vocabularies import build_vocabulary, count_ids
 
 DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -25,8 +29,23 @@ def write(path, columns, row_group_size=None):
     return path
 
 
+def set_piece_rows(patch, piece_rows):
+    """Small pieces, merged often."""
+    patch.setattr(files, "_PIECE_ROWS", piece_rows)
+    patch.setattr(splits, "_MERGE_ROWS", piece_rows)
+    patch.setattr(vocabularies_module, "_MERGE_IDS", piece_rows)
+
+
+def list_of(values):
+    return values.distinct_D.take(values.codes_T).tolist()
+
+
+def ids_by_row(interactions, column):
+    return count_ids(interactions, column).ids_U.tolist()
+
+
 def splits_of(interactions):
-    pieces = [piece["split"] for piece in interactions.scan(("user_id",))]
+    pieces = [piece.splits_N for piece in interactions.scan(("user_id",))]
     return np.concatenate([np.empty(0, np.int8), *pieces]).tolist()
 
 
@@ -51,14 +70,17 @@ def folder(tmp_path_factory):
 class TestDefaultSplit:
     @settings(deadline=None, max_examples=60)
     @given(
-        users=st.lists(st.integers(-3, 5), min_size=1, max_size=60),
+        users=st.one_of(
+            st.lists(st.integers(-3, 5), min_size=1, max_size=60),
+            st.lists(st.sampled_from(["", "b", "a", "ä"]), min_size=1, max_size=60),
+        ),
         piece_rows=st.integers(1, 7),
         group_rows=st.integers(1, 20),
     )
     def test_follows_row_order(self, folder, users, piece_rows, group_rows):
         write(folder / "order.parquet", {"user_id": users, "item_id": users}, group_rows)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "_PIECE_ROWS", piece_rows)
+            set_piece_rows(patch, piece_rows)
             found = splits_of(Interactions.open(folder / "order.parquet"))
         assert found == naive_splits(users, [0] * len(users))
 
@@ -73,7 +95,7 @@ class TestDefaultSplit:
         columns = {"user_id": users, "item_id": users, "timestamp": pa.array(times).cast(kind)}
         write(folder / "time.parquet", columns)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "_PIECE_ROWS", piece_rows)
+            set_piece_rows(patch, piece_rows)
             found = splits_of(Interactions.open(folder / "time.parquet"))
         assert found == naive_splits(users, times)
 
@@ -82,7 +104,7 @@ class TestDefaultSplit:
         write(tmp_path / "a" / "z.parquet", {"user_id": [1, 1], "item_id": [1, 2]})
         interactions = Interactions.open(tmp_path)
         assert splits_of(interactions) == [TRAIN, TRAIN, VALIDATION, TEST]
-        assert held_out(interactions, TEST).item_ids_N.tolist() == [4]
+        assert list_of(held_out(interactions, TEST).items) == [4]
 
     def test_of_two_items_one_trains_and_one_tests_and_a_single_one_trains(self, tmp_path):
         write(tmp_path / "a.parquet", {"user_id": [1, 2, 2], "item_id": [1, 1, 2]})
@@ -97,7 +119,7 @@ class TestDefaultSplit:
         users = [1, 2, 1, 2, 1, 2, 1, 1, 2]
         write(tmp_path / "a.parquet", {"user_id": users, "item_id": users}, 2)
         interactions = Interactions.open(tmp_path)
-        backwards = [p["split"] for p in interactions.scan(("item_id",), interactions.row_groups[::-1])]
+        backwards = [p.splits_N for p in interactions.scan(("item_id",), interactions.row_groups[::-1])]
         assert np.concatenate(backwards[::-1]).tolist() == naive_splits(users, users)
 
     def test_reproduces_the_published_split_of_movielens_1m(self, tmp_path):
@@ -133,21 +155,21 @@ class TestOpen:
     def test_takes_narrower_integers(self, tmp_path):
         users = pa.array([1, 2**32 - 1], pa.uint32())
         write(tmp_path / "a.parquet", {"user_id": users, "item_id": pa.array([3, 4], pa.int32())})
-        assert build_vocabulary(Interactions.open(tmp_path), "user_id").tolist() == [1, 2**32 - 1]
+        assert ids_by_row(Interactions.open(tmp_path), "user_id") == [1, 2**32 - 1]
 
     def test_reads_no_rows_from_an_empty_file(self, tmp_path):
         write(tmp_path / "a.parquet", {"user_id": pa.array([], pa.int64()), "item_id": pa.array([], pa.int64())})
         interactions = Interactions.open(tmp_path)
         assert interactions.count_splits() == (0, 0, 0)
-        assert len(held_out(interactions, TEST).user_ids_N) == 0
-        with pytest.raises(ConfigError, match="got no training rows among 0 interactions"):
+        assert list_of(held_out(interactions, TEST).users) == []
+        with pytest.raises(ConfigError, match="user_id: got no value in the training rows among 0 interactions"):
             build_vocabulary(interactions, "user_id")
 
     @pytest.mark.parametrize(
         ("columns", "message"),
         [
             ({"item_id": [1]}, r"no Parquet file at .* has both user_id and item_id; found: a.parquet \(item_id\)"),
-            ({"user_id": ["u"], "item_id": [1]}, "user_id: got string, want int64"),
+            ({"user_id": [["u"]], "item_id": [1]}, "user_id: got list<.*>, want int64 or string"),
             ({"user_id": [1], "item_id": pa.array([1], pa.uint64())}, "item_id: got uint64, want int64"),
             ({"user_id": [1], "item_id": [1.0]}, "item_id: got double, want int64"),
             ({"user_id": [1], "item_id": [1], "split": ["test"]}, "split: got string, want int8"),
@@ -217,22 +239,21 @@ class TestBuildVocabulary:
         write(folder / "counts.parquet", {"user_id": ids, "item_id": ids, "split": pa.array(splits, pa.int8())})
         train = [i for i, split in rows if split == TRAIN]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "_PIECE_ROWS", piece_rows)
-            found = build_vocabulary(Interactions.open(folder / "counts.parquet"), "item_id")
-        assert found.dtype == np.int64
-        assert found.tolist() == sorted(set(train), key=lambda i: (-train.count(i), i))
+            set_piece_rows(patch, piece_rows)
+            found = ids_by_row(Interactions.open(folder / "counts.parquet"), "item_id")
+        assert found == sorted(set(train), key=lambda i: (-train.count(i), i))
 
     def test_of_movielens_1m_makes_a_vocabulary(self):
         if not (DATA / "movielens_1m").exists():
             pytest.skip(f"no {DATA / 'movielens_1m'}: set TEST_DATA_DIR")
         interactions = Interactions.open(DATA / "movielens_1m")
         assert interactions.count_splits() == (987_531, 6_040, 6_040)
-        assert len(Int64Vocabulary.from_ids(build_vocabulary(interactions, "user_id")).ids_U) == 6_040
-        assert len(build_vocabulary(interactions, "item_id")) == 3_416
+        assert build_vocabulary(interactions, "user_id").num_embeddings == 6_040
+        assert build_vocabulary(interactions, "item_id").num_embeddings == 3_416
 
 
 def vocabularies(interactions):
-    return {c: Int64Vocabulary.from_ids(build_vocabulary(interactions, c)) for c in ("user_id", "item_id")}
+    return {c: build_vocabulary(interactions, c).vocabulary for c in ("user_id", "item_id")}
 
 
 def numbered(path, num_rows, row_group_size, splits=None):
@@ -245,7 +266,7 @@ def numbered(path, num_rows, row_group_size, splits=None):
 
 
 def rows_of(batches):
-    return [batch.user_rows_B.tolist() for batch in batches]
+    return [batch.bags["user_id"].rows_T.tolist() for batch in batches]
 
 
 class TestTrainBatches:
@@ -283,9 +304,11 @@ class TestTrainBatches:
             for rank in range(world_size)
         ]
         assert {len(batches) for batches in ranks} == {num_train // (batch_size * world_size)}
-        assert {len(rows) for batches in ranks for batch in batches for rows in batch} == {batch_size}
-        users = np.concatenate([batch.user_rows_B for batches in ranks for batch in batches])
-        items = np.concatenate([batch.item_rows_B for batches in ranks for batch in batches])
+        assert {len(bag.rows_T) for batches in ranks for batch in batches for bag in batch.bags.values()} == {
+            batch_size
+        }
+        users = np.concatenate([batch.bags["user_id"].rows_T for batches in ranks for batch in batches])
+        items = np.concatenate([batch.bags["item_id"].rows_T for batches in ranks for batch in batches])
         rows = np.sort(known["user_id"].ids_U)[users] - 1000
         train = np.flatnonzero(np.array(splits) == TRAIN)
         assert len(np.unique(rows)) == len(rows) > num_train - batch_size * world_size
@@ -361,5 +384,7 @@ class TestTrainBatches:
     def test_refuses_a_vocabulary_of_other_data(self, tmp_path):
         interactions = numbered(tmp_path / "a.parquet", 7, 3)
         known = {"user_id": Int64Vocabulary.from_ids([1000]), "item_id": IdentityVocabulary(1000)}
-        with pytest.raises(ConfigError, match=r"user_id: got 6 training rows with ids that are not in the vocabulary"):
+        with pytest.raises(
+            ConfigError, match=r"user_id: got 2 values of training rows that are not in the vocabulary, 100[12] for one"
+        ):
             next(train_batches(interactions, known, batch_size=1, shuffle=False))

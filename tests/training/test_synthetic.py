@@ -1,18 +1,26 @@
+import hashlib
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.feature_extraction import DictVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
-from dpq_rec import ConfigError, Int64Vocabulary
+from dpq_rec import ConfigError
 from training import synthetic as module
+from training.batches import train_batches
 from training.evaluation import evaluate, evaluated_users
-from training.interactions import TEST, TRAIN, VALIDATION, Interactions, build_vocabulary, count_ids, train_batches
+from training.interactions import Interactions
+from training.splits import TEST, TRAIN, VALIDATION
 from training.synthetic import SyntheticConfig, generate
+from training.vocabularies import build_vocabulary, count_ids
 
 
 def read(folder):
@@ -80,6 +88,27 @@ class TestGenerate:
         assert all(np.array_equal(a, b) for a, b in zip(*same, strict=True))
         assert not np.intersect1d(same[0][0], other[0]).size
 
+    def test_of_settings_without_clicks_gives_the_rows_it_always_gave(self, tmp_path):
+        config = SyntheticConfig(num_users=200, num_items=100, num_interactions=4_000, num_held_out_users=50, seed=3)
+        columns = read(generate(config, tmp_path / "data"))
+        digest = hashlib.sha256(b"".join(each.astype("<i8").tobytes() for each in columns)).hexdigest()
+        assert digest == "503bc8a919e70422e34c751d82d4b4ce680e46d17382f61a30c3d8bb9f5b8289"
+        assert (tmp_path / "data" / "_synthetic.json").read_text() == (
+            '{"format": 1, "num_users": 200, "num_items": 100, "num_interactions": 4000, '
+            '"num_held_out_users": 50, "seed": 3}'
+        )
+
+    def test_with_clicks_and_string_ids_has_the_same_rows(self, tmp_path):
+        sizes = {"num_users": 200, "num_items": 100, "num_interactions": 4_000}
+        plain = read(generate(SyntheticConfig(**sizes), tmp_path / "plain"))
+        config = SyntheticConfig(**sizes, with_clicks=True, string_ids=True)
+        told = pq.read_table(generate(config, tmp_path / "told"))
+        again = pq.read_table(generate(config, tmp_path / "again"))
+        assert told.equals(again)
+        for column, name in ((plain[0], "user"), (plain[1], "item")):
+            assert told[f"{name}_id"].to_pylist() == [f"{name}-{each:012x}" for each in column]
+        assert np.array_equal(told["split"], plain[2])
+
     def test_scatters_ids_over_48_bits(self, tmp_path):
         config = SyntheticConfig(num_users=1_000, num_items=500, num_interactions=5_000)
         users, items, _ = read(generate(config, tmp_path / "data"))
@@ -130,9 +159,9 @@ class TestGenerate:
     def test_has_tastes_that_a_full_table_learns_well_above_popularity(self, tmp_path, one_thread):
         config = SyntheticConfig(num_users=1_000, num_items=500, num_interactions=30_000)
         interactions = Interactions.open(generate(config, tmp_path / "data"))
-        known = {c: Int64Vocabulary.from_ids(build_vocabulary(interactions, c)) for c in ("user_id", "item_id")}
+        known = {c: build_vocabulary(interactions, c).vocabulary for c in ("user_id", "item_id")}
         users = evaluated_users(interactions, known, TEST)
-        popularity = torch.from_numpy(np.sort(count_ids(interactions, "item_id")[1])[::-1].astype(np.float32))
+        popularity = torch.from_numpy(count_ids(interactions, "item_id").counts_U.astype(np.float32))
         popular = evaluate(
             users, lambda rows: torch.ones(len(rows), 1), lambda rows: popularity[rows, None], num_items=500
         )
@@ -140,6 +169,39 @@ class TestGenerate:
         learnt = evaluate(users, lambda rows: user_VE[rows], lambda rows: item_VE[rows], num_items=500)
         assert learnt.means()["recall@20"] > 0.25
         assert learnt.means()["recall@20"] > 2 * popular.means()["recall@20"] > 0
+
+
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory):
+    config = SyntheticConfig(num_users=500, num_items=300, num_interactions=20_000, with_clicks=True)
+    return pq.read_table(generate(config, tmp_path_factory.mktemp("clicks") / "data"))
+
+
+class TestClicks:
+    def test_features_are_of_each_kind_and_belong_to_user_item_and_moment(self, clicks):
+        rows = clicks.to_pylist()
+        assert clicks["price"].type == pa.float32()
+        assert len({row["price"] for row in rows}) > 0.99 * len(rows)
+        for column, owner in (("segment", "user_id"), ("tags", "item_id")):
+            assert len({(row[owner], str(row[column])) for row in rows}) == len({row[owner] for row in rows})
+        assert {len(row["tags"]) for row in rows} == {0, 1, 2, 3}
+        assert len({row["segment"] for row in rows}) == 5
+        assert 0.3 < np.mean(clicks["label"]) < 0.7
+
+    @pytest.mark.parametrize("kept", ["price", "segment", "tags", "all"])
+    def test_each_feature_says_something_of_the_clicks_of_other_rows(self, clicks, kept):
+        rows = clicks.select(["price", "segment", "tags"]).to_pylist()
+        told = []
+        for row in rows:
+            features = {"price": {"price": row["price"] / 5}, "segment": {row["segment"]: 1}}
+            features["tags"] = {tag: row["tags"].count(tag) for tag in row["tags"]}
+            told.append({k: v for name, each in features.items() if kept in (name, "all") for k, v in each.items()})
+        table, labels = DictVectorizer().fit_transform(told), clicks["label"].to_numpy()
+        model = LogisticRegression(max_iter=500).fit(table[::2], labels[::2])
+        found = roc_auc_score(labels[1::2], model.decision_function(table[1::2]))
+        assert found > {"price": 0.66, "segment": 0.6, "tags": 0.58, "all": 0.75}[kept]
+        shuffled = np.random.default_rng(0).permutation(labels[1::2])
+        assert roc_auc_score(shuffled, model.decision_function(table[1::2])) == pytest.approx(0.5, abs=0.02)
 
 
 def train_full_tables(interactions, known):
@@ -151,7 +213,8 @@ def train_full_tables(interactions, known):
     ]
     optimizer = torch.optim.Adam(tables, lr=0.03)
     for epoch in range(5):
-        for users_B, items_B in train_batches(interactions, known, batch_size=512, epoch=epoch):
+        for batch in train_batches(interactions, known, batch_size=512, epoch=epoch):
+            users_B, items_B = (batch.bags[c].rows_T for c in ("user_id", "item_id"))
             user_VE, item_VE = (functional.normalize(table, dim=1) for table in tables)
             loss = functional.cross_entropy(user_VE[users_B] @ item_VE.t() / 0.1, torch.from_numpy(items_B))
             optimizer.zero_grad()

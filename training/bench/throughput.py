@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, data: Path, embedding: str, number: int) ->
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
     command += ["-m", "training", "two-tower", "--data", str(data), "--out", str(out), "--embedding", embedding]
-    for name in ("batch_size", "num_codes", "num_subspaces"):
+    for name in ("batch_size", *(() if embedding == "full" else ("num_codes", "num_subspaces"))):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     with (options.out / f"{embedding}-{number}.log").open("w") as log:
         subprocess.run([*command, "--epochs", "1"], check=True, stdout=log, stderr=subprocess.STDOUT)

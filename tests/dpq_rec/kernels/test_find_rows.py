@@ -1,0 +1,137 @@
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpq_rec import DamagedArtifactError, IdTypeError, kernels
+from dpq_rec.kernels import MISSING_ROW, reference
+from dpq_rec.strings import PackedStrings
+
+# Few characters, so that ids repeat and are prefixes of each other: 1 to 4 bytes in UTF-8, NUL and the last one.
+ids = st.one_of(st.text("\0abü€😀", max_size=5), st.text(max_size=12))
+lists_of_ids = st.lists(ids, unique=True, max_size=70)
+LAST = "\U0010ffff"
+
+
+def packed(texts):
+    """The texts, sorted by bytes, and rows that tell them apart."""
+    sorted_U = sorted(text.encode() for text in texts)
+    return PackedStrings.pack(sorted_U), np.arange(len(sorted_U), dtype=np.uint32)[::-1].copy() + 7
+
+
+@given(lists_of_ids, st.lists(ids, max_size=70))
+def test_find_rows_equals_the_reference(known, asked):
+    strings, rows_U = packed(known)
+    asked = [*asked, *known, *asked]
+    found_N = kernels.find_rows(asked, *strings, rows_U)
+    assert found_N.dtype == np.int64
+    assert found_N.tolist() == reference.find_rows(asked, *strings, rows_U).tolist()
+
+
+@pytest.mark.parametrize("num_ids", [0, 1, 2, 31, 32, 33, 64, 1000])
+@pytest.mark.parametrize("num_known", [0, 1, 2, 3, 63, 64, 65, 1000])
+def test_find_rows_equals_the_reference_in_lists_of_any_length(num_ids, num_known):
+    strings, rows_U = packed([f"item_{i}" for i in range(num_known)])
+    asked = [f"item_{i}" for i in np.random.default_rng(num_ids).integers(-1, num_known + 1, num_ids)]
+    asked[-2:] = ["item_0", f"item_{num_known - 1}"][:num_ids]
+    found_N = kernels.find_rows(asked, *strings, rows_U)
+    assert found_N.tolist() == reference.find_rows(asked, *strings, rows_U).tolist()
+
+
+def test_find_rows_finds_the_empty_string_and_strings_with_nul():
+    strings, rows_U = packed(["", "\0", "a", "a\0", "a\0\0", LAST])
+    asked = ["a\0", "", "\0", "\0\0", "a", LAST, "a\0\0"]
+    assert kernels.find_rows(asked, *strings, rows_U).tolist() == [9, 12, 11, MISSING_ROW, 10, 7, 8]
+
+
+def test_find_rows_takes_tuples_and_subclasses_of_str():
+    strings, rows_U = packed(["a", "b"])
+    assert kernels.find_rows((np.str_("b"), "a"), *strings, rows_U).tolist() == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (b"a", "got bytes"),
+        (None, "got NoneType"),
+        (7, "got int"),
+        (["a"], "got list"),
+        ("\udcff", "got half a surrogate"),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 40])
+def test_find_rows_refuses_what_is_no_utf_8(wrong, message, at):
+    strings, rows_U = packed(["a", "b"])
+    asked = ["a"] * 50
+    asked[at] = wrong
+    with pytest.raises(IdTypeError, match=f"ids: {message}.* at position {at}"):
+        kernels.find_rows(asked, *strings, rows_U)
+
+
+HOSTILE_OFFSETS = {
+    "beyond the bytes": [0, 1, 2**62, 3],
+    "far below": [0, -(2**63), 2, 3],
+    "just below": [0, 1, -1, 3],
+    "the wrong way round": [0, 2, 1, 3],
+    "the end beyond the bytes": [0, 1, 2, 4],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_OFFSETS)
+def test_find_rows_reads_nothing_outside_the_bytes(name):
+    id_bytes_T, rows_U = np.frombuffer(b"abc", np.uint8), np.arange(3, dtype=np.uint32)
+    with pytest.raises(DamagedArtifactError, match="lies outside its 3 bytes"):
+        kernels.find_rows(["a", "b", "c"], id_bytes_T, np.array(HOSTILE_OFFSETS[name]), rows_U)
+
+
+@given(st.lists(st.one_of(st.integers(-2, 8), st.integers(-(2**63), 2**63 - 1)), min_size=4, max_size=9))
+def test_find_rows_answers_or_refuses_whatever_the_offsets_are(offsets):
+    id_bytes_T, rows_U = np.frombuffer(b"abcdef", np.uint8), np.arange(len(offsets) - 1, dtype=np.uint32)
+    try:
+        found_N = kernels.find_rows(["a", "cd", "z", ""], id_bytes_T, np.array(offsets), rows_U)
+    except DamagedArtifactError:
+        return
+    assert all(-1 <= row < len(rows_U) for row in found_N.tolist())
+
+
+def test_find_rows_reads_arrays_that_are_not_aligned():
+    strings, rows_U = packed(["a", "bb", "c"])
+    unaligned = [np.frombuffer(b"x" + array.tobytes(), array.dtype, offset=1) for array in (strings.offsets_U1, rows_U)]
+    assert not unaligned[0].flags.aligned
+    assert kernels.find_rows(["bb", "c", "d"], strings.bytes_T, *unaligned).tolist() == [8, 7, MISSING_ROW]
+
+
+def test_find_rows_holds_the_strings_while_it_searches_without_the_gil():
+    strings, rows_U = packed([f"item_{i}" for i in range(1000)])
+    asked = [f"item_{i}" for i in range(200_000)]
+    before = most = sys.getrefcount(asked[0])
+    thread = threading.Thread(target=kernels.find_rows, args=(asked, *strings, rows_U))
+    thread.start()
+    while thread.is_alive():
+        most = max(most, sys.getrefcount(asked[0]))
+    assert most > before
+
+
+def test_find_rows_leaves_no_reference_behind():
+    strings, rows_U = packed(["a"])
+    asked = [f"{i}!" for i in range(100)]
+    before = [sys.getrefcount(text) for text in asked]
+    kernels.find_rows(asked, *strings, rows_U)
+    assert [sys.getrefcount(text) for text in asked] == before
+
+
+@given(st.lists(ids, max_size=20), st.booleans())
+def test_find_disorder_equals_the_reference(texts, in_order):
+    texts = sorted(set(texts)) if in_order else texts
+    strings = PackedStrings.pack([text.encode() for text in texts])
+    assert kernels.find_disorder(*strings) == reference.find_disorder(*strings)
+    assert not in_order or kernels.find_disorder(*strings) is None
+
+
+@pytest.mark.parametrize("name", HOSTILE_OFFSETS)
+def test_find_disorder_finds_offsets_outside_the_bytes(name):
+    offsets = np.array(HOSTILE_OFFSETS[name])
+    assert kernels.find_disorder(np.frombuffer(b"abc", np.uint8), offsets) in (0, 1, 2)

@@ -1,0 +1,95 @@
+"""The data-driven start held to faiss, to what a start is for: a smaller error."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from dpq_rec import DPQConfig
+from dpq_rec.nn import Quantizer
+from dpq_rec.nn.kmeans import centroids
+
+
+def queries(num_rows=2000, embedding_dim=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, embedding_dim, generator=generator) @ torch.randn(8, 8, generator=generator)
+
+
+def error(quantizer, queries_NQ):
+    quantizer.eval()
+    return ((quantizer.decode(quantizer.encode(queries_NQ)) - queries_NQ) ** 2).mean().item()
+
+
+def test_start_reaches_the_error_of_faiss_product_quantization():
+    rows = queries()
+    quantizer = Quantizer(8, DPQConfig(method="vq", num_subspaces=2, num_codes=16, batch_norm=False))
+    quantizer.start(rows)
+    pq = faiss.ProductQuantizer(8, 2, 4)
+    pq.train(rows.numpy())
+    want = ((pq.decode(pq.compute_codes(rows.numpy())) - rows.numpy()) ** 2).mean()
+    assert error(quantizer, rows) == pytest.approx(want, rel=0.05)
+
+
+def test_start_of_levels_reaches_the_error_of_faiss_residual_quantization():
+    rows = queries()
+    quantizer = Quantizer(8, DPQConfig(method="vq", num_subspaces=1, num_codes=16, num_levels=3, batch_norm=False))
+    quantizer.start(rows)
+    rq = faiss.ResidualQuantizer(8, 3, 4)
+    rq.max_beam_size = 1
+    rq.train(rows.numpy())
+    want = ((rq.decode(rq.compute_codes(rows.numpy())) - rows.numpy()) ** 2).mean()
+    assert error(quantizer, rows) == pytest.approx(want, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "vq"},
+        {"method": "vq", "share_subspaces": True, "values_dtype": "float16"},
+        {"method": "sx", "metric": "euclidean"},
+        {"method": "sx", "metric": "cosine"},
+        {"method": "sx", "num_levels": 2, "metric": "euclidean", "tie_keys": True},
+    ],
+    ids=str,
+)
+def test_start_brings_vectors_nearer_to_their_queries(options):
+    rows = queries()
+    quantizer = Quantizer(8, DPQConfig(num_subspaces=4, num_codes=16, **options))
+    before = error(quantizer, rows)
+    quantizer.train().start(rows)
+    assert quantizer.training
+    assert error(quantizer, rows) < 0.7 * before
+
+
+def test_start_leaves_the_sample_s_statistics():
+    """Its first statistics are the sample's, so that eval mode chooses as the first batch of training would."""
+    rows = queries(300)
+    quantizer = Quantizer(8, DPQConfig(method="vq", num_subspaces=4, num_codes=16, num_levels=2))
+    quantizer.start(rows)
+    assert torch.equal(quantizer.eval()(rows).codes_NM, quantizer.train()(rows).codes_NM)
+
+
+def test_start_is_the_same_for_the_same_seed():
+    first, again, other = (Quantizer(8, DPQConfig(method="vq", num_subspaces=2, num_codes=8)) for _ in range(3))
+    first.start(queries(), seed=1), again.start(queries(), seed=1), other.start(queries(), seed=2)
+    assert torch.equal(first.values_MKS, again.values_MKS)
+    assert not torch.equal(first.values_MKS, other.values_MKS)
+
+
+def test_start_takes_fewer_rows_than_codes():
+    rows = queries(5)
+    quantizer = Quantizer(8, DPQConfig(method="vq", num_subspaces=2, num_codes=8, batch_norm=False))
+    quantizer.start(rows)
+    assert error(quantizer, rows) == 0
+    assert len(quantizer.values_MKS[0].unique(dim=0)) == 8
+
+
+def test_spherical_centroids_have_length_one():
+    found = centroids(queries().view(-1, 2, 4), 8, shared=False, spherical=True, seed=0)
+    np.testing.assert_allclose(found.norm(dim=-1), 1, atol=1e-5)
+
+
+def test_shared_centroids_are_those_of_all_groups_together():
+    groups = queries().view(-1, 2, 4)
+    together = centroids(groups.transpose(0, 1).reshape(-1, 1, 4), 8, shared=False, spherical=False, seed=0)
+    assert torch.equal(centroids(groups, 8, shared=True, spherical=False, seed=0), together)

@@ -1,0 +1,251 @@
+"""Combinations of every option held to the paper's formulas as loops, and to finite differences of their surrogate.
+
+The loops know nothing of the library but the parameters: they take a query apart, score every key, choose, subtract and
+add up, one number at a time. The surrogate is what the method says it differentiates: values mixed by softmax (eq. 5),
+or the query itself beside its penalties (eq. 7), with all that has no gradient held fixed.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from dpq_rec import DPQConfig
+from dpq_rec.nn import Quantizer
+
+D, K, S = 3, 4, 2
+E, N = D * S, 7
+OPTIONS = {
+    "sx": {"method": "sx"},
+    "sx, euclidean, tied, no batch norm": {
+        "method": "sx",
+        "metric": "euclidean",
+        "tie_keys": True,
+        "batch_norm": False,
+    },
+    "sx, cosine, wider keys": {"method": "sx", "metric": "cosine", "key_dim": 3, "temperature": 0.5},
+    "sx, narrower keys": {"method": "sx", "key_dim": 1},
+    "sx, shared, half": {"method": "sx", "share_subspaces": True, "values_dtype": "float16"},
+    "sx, three levels": {"method": "sx", "metric": "euclidean", "num_levels": 3},
+    "sx, two levels, cosine, tied, shared, half": {
+        "method": "sx",
+        "num_levels": 2,
+        "metric": "cosine",
+        "tie_keys": True,
+        "share_subspaces": True,
+        "values_dtype": "float16",
+    },
+    "sx, warm, no batch norm": {"method": "sx", "temperature": 3.0, "batch_norm": False},
+    "vq": {"method": "vq"},
+    "vq, levels, committed, values by the task too": {
+        "method": "vq",
+        "num_levels": 3,
+        "commitment_weight": 0.25,
+        "value_gradient": True,
+    },
+    "vq, no penalty, no batch norm": {
+        "method": "vq",
+        "penalty_weight": 0.0,
+        "value_gradient": True,
+        "batch_norm": False,
+    },
+    "vq, shared, half, committed": {
+        "method": "vq",
+        "share_subspaces": True,
+        "values_dtype": "float16",
+        "penalty_weight": 0.5,
+        "commitment_weight": 1.0,
+    },
+    "vq, running means, levels": {"method": "vq", "ema_decay": 0.9, "num_levels": 2, "batch_norm": False},
+    "vq, running means, shared, committed": {
+        "method": "vq",
+        "ema_decay": 0.5,
+        "share_subspaces": True,
+        "commitment_weight": 0.25,
+    },
+}
+EPSILON = 1e-5  # of batch norm, as the paper's authors have it
+combinations = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+class Naive:
+    """The method, a number at a time. `vectors` [N][E] and `codes` [N][M] are what it emits."""
+
+    def __init__(self, config, queries, counts, values, keys):
+        self.config, self.counts = config, counts
+        self.codes = np.zeros((len(queries), config.num_levels * D), int)
+        self.vectors = np.zeros((len(queries), D, S))
+        self.rests, self.chosen = [], []  # of each level
+        rests = queries.reshape(len(queries), D, -1).copy()
+        for level in range(config.num_levels):
+            self.rests.append(rests)
+            scores = self.scores(level, rests, values, keys)
+            chosen = np.zeros((len(queries), D, S))
+            for n, d in itertools.product(range(len(queries)), range(D)):
+                code = max(range(K), key=lambda k: scores[n, d, k])
+                self.codes[n, level * D + d] = code
+                chosen[n, d] = values[self.group(level, d), code]
+            self.chosen.append(chosen)
+            self.vectors += chosen
+            if level + 1 < config.num_levels:
+                rests = rests - chosen
+
+    def group(self, level, d):
+        return level if self.config.share_subspaces else level * D + d
+
+    def scores(self, level, rests, values, keys):
+        """Scores of a level; batch norm has one mean and variance per code, over every occurrence and subspace."""
+        out = np.zeros((*rests.shape[:2], K))
+        for n, d, k in np.ndindex(out.shape):
+            query, key = rests[n, d], keys[self.group(level, d), k]
+            if self.config.resolved_metric == "euclidean":
+                out[n, d, k] = -((query - key) ** 2).sum()
+            else:
+                out[n, d, k] = query @ key
+            if self.config.resolved_metric == "cosine":
+                out[n, d, k] /= np.linalg.norm(query) * np.linalg.norm(key)
+        if self.config.batch_norm:
+            for k in range(K):
+                every = np.repeat(out[:, :, k], self.counts, axis=0)
+                out[:, :, k] = (out[:, :, k] - every.mean()) / np.sqrt(every.var() + EPSILON)
+        return out
+
+    def surrogate(self, weights, queries, values, keys):
+        """What is differentiated: weights times soft vectors, and the penalty. Choices and rests are fixed."""
+        config, soft, penalty = self.config, np.zeros((len(queries), D, S)), 0.0
+        groups = queries.reshape(len(queries), D, -1)
+        taken = np.zeros_like(self.vectors)
+        for level in range(config.num_levels):
+            rests = groups - taken if config.num_levels > 1 else groups
+            if config.method == "sx":
+                soft += self.mixture(level, rests, values, keys)
+            else:
+                penalty += self.penalty(level, rests, values)
+                if config.value_gradient:
+                    soft += self.emitted(level, values)
+            taken = taken + self.chosen[level]
+        if config.method == "vq":
+            soft += groups
+        return (soft.reshape(len(queries), E) * weights).sum() + penalty
+
+    def mixture(self, level, rests, values, keys):
+        out = np.zeros((len(rests), D, S))
+        scores = self.scores(level, rests, values, keys)
+        for n, d in itertools.product(range(len(rests)), range(D)):
+            weights = np.exp(scores[n, d] / self.config.temperature)
+            for k in range(K):
+                out[n, d] += weights[k] / weights.sum() * values[self.group(level, d), k]
+        return out
+
+    def emitted(self, level, values):
+        out = np.zeros((len(self.codes), D, S))
+        for n, d in itertools.product(range(len(out)), range(D)):
+            out[n, d] = values[self.group(level, d), self.codes[n, level * D + d]]
+        return out
+
+    def penalty(self, level, rests, values):
+        """|T(Q) - sg(Q)|^2 and |Q - sg(T(Q))|^2, mean over every occurrence and dimension."""
+        config, total = self.config, 0.0
+        for n, count in enumerate(self.counts):
+            if config.ema_decay is None:
+                moved = self.emitted(level, values)[n]
+                total += config.penalty_weight * count * ((moved - self.rests[level][n]) ** 2).mean()
+            total += config.commitment_weight * count * ((rests[n] - self.chosen[level][n]) ** 2).mean()
+        return total / self.counts.sum()
+
+
+def problem(options):
+    """A quantizer in double precision that has rounded its values already, and its parts as numpy arrays."""
+    torch.manual_seed(1)
+    config = DPQConfig(num_subspaces=D, num_codes=K, **options)
+    quantizer = Quantizer(E, config).double()
+    for parameter in quantizer.parameters():
+        parameter.data.normal_()
+    if config.values_dtype == "float16":
+        quantizer.values_MKS.data = quantizer.values_MKS.data.half().double()
+    queries = torch.randn(N, quantizer.query_dim, dtype=torch.float64)
+    counts = torch.tensor([1, 3, 1, 2, 1, 1, 4])
+    return quantizer, queries, counts
+
+
+def parts(quantizer):
+    values = quantizer.values_MKS.detach().numpy().copy()
+    return values, values if quantizer.own_keys_MKS is None else quantizer.own_keys_MKS.detach().numpy().copy()
+
+
+@combinations
+def test_method_chooses_and_emits_what_the_loop_does(options):
+    quantizer, queries, counts = problem(options)
+    naive = Naive(quantizer.config, queries.numpy(), counts.numpy(), *parts(quantizer))
+    got = quantizer(queries, counts.double())
+    np.testing.assert_array_equal(got.codes_NM, naive.codes)
+    np.testing.assert_allclose(got.vectors_NE.detach().numpy(), naive.vectors.reshape(N, E), rtol=0, atol=1e-12)
+
+
+@combinations
+def test_method_has_the_gradients_of_its_surrogate(options):
+    """By central differences in every number of queries, keys and values, of the loop; also in single precision."""
+    quantizer, queries, counts = problem(options)
+    config, (values, keys) = quantizer.config, parts(quantizer)
+    naive = Naive(config, queries.numpy(), counts.numpy(), values, keys)
+    weights = torch.randn(N, E, dtype=torch.float64)
+    tied = quantizer.own_keys_MKS is None
+
+    def surrogate(queries, values, keys):
+        return naive.surrogate(weights.numpy(), queries, values, values if tied else keys)
+
+    want = [central_differences(surrogate, [queries.numpy().copy(), values, keys], which) for which in range(3)]
+    for precision, tolerance in ((torch.float64, 1e-6), (torch.float32, 2e-4)):
+        quantizer.load_state_dict(problem(options)[0].state_dict())
+        got = gradients(quantizer.to(precision), queries.to(precision), counts.to(precision), weights.to(precision))
+        for name, g, w in zip(("queries", "values", "keys"), got, want, strict=True):
+            if g is not None:
+                np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * max(1, np.abs(w).max()), err_msg=name)
+    assert (got[1] is None) == (config.ema_decay is not None)
+    assert (got[2] is None) == tied
+
+
+def central_differences(function, arguments, which, step=1e-6):
+    out = np.zeros_like(arguments[which])
+    for at in np.ndindex(out.shape):
+        sides = []
+        for sign in (1, -1):
+            moved = [a.copy() if i == which else a for i, a in enumerate(arguments)]
+            moved[which][at] += sign * step
+            sides.append(function(*moved))
+        out[at] = (sides[0] - sides[1]) / (2 * step)
+    return out
+
+
+def gradients(quantizer, queries, counts, weights):
+    queries = queries.clone().requires_grad_()
+    quantized = quantizer(queries, counts)
+    wanted = [queries, quantizer.values_MKS, quantizer.own_keys_MKS]
+    asked = [t for t in wanted if t is not None and t.requires_grad]
+    found = torch.autograd.grad((quantized.vectors_NE * weights).sum() + quantized.penalty, asked, allow_unused=True)
+    by_tensor = {id(t): torch.zeros_like(t) if g is None else g for t, g in zip(asked, found, strict=True)}
+    return [None if id(t) not in by_tensor else by_tensor[id(t)].double().numpy() for t in wanted]
+
+
+@combinations
+def test_eval_mode_emits_what_training_emits_with_the_same_statistics(options):
+    """A first batch leaves its own statistics behind, so that eval mode chooses the same; here bit for bit."""
+    quantizer, queries, counts = problem(options)
+    values, _ = parts(quantizer)
+    trained = quantizer(queries, counts.double())
+    quantizer.values_MKS.data = torch.from_numpy(values)  # running means have moved them
+    evaluated = quantizer.eval()(queries)
+    assert torch.equal(evaluated.codes_NM, trained.codes_NM)
+    assert torch.equal(evaluated.vectors_NE, trained.vectors_NE.detach())
+
+
+@combinations
+def test_encode_of_some_subspaces_is_their_part_of_the_codes(options):
+    quantizer, queries, counts = problem(options)
+    quantizer(queries, counts.double())
+    whole = quantizer.encode(queries).unflatten(1, (-1, D))
+    width = quantizer.query_dim // D
+    for first, last in [(0, 1), (1, 3), (2, 3)]:
+        some = quantizer.encode(queries[:, first * width : last * width], first).unflatten(1, (-1, last - first))
+        assert torch.equal(some, whole[:, :, first:last])

@@ -1,0 +1,47 @@
+import logging
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpq_rec import ConfigError
+from training import files
+from training.dense import dense_statistics
+from training.interactions import Interactions
+
+
+def open_numbers(path, columns, splits):
+    ids = np.arange(len(splits))
+    pq.write_table(pa.table({"user_id": ids, "item_id": ids, "split": pa.array(splits, pa.int8()), **columns}), path)
+    return Interactions.open(path, features=list(columns))
+
+
+def test_statistics_are_numpys_of_the_training_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PIECE_ROWS", 7)
+    rng = np.random.default_rng(0)
+    splits = np.array([0, 0, 1, 2] * 25)
+    far = (1e6 + rng.normal(size=100)).astype(np.float32)  # a sum of squares would lose all of its digits
+    counts = rng.integers(-5, 5, 100)
+    found = dense_statistics(open_numbers(tmp_path / "a.parquet", {"far": far, "counts": counts}, splits))
+    train = np.stack([far, counts], 1).astype(np.float64)[splits == 0]
+    np.testing.assert_allclose(found.means_F, train.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.stds_F, train.std(0), rtol=1e-9)
+    assert found.num_missing_F.tolist() == [0, 0]
+
+
+def test_missing_numbers_count_as_0_and_in_the_log(tmp_path, caplog):
+    columns = {"age": [4.0, None, float("nan"), 8.0, None], "same": [3, 3, 3, 3, 3]}
+    interactions = open_numbers(tmp_path / "a.parquet", columns, [0, 0, 0, 0, 2])
+    with caplog.at_level(logging.WARNING, "training.dense"):
+        found = dense_statistics(interactions)
+    assert found.means_F.tolist() == [3, 3]
+    assert found.stds_F.tolist() == [np.std([4, 0, 0, 8]), 1]
+    assert found.num_missing_F.tolist() == [2, 0]
+    assert "age: 2 of 4 training rows have no number; they count as 0" in caplog.text
+
+
+def test_statistics_of_no_features_are_empty_and_of_no_rows_refused(tmp_path):
+    assert [len(each) for each in dense_statistics(open_numbers(tmp_path / "a.parquet", {}, [0]))] == [0, 0, 0]
+    with pytest.raises(ConfigError, match="age: got no training rows among 1 interactions"):
+        dense_statistics(open_numbers(tmp_path / "b.parquet", {"age": [1.0]}, [2]))

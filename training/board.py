@@ -1,0 +1,74 @@
+"""What TensorBoard shows of a run. In: numbers and the step they belong to. Out: event files in DIR/tensorboard.
+
+Rank 0 writes. A run that goes on after a checkpoint tells TensorBoard to forget what was written after that step: it
+comes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from dpq_rec import CodeLayout
+from dpq_rec.errors import MissingDependencyError
+from training.code_stats import CodeStats
+
+TENSORBOARD = "tensorboard"
+
+
+class Board:
+    """The event files of a run.
+
+    Args:
+        folder: DIR/tensorboard.
+        num_steps_done: steps before this process began.
+        is_writer: whether this rank writes; on others all calls do nothing.
+
+    Raises:
+        MissingDependencyError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, num_steps_done: int, *, is_writer: bool) -> None:
+        self._writer = None
+        if is_writer:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise MissingDependencyError("tensorboard, which training writes for,", "train") from error
+            self._writer = SummaryWriter(str(folder), purge_step=num_steps_done + 1)
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def numbers(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Show numbers as `group/name` after a step."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def codes(self, table: str, layout: CodeLayout, stats: CodeStats, step: int) -> None:
+        """Show a table's codes, one line for each level and subspace."""
+        names = [
+            f"level{m // layout.num_subspaces}_subspace{m % layout.num_subspaces:03d}"
+            for m in range(layout.codes_per_row)
+        ]
+        columns = {
+            "used_codes": stats.used_codes_M,
+            "perplexity": stats.perplexity_M,
+            "changed_codes": stats.changed_M,
+        }
+        for name, values_M in columns.items():
+            if values_M is not None:
+                self.numbers(f"{name}/{table}", dict(zip(names, values_M.tolist(), strict=True)), step)
+
+    def flush(self) -> None:
+        """Write what is still held."""
+        if self._writer is not None:
+            self._writer.flush()

@@ -1,0 +1,77 @@
+"""What can be trained. In: a recipe's name, and flags to change. Out: a RunConfig.
+
+A recipe is a function that returns the configuration it starts with, for any data and any folder; every value in it can
+be changed by a flag.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpq_rec import ConfigError, DPQConfig
+from training.config import (
+    DataOptions,
+    DLRMOptions,
+    EmbeddingOptions,
+    OptimisationOptions,
+    RunConfig,
+    RunOptions,
+    TwoTowerOptions,
+)
+
+
+def two_tower(data: str, out: str) -> RunConfig:
+    """Retrieval: the vectors that are served are the ones to search with.
+
+    A user's and an item's vector are compared, and a softmax tells the item that the user chose from sampled ones.
+    Measured by recall and ndcg over all items.
+    """
+    return RunConfig(
+        recipe="two-tower",
+        data=DataOptions(path=data),
+        model=TwoTowerOptions(),
+        embedding=EmbeddingOptions(),
+        optimisation=OptimisationOptions(),
+        run=RunOptions(out=out),
+    )
+
+
+def dlrm(data: str, out: str) -> RunConfig:
+    """Click-through: how likely is the label of a user, an item and their features to be 1.
+
+    Ids and categorical features are tables, lists are averaged, dense features are standardised by the training split.
+    Measured by AUC and normalised entropy. The data have a column `label` of 0 and 1.
+    """
+    return RunConfig(
+        recipe="dlrm",
+        data=DataOptions(path=data),
+        model=DLRMOptions(),
+        embedding=EmbeddingOptions(embedding_dim=32, dpq=DPQConfig(method="vq", num_subspaces=16, num_codes=32)),
+        optimisation=OptimisationOptions(batch_size=1024, learning_rate=0.02, dense_learning_rate=0.001),
+        run=RunOptions(out=out),
+    )
+
+
+RECIPES: dict[str, Callable[[str, str], RunConfig]] = {"two-tower": two_tower, "dlrm": dlrm}
+
+
+def load(path: str) -> dict[str, Any]:
+    """The configuration of a run that was, from its metrics.json, as `RunConfig.as_dict` gave it; not checked yet.
+
+    Raises:
+        ConfigError: the file holds none.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config: {path} cannot be read: {error}; want a run's metrics.json") from error
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ConfigError(f"--config: {path} holds no configuration; want a run's metrics.json")
+    if content["config"].get("recipe") not in RECIPES:
+        raise ConfigError(
+            f"--config: {path} is of recipe {content['config'].get('recipe')!r}; want {', '.join(RECIPES)}"
+        )
+    return content["config"]

@@ -1,0 +1,54 @@
+"""What a run says of itself. In: configuration, artifact, progress, test metrics. Out: metrics.json's content."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dpq_rec import EmbeddingStore
+from dpq_rec.artifact import Table, sizes
+from training.checkpoint import Progress
+from training.config import RunConfig
+
+
+def results(
+    config: RunConfig, store: EmbeddingStore, progress: Progress, test: Mapping[str, float], device: torch.device
+) -> dict[str, Any]:
+    """What metrics.json holds (contract 2); every rank calls it."""
+    return {
+        "recipe": config.recipe,
+        "embedding": config.embedding.kind,
+        "seed": config.run.seed,
+        "world_size": dist.get_world_size(),
+        "config": config.as_dict(),
+        "metrics": dict(test),
+        "tables": {name: _sizes([table]) for name, table in store.tables.items()},
+        "total": _sizes(store.tables.values()),
+        "examples_per_second": progress.examples / max(progress.train_seconds, 1e-9),
+        "seconds": progress.seconds,
+        "best_epoch": progress.best_epoch,
+        "peak_memory_bytes": _peak_memory_bytes(device),
+        "history": progress.history,
+    }
+
+
+def _sizes(tables: Collection[Table]) -> dict[str, Any]:
+    """As `sizes`, and the width that the tables share."""
+    dims = {table.manifest.embedding_dim for table in tables}
+    return {**sizes(tables), "embedding_dim": dims.pop() if len(dims) == 1 else None}
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """The largest of any rank: resident memory, or what CUDA allocated."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(device)
+    largest = torch.tensor([own])
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
