@@ -11,7 +11,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from dpq_rec import DPQConfig
 from dpq_rec.nn import DPQEmbeddingBagCollection
 
-ROWS, STEPS, LEARNING_RATE = 20, 5, 0.05
+ROWS, STEPS = 20, 5
+OPTIONS = {"lr": 0.05, "eps": 1e-8}
 
 
 def losses_of(module, model, device):
@@ -39,13 +40,13 @@ def test_fused_adam_equals_torchs():
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         plain, sharded = build(device), build(device)
-        _apply_optimizer_in_backward(torch.optim.Adam, sharded.queries.parameters(), {"lr": LEARNING_RATE})
+        _apply_optimizer_in_backward(torch.optim.Adam, sharded.queries.parameters(), dict(OPTIONS))
         wrapped = DistributedModelParallel(sharded, device=device)
         for shard in sharded.query_weights()["a"].local_shards():
             shard.tensor.copy_(plain.query_weights()["a"])
         sharded.quantizers.load_state_dict(plain.quantizers.state_dict())
         got = list(losses_of(sharded, wrapped, device))
-        adam = torch.optim.Adam(plain.queries.parameters(), lr=LEARNING_RATE)
+        adam = torch.optim.Adam(plain.queries.parameters(), **OPTIONS)
         want = []
         for loss in losses_of(plain, plain, device):
             adam.step()
