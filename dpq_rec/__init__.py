@@ -4,7 +4,7 @@ Read the modules in this order and you have read DPQ:
 
 1. `config`         what can be chosen: K codes in each of D subspaces, and how the choice of a code is trained
 2. `nn.quantizer`   queries -> codes -> vectors, and how gradients pass (the paper's equations)
-3. `nn.embedding`   ids -> pooled vectors: the module that stands in for TorchRec's
+3. `nn.tables`      rows -> vectors; on it `nn.embedding` and `nn.collection` stand in for torch's and TorchRec's
 4. `nn.freeze`      every row's query is encoded once; codes and values are all that remain
 5. `codes`          codes <-> bytes
 6. `vocabulary`     ids -> rows (`strings` holds many of them in two arrays)

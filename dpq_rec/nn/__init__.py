@@ -1,6 +1,6 @@
 """Training side of DPQ: the only place that imports torch and torchrec.
 
-`quantizer` (with `scores`, `choice`, `upkeep`, `kmeans` and `collectives` below it), `tables` (with `shards` below it),
+`quantizer` (with `scores`, `choice`, `upkeep`, `kmeans`, `collectives` below it), `tables` (with `shards` below it),
 `embedding` and `collection`; then `replace`, `start` and `freeze`, which `find` the tables of a model.
 """
 
@@ -20,6 +20,7 @@ from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
 from dpq_rec.nn.find import subspace_constraints
 from dpq_rec.nn.freeze import freeze
 from dpq_rec.nn.quantizer import Quantized, Quantizer
+from dpq_rec.nn.replace import replace_embeddings
 from dpq_rec.nn.start import start
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "freeze",
+    "replace_embeddings",
     "start",
     "subspace_constraints",
 ]

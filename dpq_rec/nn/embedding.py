@@ -49,7 +49,8 @@ class _OneTable(DPQTables):
         key = (name or "table").replace(".", "_")  # a plan's names, and a module's, have no dots
         table = EmbeddingConfig(name=key, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         super().__init__([table], {key: config}, device)
-        self.num_embeddings, self.embedding_dim, self.name = num_embeddings, embedding_dim, name
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.name: str | None = name
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
 
     @property
@@ -82,6 +83,7 @@ class DPQEmbedding(_OneTable):
     >>> vectors = embedding(ids)        # [..., E], as before
 
     It may be called several times in a forward, by encoder and decoder for example: the penalties of all calls count.
+    An optimizer that is fused into backward makes an update for each call.
     Arguments: see `_OneTable`; training and sharding: see `DPQTables`.
     """
 

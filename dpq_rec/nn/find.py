@@ -97,12 +97,11 @@ def modules_with_tables(
 def _tables_of(module: nn.Module, path: str) -> dict[str, TrainedTable]:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         weight, pooled = module.weight.detach(), isinstance(module, nn.EmbeddingBag)
-        num_embeddings, embedding_dim = weight.shape
-        return {path or "table": TrainedTable(num_embeddings, embedding_dim, (), weight, pooled=pooled)}
+        return {path or "table": TrainedTable(module.num_embeddings, module.embedding_dim, (), weight, pooled=pooled)}
     if not isinstance(module, DPQTables):
         return _plain_tables(module)
     weights = module.query_weights()
-    own_name = (module.name or path) if isinstance(module, DPQEmbedding | DPQEmbeddingBag) else None
+    own_name = (module.name or path) if isinstance(module, DPQEmbedding | DPQEmbeddingBag) else ""
     return {
         own_name or table.name: TrainedTable(
             table.num_embeddings,

@@ -81,7 +81,7 @@ class DPQTables(nn.Module):
             by_width.setdefault(str(quantizer.query_dim), []).append(_query_config(table, quantizer.query_dim))
         # TorchRec's EmbeddingCollection holds tables of one dimension.
         self.queries = nn.ModuleDict({width: EmbeddingCollection(group, device) for width, group in by_width.items()})
-        self._names_by_width = {width: [table.name for table in group] for width, group in by_width.items()}
+        self.names_by_width = {width: [table.name for table in group] for width, group in by_width.items()}
 
     def quantizer(self, table: str) -> Quantizer:
         """Keys and values of a table."""
@@ -94,7 +94,7 @@ class DPQTables(nn.Module):
         states = {width: collection.state_dict() for width, collection in self.queries.items()}
         return {
             name: states[width][f"embeddings.{name}.weight"]
-            for width, names in self._names_by_width.items()
+            for width, names in self.names_by_width.items()
             for name in names
         }
 
@@ -114,7 +114,8 @@ class DPQTables(nn.Module):
             elif isinstance(collection, EmbeddingBagCollection):
                 _initialise(collection.embedding_bag_configs(), collection.embedding_bags)
             else:
-                raise ConfigError("reset_parameters: got sharded tables; DistributedModelParallel has started them")
+                sharded: Any = collection
+                sharded.reset_parameters()
 
     def _look_up(self, rows: Mapping[str, torch.Tensor]) -> dict[str, Looked]:
         """Vectors of the rows [T] (int64) that each table is asked for; every table is asked.
@@ -136,12 +137,12 @@ class DPQTables(nn.Module):
         """Queries [N, Q] of each table's distinct rows, from whichever rank holds them."""
         asked = {}
         for width, collection in self.queries.items():
-            names = self._names_by_width[width]
+            names = self.names_by_width[width]
             rows = [distinct[name].rows_N for name in names]
             lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
             keyed = KeyedJaggedTensor(keys=names, values=torch.cat(rows), lengths=lengths)
             asked[width] = collection(keyed)  # sharded collections answer later: ask all, then wait
-        return {name: asked[width][name].values() for width, names in self._names_by_width.items() for name in names}
+        return {name: asked[width][name].values() for width, names in self.names_by_width.items() for name in names}
 
     def _quantize(self, name: str, queries_NQ: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
         quantized = self.quantizer(name)(queries_NQ, counts_N.to(queries_NQ.dtype))
@@ -172,8 +173,8 @@ def _initialise(tables: Sequence[BaseEmbeddingConfig], modules: nn.ModuleDict) -
     """Upstream's own reset does nothing where a collection was built on meta, wherever it is now."""
     for table in tables:
         weight = modules[table.name].weight
-        assert table.init_fn is not None, "TorchRec gives every config one"
         assert isinstance(weight, torch.Tensor), "a table has a weight"
+        assert table.init_fn is not None, "TorchRec gives every table one"
         table.init_fn(weight)
 
 

@@ -143,12 +143,12 @@ def test_collection_rejects_lengths_that_do_not_fit_the_ids():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"is_weighted": True, "tables": [table("a", pooling=PoolingType.MEAN)]}, "with is_weighted, want SUM"),
+        ({"tables": [table("a", pooling=PoolingType.MEAN)], "is_weighted": True}, "with is_weighted, want SUM"),
         ({"tables": [table("a"), table("a")]}, "two are named 'a'"),
         ({"tables": [table("a", pooling=PoolingType.NONE)]}, "want SUM or MEAN"),
         ({"tables": [table("a", data_type=DataType.FP16)]}, "want FP32"),
-        ({"config": {"b": DPQConfig(num_subspaces=4)}}, "config: got b; the tables: a"),
-        ({"config": {}}, "got none for table 'a', want one, or None for a table that stays as it is"),
+        ({"config": {}}, "got none for table 'a'"),
+        ({"config": {"a": DPQConfig(num_subspaces=4), "b": None}}, "config: got b; the tables: a"),
         ({"config": {"a": None}}, "got no table to quantize"),
     ],
 )
