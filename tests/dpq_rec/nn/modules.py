@@ -49,12 +49,12 @@ def build(kind, quantized, *, num_embeddings=NUM_IDS, device=None):
 
 
 def batch(kind, ids=range(NUM_IDS)):
-    """The module's arguments that ask every table for the ids, one a bag."""
+    """The module's arguments that ask every table for the ids, one a bag; collections want an example at least."""
     if kind is DPQEmbedding:
         return torch.tensor(ids, dtype=torch.int64)
     if kind is DPQEmbeddingBag:
         return torch.tensor(ids, dtype=torch.int64)[:, None]
-    return keyed({name: [[i] for i in ids] for name in ("item", "old", "user")})
+    return keyed({name: [[i] for i in ids] or [[]] for name in ("item", "old", "user")})
 
 
 def vectors(module, arguments):
