@@ -4,7 +4,6 @@ import io
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -137,14 +136,6 @@ def test_reset_keeps_an_init_of_the_users_own():
     module.reset_parameters()
     assert (module.plain["bags"].embedding_bags["user"].weight == 1).all()
     assert queries(module, "item").abs().max() < 8**-0.5
-
-
-@pytest.fixture
-def one_rank():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_reset_refuses_sharded_tables(one_rank):
