@@ -112,6 +112,7 @@ def test_freeze_reports_rows_as_it_writes_them(trained, tmp_path):
     written = []
     freeze(trained, tmp_path / "artifact", progress=written.append)
     assert sum(written) == NUM_ROWS + 50
+    assert max(written) < NUM_ROWS  # in chunks
 
 
 def test_freeze_serves_zeros_and_missing_for_padding(tmp_path):
@@ -168,7 +169,7 @@ class Translator(nn.Module):
         self.decoder = nn.Module()
         self.decoder.words = self.encoder.words
         self.bag = DPQEmbeddingBag(6, 8, config(), name="named.by.hand")
-        self.position = nn.Embedding(9, 4, padding_idx=0)
+        self.decoder.position = nn.Embedding(9, 4, padding_idx=0)
         self.topics = nn.EmbeddingBag(3, 4)
         self.ids = DPQEmbeddingCollection(
             [
@@ -194,11 +195,11 @@ def test_tables_are_named_by_config_by_hand_or_by_path(tmp_path):
 
 def test_freeze_stores_the_tables_that_are_named(tmp_path):
     model = Translator()
-    freeze(model, tmp_path / "artifact", tables=["topics", "user", "position"])
+    freeze(model, tmp_path / "artifact", tables=["topics", "user", "decoder.position"])
     store = EmbeddingStore.open(tmp_path / "artifact")
-    assert set(store.tables) == {"user", "position", "topics"}
+    assert set(store.tables) == {"user", "decoder.position", "topics"}
     for name, module, ids in (
-        ("position", model.position, torch.arange(9)),
+        ("decoder.position", model.decoder.position, torch.arange(9)),
         ("topics", model.topics, torch.arange(3)[:, None]),
     ):
         stored = store.lookup(name, np.arange(len(ids)))
@@ -242,20 +243,22 @@ def test_artifact_holds_minus_zero_where_the_model_returns_it(make, bags, tmp_pa
 
 def test_freeze_rejects_two_tables_of_a_name_wherever_they_stand(tmp_path):
     model = Translator()
-    model.other = DPQEmbedding(6, 8, config(), name="position")
-    with pytest.raises(ConfigError, match="two tables of the model are named position; give each a name of its own"):
+    model.other = DPQEmbedding(6, 8, config(), name="decoder.position")
+    with pytest.raises(
+        ConfigError, match=r"two tables of the model are named decoder\.position; give each a name of its own"
+    ):
         freeze(model, tmp_path / "artifact", tables=["encoder.words"])
 
 
 def test_freeze_rejects_tables_that_are_not_there(tmp_path):
-    message = "tables: got bagg, words; the model's tables: encoder.words, named.by.hand, .*, position, topics"
+    message = "tables: got bagg, words; the model's tables: encoder.words, named.by.hand, .*, decoder.position, topics"
     with pytest.raises(ConfigError, match=message):
         freeze(Translator(), tmp_path / "artifact", tables=["words", "user", "bagg"])
 
 
 def test_freeze_rejects_a_vocabulary_of_a_table_that_is_not_frozen(tmp_path):
-    with pytest.raises(ConfigError, match="vocabularies: got position; the model's tables: user"):
-        freeze(Translator(), tmp_path / "a", tables=["user"], vocabularies={"position": IdentityVocabulary(9)})
+    with pytest.raises(ConfigError, match=r"vocabularies: got decoder\.position; the model's tables: user"):
+        freeze(Translator(), tmp_path / "a", tables=["user"], vocabularies={"decoder.position": IdentityVocabulary(9)})
 
 
 def test_freeze_rejects_a_vocabulary_of_another_size_and_leaves_nothing(tmp_path):

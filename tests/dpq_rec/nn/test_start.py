@@ -45,13 +45,14 @@ def test_start_lowers_the_error_of_every_table(kind, batch_norm):
         assert error(model[0], table) < (0.3 if batch_norm else 0.1) * was
 
 
+@pytest.mark.parametrize("num_samples", [50, V])  # of all rows the clustering alone has a seed
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_start_depends_on_the_seed_alone(options):
+def test_start_depends_on_the_seed_alone(options, num_samples):
     states = []
     for seed in (3, 3, 4):
         module = clustered(DPQEmbedding, **options)
         torch.manual_seed(len(states))
-        start(module, num_samples=50, seed=seed)
+        start(module, num_samples=num_samples, seed=seed)
         states.append(state(module))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     placed = "own_keys_MKS" if "key_dim" in options else "values_MKS"
