@@ -150,3 +150,8 @@ class DPQEmbeddingBag(_OneTable):
             per_sample_weights=per_sample_weights,
             padding_idx=None if self.padding_idx is None else len(looked.vectors_NE) - 1,
         )
+
+    def extra_repr(self) -> str:
+        """As torch's."""
+        size, dim, *padding = super().extra_repr().split(", ")
+        return ", ".join([size, dim, f"mode={self.mode!r}", *padding])

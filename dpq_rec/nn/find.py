@@ -37,7 +37,7 @@ class TrainedTable(NamedTuple):
         weight_VQ: queries, or the vectors of a plain table.
         quantizer: None for a plain table.
         padding_idx: the row that has no vector, of a quantized table.
-        pooled: whether the model hands out sums of its vectors, which begin at zero.
+        pooled: whether the model hands out sums or means of its vectors, which begin at zero.
     """
 
     num_embeddings: int
@@ -96,7 +96,7 @@ def modules_with_tables(
 
 def _tables_of(module: nn.Module, path: str) -> dict[str, TrainedTable]:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        weight, pooled = module.weight.detach(), isinstance(module, nn.EmbeddingBag)
+        weight, pooled = module.weight.detach(), isinstance(module, nn.EmbeddingBag) and module.mode != "max"
         return {path or "table": TrainedTable(module.num_embeddings, module.embedding_dim, (), weight, pooled=pooled)}
     if not isinstance(module, DPQTables):
         return _plain_tables(module)
@@ -144,9 +144,10 @@ def subspace_constraints(model: nn.Module, num_shards: int) -> dict[str, Paramet
         num_shards: shards of a table at most, such as the number of ranks.
 
     Raises:
-        ConfigError: no cut into 2 to num_shards equal parts lies between subspaces and at a multiple of 4 columns.
+        ConfigError: no cut into 2 to num_shards equal parts lies between subspaces and at a multiple of 4 columns; or
+            two tables of a name that are to be cut differently.
     """
-    constraints = {}
+    constraints: dict[str, ParameterConstraints] = {}
     for _, module in modules_with_tables(model):
         for name, quantizer in module.quantizers.items() if isinstance(module, DPQTables) else ():
             assert isinstance(quantizer, Quantizer), "quantizers holds nothing else"
@@ -157,7 +158,13 @@ def subspace_constraints(model: nn.Module, num_shards: int) -> dict[str, Paramet
                     f"table {name!r}: got {num_subspaces} subspaces in queries of {width} columns, want some that 2 to "
                     f"{num_shards} shards can share in multiples of {_CUT_MULTIPLE} columns; shard it by rows instead"
                 )
+            columns = width // parts[-1]
+            if name in constraints and constraints[name].min_partition != columns:  # the planner goes by the name alone
+                raise ConfigError(
+                    f"two tables are named {name!r}, to be cut every {constraints[name].min_partition} and every "
+                    f"{columns} columns; name each of them: DPQEmbedding(..., name=...)"
+                )
             constraints[name] = ParameterConstraints(
-                sharding_types=["column_wise"], compute_kernels=["fused"], min_partition=width // parts[-1]
+                sharding_types=["column_wise"], compute_kernels=["fused"], min_partition=columns
             )
     return constraints

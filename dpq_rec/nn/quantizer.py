@@ -87,6 +87,10 @@ class Quantizer(nn.Module):
         bound = (self.config.num_subspaces * self.values_MKS.shape[2]) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Statistics anew; keys and values stay."""
         for keeper in (*self.score_norms, self.running_means, self.revival):
             if keeper is not None:
                 keeper.reset_parameters()
@@ -105,7 +109,7 @@ class Quantizer(nn.Module):
         Raises:
             MissingDependencyError: faiss is not installed.
         """
-        self.reset_parameters()
+        self._forget()
         was_training, config, rest_NDS = self.training, self.config, self._grouped(queries_NQ)
         self.train()  # for the sample's statistics of the scores
         for number in range(config.num_levels):

@@ -76,6 +76,8 @@ class DPQTables(nn.Module):
         for table in self.quantized_tables:
             if table.data_type != DataType.FP32:
                 raise ConfigError(f"table {table.name!r}: got data_type {table.data_type}, want FP32")
+            if hasattr(self.quantizers, table.name) or not table.name or "." in table.name:
+                raise ConfigError(f"table {table.name!r}: want a name without dots that torch does not use itself")
             quantizer = Quantizer(table.embedding_dim, configs[table.name], device)
             self.quantizers[table.name] = quantizer
             by_width.setdefault(str(quantizer.query_dim), []).append(_query_config(table, quantizer.query_dim))

@@ -1,157 +1,189 @@
-"""The drop-in held to TorchRec's own EmbeddingBagCollection over a dense table of the decoded vectors."""
-
-from functools import partial
+"""The drop-ins for torch's modules held to them, over a dense table of the decoded vectors."""
 
 import pytest
 import torch
-from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+from torch import nn
 
-from dpq_rec import ConfigError, DPQConfig
-from dpq_rec.nn import DPQEmbeddingBagCollection
+from dpq_rec import ConfigError
+from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBag
+from tests.dpq_rec.nn.modules import STRAIGHT, config, decoded, queries
 
-
-def table(name, num_embeddings=20, embedding_dim=8, feature_names=None, pooling=PoolingType.SUM, **more):
-    return EmbeddingBagConfig(
-        name=name,
-        num_embeddings=num_embeddings,
-        embedding_dim=embedding_dim,
-        feature_names=feature_names or [name],
-        pooling=pooling,
-        **more,
-    )
-
-
-def bags(lists_by_feature):
-    lengths = [len(bag) for lists in lists_by_feature.values() for bag in lists]
-    ids = [i for lists in lists_by_feature.values() for bag in lists for i in bag]
-    return KeyedJaggedTensor(
-        keys=list(lists_by_feature), values=torch.tensor(ids, dtype=torch.long), lengths=torch.tensor(lengths)
-    )
-
-
-FEATURES = {"f": [[1, 2, 2], [], [19]], "g": [[0], [5, 5], []], "h": [[], [], []]}
-TABLES = {
-    "sum": [table("a", feature_names=["f"]), table("b", feature_names=["g"]), table("c", feature_names=["h"])],
-    "mean": [table("a", feature_names=["f"], pooling=PoolingType.MEAN), table("b", feature_names=["g", "h"])],
-    "a feature of two tables": [table("a", feature_names=["f", "g"]), table("b", feature_names=["f"])],
-    "two dimensions": [table("a", feature_names=["f"]), table("b", embedding_dim=16, feature_names=["g"])],
+V, E = 20, 8
+OPTIONS = {
+    "sx": {"method": "sx"},
+    "vq": {"method": "vq"},
+    "wider queries": {"method": "sx", "key_dim": 3},
+    "narrower queries": {"method": "sx", "key_dim": 1},
+    "levels": {"method": "vq", "num_levels": 3},
+    "shared, half": {"method": "sx", "share_subspaces": True, "values_dtype": "float16"},
+    "cosine": {"method": "sx", "metric": "cosine"},
+}
+IDS = {
+    "none": torch.tensor([], dtype=torch.int64),
+    "0-d": torch.tensor(3),
+    "1-d, repeated": torch.tensor([5, 19, 5, 0, 5]),
+    "3-d": torch.tensor([[[1, 2, 2], [0, 19, 7]], [[3, 3, 3], [4, 0, 1]]]),
+    "int32": torch.tensor([[5, 19], [0, 5]], dtype=torch.int32),
+    "nothing but 0": torch.tensor([0, 0]),
+    "2-d of no ids": torch.zeros((3, 0), dtype=torch.int64),
+}
+OFFSETS = torch.tensor([0, 0, 3, 4, 4, 6])  # empty bags first, in between and last
+BAGS = {
+    "offsets": ({}, (torch.tensor([5, 19, 5, 0, 2, 5]), OFFSETS)),
+    "int32": ({}, (torch.tensor([5, 19, 5, 0, 2, 5], dtype=torch.int32), OFFSETS.int())),
+    "last offset": ({"include_last_offset": True}, (torch.tensor([5, 19, 5, 0, 2, 5]), OFFSETS)),
+    "2-d": ({}, (torch.tensor([[5, 19, 5], [2, 0, 1], [2, 2, 2]]), None)),
+    "bags of no ids": ({}, (torch.tensor([], dtype=torch.int64), torch.tensor([0, 0]))),
 }
 
 
-def make(tables, method="sx", **config):
+def pair(ours, stock, options=STRAIGHT, **more):
+    """Our module after a batch, and torch's over the table that ours stands for."""
     torch.manual_seed(0)
-    return DPQEmbeddingBagCollection(tables, DPQConfig(method=method, num_subspaces=4, num_codes=5, **config))
+    module = ours(V, E, config(**options), **more)
+    if ours is DPQEmbedding:
+        module(torch.arange(V))  # moves the running statistics
+    dense = stock(V, E, **more)
+    dense.weight.data = decoded(module)
+    return module, dense
 
 
-def decoded(ebc, name):
-    """The dense table that the module stands for in eval mode."""
-    dim = next(str(t.embedding_dim) for t in ebc.embedding_bag_configs() if t.name == name)
-    quantizer = ebc.quantizer(name)
-    return quantizer.decode(quantizer.encode(ebc.queries[dim].embeddings[name].weight))
+def assert_same_gradients(module, dense, got, want):
+    """Of a loss that weighs every number differently; and every parameter has one, as static graphs want it."""
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
+    (got * weights).sum().backward()
+    (want * weights).sum().backward()
+    torch.testing.assert_close(queries(module).grad, dense.weight.grad)
+    assert all(p.grad is not None for p in module.parameters())
 
 
-@pytest.mark.parametrize("method", ["sx", "vq"])
-@pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES.keys())
-def test_collection_returns_what_torchrec_returns_over_the_decoded_table(tables, method):
-    ebc = make(tables, method)
-    features = bags(FEATURES)
-    ebc(features)  # moves the running statistics
-    ebc.eval()
-    plain = EmbeddingBagCollection(tables=tables)
-    for t in tables:
-        plain.embedding_bags[t.name].weight.data = decoded(ebc, t.name).detach()
-    got, want = ebc(features), plain(features)
-    assert got.keys() == want.keys()
-    assert got.length_per_key() == want.length_per_key()
-    torch.testing.assert_close(got.values(), want.values())
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_embedding_returns_what_torch_does(ids, options):
+    module, dense = pair(DPQEmbedding, nn.Embedding, options)
+    got, want = module.eval()(ids), dense(ids)
+    assert got.shape == want.shape
+    assert torch.equal(got, want)
 
 
-def test_training_output_has_the_same_bits_as_the_values():
-    ebc = make([table("a", feature_names=["f"])])
-    features = bags({"f": [[i] for i in range(20)]})
-    out = ebc(features)["f"]
-    values = {v.item() for v in ebc.quantizer("a").values_MKS.flatten()}
-    assert all(v.item() in values for v in out.flatten())
+@pytest.mark.parametrize("padding_idx", [None, 0, -1, 3])
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_embedding_gives_queries_the_gradients_of_torchs_table(ids, padding_idx):
+    module, dense = pair(DPQEmbedding, nn.Embedding, padding_idx=padding_idx)
+    got, want = module(ids), dense(ids)
+    assert torch.equal(got, want)
+    assert_same_gradients(module, dense, got, want)
 
 
-def test_queries_get_the_gradient_of_every_occurrence():
-    ebc = make([table("a", feature_names=["f"])], "vq")
-    ebc(bags({"f": [[3], [3, 3], [4]]})).values().sum().backward()
-    gradient = ebc.queries["8"].embeddings["a"].weight.grad
-    assert gradient[3].tolist() == [3.0] * 8
-    assert gradient[4].tolist() == [1.0] * 8
-    assert gradient[[0, 1, 2, *range(5, 20)]].abs().sum() == 0
+@pytest.mark.parametrize("padding_idx", [0, -1])
+def test_padding_is_zeros_and_trains_nothing(padding_idx):
+    """Neither its query nor, by penalty and statistics, keys and values."""
+    torch.manual_seed(0)
+    module = DPQEmbedding(V, E, config(method="vq"), padding_idx=padding_idx)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    out = module(torch.full((2, 3), padding_idx % V))
+    assert torch.equal(out, torch.zeros(2, 3, E))
+    out.sum().backward()
+    assert all((p.grad == 0).all() for p in module.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
-def test_penalty_reaches_the_values_without_a_line_in_the_training_loop():
-    ebc = make([table("a", feature_names=["f"])], "vq")
-    features = bags({"f": [[3], [3, 3], [4]]})
-    (ebc(features).values() * 0).sum().backward()
-    quantizer = ebc.quantizer("a")
-    queries = ebc.queries["8"].embeddings["a"].weight[[3, 4]].detach()
-    again = quantizer(queries, torch.tensor([3.0, 1.0]))
-    (want,) = torch.autograd.grad(again.penalty, [quantizer.values_MKS])
-    torch.testing.assert_close(quantizer.values_MKS.grad, want)
-    torch.testing.assert_close(ebc.penalties["a"], again.penalty.detach())
+def test_padding_leaves_no_trace_in_statistics_and_penalty():
+    torch.manual_seed(0)
+    module = DPQEmbedding(V, E, config(method="vq"), padding_idx=0)
+    bare = DPQEmbedding(V, E, config(method="vq"))
+    bare.load_state_dict(module.state_dict())
+    module(torch.tensor([0, 5, 0, 7, 7])), bare(torch.tensor([5, 7, 7]))
+    assert torch.equal(module.penalties["table"], bare.penalties["table"])
+    assert all(torch.equal(a, b) for a, b in zip(module.buffers(), bare.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("init_fn", [torch.nn.init.ones_, partial(torch.nn.init.uniform_, a=1.0, b=2.0)])
-def test_collection_keeps_an_init_of_the_users_own(init_fn):
-    ebc = make([table("a", feature_names=["f"], init_fn=init_fn)])
-    assert (ebc.queries["8"].embeddings["a"].weight >= 1).all()
+@pytest.mark.parametrize("unused", [False, True])
+def test_penalties_of_all_calls_of_a_forward_count(unused):
+    """Encoder and decoder ask the same table; a call whose vectors take no part in the loss has no penalty either."""
+    module, _ = pair(DPQEmbedding, nn.Embedding)
+    encoder_ids, decoder_ids = torch.tensor([1, 2, 2]), torch.tensor([2, 9])
+    encoded, decoded_ = module(encoder_ids), module(decoder_ids)
+    (encoded * 0 + (0 if unused else decoded_.sum() * 0)).sum().backward()
+    rows = queries(module).detach()
+    penalty = module.only_quantizer(rows[[1, 2]], torch.tensor([1.0, 2.0])).penalty
+    if not unused:
+        penalty = penalty + module.only_quantizer(rows[[2, 9]], torch.tensor([1.0, 1.0])).penalty
+    (want,) = torch.autograd.grad(penalty, [module.only_quantizer.values_MKS])
+    torch.testing.assert_close(module.only_quantizer.values_MKS.grad, want)
 
 
-def test_collection_rejects_bags_with_weights():
-    features = KeyedJaggedTensor(
-        keys=["a"], values=torch.arange(3), lengths=torch.tensor([1, 2]), weights=torch.ones(3)
-    )
-    with pytest.raises(ConfigError, match="got per-sample weights"):
-        make([table("a")])(features)
+@pytest.mark.parametrize("padding_idx", [None, 0])
+@pytest.mark.parametrize(("ids", "got"), [([3, 20], "from 3 to 20"), ([-1, 4], "from -1 to 4")])
+def test_embedding_rejects_ids_outside_the_table(ids, got, padding_idx):
+    module, _ = pair(DPQEmbedding, nn.Embedding, padding_idx=padding_idx)
+    with pytest.raises(IndexError, match=f"table 'table': got ids {got}, want 0 to 19"):
+        module(torch.tensor(ids))
 
 
-def test_collection_starts_queries_on_the_scale_of_the_keys():
-    ebc = make([table("a", num_embeddings=100_000)])
-    weight = ebc.queries["8"].embeddings["a"].weight
-    assert weight.abs().max() <= 8**-0.5
-    assert weight.abs().max() > 0.99 * 8**-0.5
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding_idx", [None, 2, -1])
+@pytest.mark.parametrize(("more", "arguments"), BAGS.values(), ids=BAGS.keys())
+def test_bag_returns_what_torch_does_and_has_its_gradients(more, arguments, padding_idx, mode):
+    module, dense = pair(DPQEmbeddingBag, nn.EmbeddingBag, mode=mode, padding_idx=padding_idx, **more)
+    got, want = module(*arguments), dense(*arguments)
+    torch.testing.assert_close(got, want)
+    assert_same_gradients(module, dense, got, want)
 
 
-def test_collection_takes_a_config_for_each_table():
-    tables = [table("a"), table("b")]
-    configs = {"a": DPQConfig(num_subspaces=2, num_codes=3), "b": DPQConfig(num_subspaces=8, num_codes=7)}
-    ebc = DPQEmbeddingBagCollection(tables, configs)
-    assert [tuple(ebc.quantizer(t).values_MKS.shape) for t in "ab"] == [(2, 3, 4), (8, 7, 1)]
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_bag_in_eval_mode_returns_what_torch_does(options):
+    module, dense = pair(DPQEmbeddingBag, nn.EmbeddingBag, options, mode="sum")
+    module(torch.arange(V)[:, None])  # moves the running statistics
+    dense.weight.data = decoded(module.eval())
+    torch.testing.assert_close(module(*BAGS["offsets"][1]), dense(*BAGS["offsets"][1]))
 
 
-def test_collection_rejects_an_id_outside_its_table():
-    with pytest.raises(IndexError, match="table 'a': got ids from 2 to 20, want 0 to 19"):
-        make([table("a")])(bags({"a": [[2], [20]]}))
+@pytest.mark.parametrize("padding_idx", [None, 2])
+@pytest.mark.parametrize("form", ["offsets", "2-d"])
+def test_bag_weights_samples_as_torch_does(form, padding_idx):
+    module, dense = pair(DPQEmbeddingBag, nn.EmbeddingBag, mode="sum", padding_idx=padding_idx)
+    ids, offsets = BAGS[form][1]
+    ours, torchs = (torch.linspace(-1, 2, ids.numel()).view(ids.shape).requires_grad_() for _ in range(2))
+    got, want = module(ids, offsets, per_sample_weights=ours), dense(ids, offsets, per_sample_weights=torchs)
+    torch.testing.assert_close(got, want)
+    assert_same_gradients(module, dense, got, want)
+    torch.testing.assert_close(ours.grad, torchs.grad)
 
 
-def test_collection_rejects_a_missing_feature():
-    with pytest.raises(KeyError, match="want b too"):
-        make([table("a"), table("b")])(bags({"a": [[2]]}))
-
-
-def test_collection_rejects_lengths_that_do_not_fit_the_ids():
-    features = KeyedJaggedTensor(keys=["a"], values=torch.arange(5), lengths=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="lengths of 3 ids in all, but 5 ids"):
-        make([table("a")])(features)
+def test_bag_rejects_ids_outside_the_table():
+    module, _ = pair(DPQEmbeddingBag, nn.EmbeddingBag)
+    with pytest.raises(IndexError, match="table 'table': got ids from 3 to 20, want 0 to 19"):
+        module(torch.tensor([[3, 20]]))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("ours", "stock", "more"),
     [
-        ({"tables": [table("a", pooling=PoolingType.MEAN)], "is_weighted": True}, "with is_weighted, want SUM"),
-        ({"tables": [table("a"), table("a")]}, "two are named 'a'"),
-        ({"tables": [table("a", pooling=PoolingType.NONE)]}, "want SUM or MEAN"),
-        ({"tables": [table("a", data_type=DataType.FP16)]}, "want FP32"),
-        ({"config": {}}, "got none for table 'a'"),
-        ({"config": {"a": DPQConfig(num_subspaces=4), "b": None}}, "config: got b; the tables: a"),
-        ({"config": {"a": None}}, "got no table to quantize"),
+        (DPQEmbedding, nn.Embedding, {}),
+        (DPQEmbedding, nn.Embedding, {"padding_idx": -1}),
+        (DPQEmbeddingBag, nn.EmbeddingBag, {"mode": "max"}),
+        (DPQEmbeddingBag, nn.EmbeddingBag, {"padding_idx": 3}),
     ],
 )
-def test_collection_rejects_what_it_cannot_do(arguments, message):
+def test_modules_describe_themselves_as_torchs_do(ours, stock, more):
+    module, dense = pair(ours, stock, **more)
+    assert module.extra_repr() == dense.extra_repr()
+    assert f"{ours.__name__}(\n  {dense.extra_repr()}\n" in repr(module)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DPQEmbedding(V, E, config(), padding_idx=20), "padding_idx: got 20, want -20 to 19"),
+        (lambda: DPQEmbeddingBag(V, E, config(), padding_idx=-21), "padding_idx: got -21, want -20 to 19"),
+        (lambda: DPQEmbeddingBag(V, E, config(), mode="median"), "mode: got 'median', want one of sum, mean, max"),
+        (
+            lambda: DPQEmbedding(V, E, config(), name="items"),
+            "table 'items': want a name without dots that torch does not use",
+        ),
+    ],
+)
+def test_modules_reject(make, message):
     with pytest.raises(ConfigError, match=message):
-        DPQEmbeddingBagCollection(**{"tables": [table("a")], "config": DPQConfig(num_subspaces=4), **arguments})
+        make()
