@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -11,6 +12,7 @@ from dpq_rec.errors import ConfigError
 Metric = Literal["dot", "euclidean", "cosine"]
 ValuesDtype = Literal["float32", "float16"]
 
+_LEAST_TEMPERATURE = 1e-6  # scores are divided by it in fp32
 _CHOICES = {"method": ("sx", "vq"), "metric": (None, *get_args(Metric)), "values_dtype": get_args(ValuesDtype)}
 _ONLY_SX = {
     "tie_keys": "the keys of 'vq' are its values always",
@@ -74,6 +76,12 @@ class DPQConfig:
             if getattr(self, name) not in choices:
                 wanted = ", ".join(map(repr, choices))
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, want one of {wanted}")
+        for name in ("num_subspaces", "num_codes", "num_levels", "key_dim", "revive_after"):
+            if not (type(getattr(self, name)) is int or getattr(self, name) is None):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, want an integer")
+        for name in ("temperature", "penalty_weight", "commitment_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name}: got {getattr(self, name)}, want a finite number")
         _ = self.layout  # checks num_subspaces, num_codes and num_levels
         for name, reason in (_ONLY_VQ if self.method == "sx" else _ONLY_SX).items():
             self._refuse(name, f"method {self.method!r}", reason)
@@ -81,8 +89,8 @@ class DPQConfig:
             raise ConfigError(f"metric: got {self.metric!r} with method 'vq', which emits the nearest key: 'euclidean'")
         self._check_keys()
         self._check_values()
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature: got {self.temperature}, want more than 0")
+        if not self.temperature >= _LEAST_TEMPERATURE:
+            raise ConfigError(f"temperature: got {self.temperature}, want {_LEAST_TEMPERATURE} or more")
         if self.revive_after is not None and self.revive_after < 1:
             raise ConfigError(f"revive_after: got {self.revive_after}, want 1 batch or more")
 

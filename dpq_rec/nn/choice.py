@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from dpq_rec import kernels
 from dpq_rec.nn.scores import Affine, Score, scores
@@ -85,6 +86,7 @@ class _SoftmaxChoice(torch.autograd.Function):
         return choose(values_DKS, codes_ND)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient_NDS: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         arrays = (tensor.detach().contiguous().numpy() for tensor in (*ctx.saved_tensors, gradient_NDS))
         queries_NDS, keys_DKS, values_DKS, scale_K, shift_K, gradients_NDS = arrays

@@ -244,6 +244,8 @@ def _jagged_by_feature(features: KeyedJaggedTensor, tables: Sequence[BaseEmbeddi
         raise KeyError(f"features: got {features.keys()}, want {', '.join(sorted(missing))} too")
     if features.variable_stride_per_key() or features.inverse_indices_or_none() is not None:
         raise ConfigError("features: got a batch size per feature, want one batch size for all")
+    if (features.lengths() < 0).any():
+        raise ValueError(f"features: got a length of {int(features.lengths().min())}, want 0 or more")
     if int(features.offsets()[-1]) != len(features.values()):
         got = f"lengths of {int(features.offsets()[-1])} ids in all"
         raise ValueError(f"features: {got}, but {len(features.values())} ids")

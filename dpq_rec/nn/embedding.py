@@ -12,7 +12,7 @@ from torch.nn import functional
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from dpq_rec.config import DPQConfig
-from dpq_rec.errors import ConfigError
+from dpq_rec.errors import ConfigError, IdTypeError
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.tables import DPQTables, Looked
 
@@ -60,6 +60,8 @@ class _OneTable(DPQTables):
 
     def _vectors_of(self, ids_T: torch.Tensor) -> Looked:
         """Vectors of ids; the last one is zeros, for the padding, where there is such an id."""
+        if ids_T.dtype not in (torch.int64, torch.int32):
+            raise IdTypeError(f"ids: got {ids_T.dtype}, want torch.int64 or torch.int32")
         (key,) = self.quantizers
         rows_T = ids_T.long()
         if self.padding_idx is None:
@@ -92,6 +94,7 @@ class DPQEmbedding(_OneTable):
 
         Raises:
             IndexError: an id outside the table.
+            IdTypeError: ids that are no integers of 32 or 64 bits.
         """
         looked = self._vectors_of(ids.reshape(-1))
         return looked.vectors_NE.index_select(0, looked.at_T).view(*ids.shape, self.embedding_dim)
@@ -139,6 +142,7 @@ class DPQEmbeddingBag(_OneTable):
 
         Raises:
             IndexError: an id outside the table.
+            IdTypeError: ids that are no integers of 32 or 64 bits.
         """
         looked = self._vectors_of(ids.reshape(-1))
         return functional.embedding_bag(

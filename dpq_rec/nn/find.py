@@ -36,7 +36,7 @@ class TrainedTable(NamedTuple):
         features: the names under which the model looks it up.
         weight_VQ: queries, or the vectors of a plain table.
         quantizer: None for a plain table.
-        padding_idx: the row that has no vector, of a quantized table.
+        padding_idx: the row that has no vector.
         pooled: whether the model hands out sums or means of its vectors, which begin at zero.
     """
 
@@ -97,7 +97,10 @@ def modules_with_tables(
 def _tables_of(module: nn.Module, path: str) -> dict[str, TrainedTable]:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         weight, pooled = module.weight.detach(), isinstance(module, nn.EmbeddingBag) and module.mode != "max"
-        return {path or "table": TrainedTable(module.num_embeddings, module.embedding_dim, (), weight, pooled=pooled)}
+        # An nn.Embedding returns its padding row as it is; a bag leaves it out.
+        padding = module.padding_idx if isinstance(module, nn.EmbeddingBag) else None
+        shape = module.num_embeddings, module.embedding_dim
+        return {path or "table": TrainedTable(*shape, (), weight, padding_idx=padding, pooled=pooled)}
     if not isinstance(module, DPQTables):
         return _plain_tables(module)
     weights = module.query_weights()
@@ -152,7 +155,11 @@ def subspace_constraints(model: nn.Module, num_shards: int) -> dict[str, Paramet
         for name, quantizer in module.quantizers.items() if isinstance(module, DPQTables) else ():
             assert isinstance(quantizer, Quantizer), "quantizers holds nothing else"
             width, num_subspaces = quantizer.query_dim, quantizer.config.num_subspaces
-            parts = [n for n in range(2, num_shards + 1) if num_subspaces % n == 0 and width % (n * _CUT_MULTIPLE) == 0]
+            parts = [
+                n
+                for n in range(min(2, num_shards), num_shards + 1)
+                if num_subspaces % n == 0 and (n == 1 or width % (n * _CUT_MULTIPLE) == 0)
+            ]
             if not parts:
                 raise ConfigError(
                     f"table {name!r}: got {num_subspaces} subspaces in queries of {width} columns, want some that 2 to "

@@ -7,6 +7,7 @@ rank encodes the subspaces that lie in it, and rank 0 puts the codes of a row to
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -71,14 +72,20 @@ def freeze(
         if table.quantizer is not None:
             check_cuts(name, table.weight_VQ, table.quantizer.config)
     contents = {
-        name: _contents(table, (vocabularies or {}).get(name) or _vocabulary(table), progress)
+        name: _contents(name, table, (vocabularies or {}).get(name) or _vocabulary(table))
         for name, table in found.items()
     }
-    refusal = _write_on_rank_0(path, found, contents, version)
+    refusal = None
+    if rank() == 0:
+        refusal = _write(path, found, {n: _reported(c, progress) for n, c in contents.items()}, version)
+    if rank() != 0 or refusal is not None:
+        for content in contents.values():
+            for _ in content.chunks:
+                pass  # running through them sends this rank's rows, or takes what the others still send
     if world_size() > 1:
-        box = [refusal]
+        box = [refusal if isinstance(refusal, DpqRecError | OSError | None) else RuntimeError(f"rank 0: {refusal!r}")]
         dist.broadcast_object_list(box, 0)
-        refusal = box[0]
+        refusal = box[0] if rank() != 0 else refusal
         # Gloo's threads let go of a broadcast's tensors a moment after it, for which they need the interpreter: a rank
         # that ended right here would now and then abort. A barrier has no tensors, and gives them the time.
         dist.barrier()
@@ -87,26 +94,31 @@ def freeze(
     return Path(path)
 
 
-def _write_on_rank_0(
+def _write(
     path: str | os.PathLike[str],
     found: Mapping[str, TrainedTable],
     contents: Mapping[str, TableContents],
     version: str | None,
 ) -> Exception | None:
-    """Rank 0 writes what the others send; its error, for every rank to raise."""
-    error = None
-    if rank() == 0:
-        try:
-            for name, table in found.items():
-                _check_padding(name, table, contents[name].vocabulary)
-            write_artifact(path, contents, version=version)
-        except (DpqRecError, OSError) as raised:
-            error = raised
-    if rank() != 0 or error is not None:
-        for content in contents.values():
-            for _ in content.chunks:
-                pass  # running through them sends this rank's rows, or takes what the others still send
-    return error
+    """Write what all ranks send; the error, for every rank to raise: until it is told, they would wait for this one."""
+    try:
+        for name, table in found.items():
+            _check_padding(name, table, contents[name].vocabulary)
+        write_artifact(path, contents, version=version)
+    except Exception as error:
+        return error
+    return None
+
+
+def _reported(contents: TableContents, progress: Progress) -> TableContents:
+    """The same, telling of each chunk once it was taken; an error of `progress` leaves the chunks themselves usable."""
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        for chunk in contents.chunks:
+            yield chunk
+            progress(len(chunk))
+
+    return dataclasses.replace(contents, chunks=chunks())
 
 
 def _vocabulary(table: TrainedTable) -> Vocabulary:
@@ -129,22 +141,27 @@ def _check_padding(name: str, table: TrainedTable, vocabulary: Vocabulary) -> No
         )
 
 
-def _contents(table: TrainedTable, vocabulary: Vocabulary, progress: Progress) -> TableContents:
+def _contents(name: str, table: TrainedTable, vocabulary: Vocabulary) -> TableContents:
     quantizer = table.quantizer
     stored = _StoredVectors(table) if quantizer is None else _StoredCodes(quantizer)
     return TableContents(
         num_embeddings=table.num_embeddings,
         embedding_dim=table.embedding_dim,
         vocabulary=vocabulary,
-        chunks=_chunks_to_rank_0(shards_of(table.weight_VQ), stored, progress),
+        chunks=_chunks_to_rank_0(shards_of(table.weight_VQ), stored),
         layout=quantizer.config.layout if quantizer else None,
-        values=_stored_values(quantizer) if quantizer else None,
+        values=_stored_values(name, quantizer) if quantizer else None,
         features=table.features,
     )
 
 
-def _stored_values(quantizer: Quantizer) -> NDArray[Any]:
+def _stored_values(name: str, quantizer: Quantizer) -> NDArray[Any]:
     values_MKS = (quantizer.stored_values().detach().float() + _NO_MINUS_ZERO).cpu().numpy()
+    if not np.isfinite(values_MKS).all():
+        dtype = quantizer.config.values_dtype
+        raise ConfigError(
+            f"table {name!r}: got values that are no finite numbers in {dtype}; did the training diverge?"
+        )
     return values_MKS.astype(quantizer.config.values_dtype)
 
 
@@ -215,7 +232,7 @@ class _StoredCodes:
         return pack_codes(np.concatenate(by_level, 2).reshape(len(parts[0]), -1), self.layout)
 
 
-def _chunks_to_rank_0(shards: list[Shard], stored: _Stored, progress: Progress) -> Iterator[NDArray[Any]]:
+def _chunks_to_rank_0(shards: list[Shard], stored: _Stored) -> Iterator[NDArray[Any]]:
     """All rows in order on rank 0; on another rank nothing, but running through it sends that rank's parts."""
     for _, group in itertools.groupby(shards, lambda shard: shard.first_row):
         beside = list(group)  # the shards that hold the columns of the same rows
@@ -225,7 +242,6 @@ def _chunks_to_rank_0(shards: list[Shard], stored: _Stored, progress: Progress) 
             parts = [_part_to_rank_0(shard, slice(start, stop), stored) for shard in beside]
             if rank() == 0:
                 yield stored.whole(beside, [part for part in parts if part is not None])
-                progress(stop - start)
 
 
 def _part_to_rank_0(shard: Shard, rows: slice, stored: _Stored) -> NDArray[Any] | None:

@@ -22,9 +22,6 @@ def centroids(groups_NDS: torch.Tensor, num_codes: int, *, shared: bool, spheric
         shared: one clustering of the groups of all subspaces.
         spherical: of directions, by cosine; the centroids have length one.
         seed: of the start.
-
-    Raises:
-        MissingDependencyError: faiss is not installed.
     """
     rows_DNS = groups_NDS.detach().float().transpose(0, 1).cpu().numpy()
     if shared:
@@ -33,11 +30,17 @@ def centroids(groups_NDS: torch.Tensor, num_codes: int, *, shared: bool, spheric
     return torch.from_numpy(np.stack(found)).to(groups_NDS)
 
 
-def _cluster(rows_NS: NDArray[np.float32], num_codes: int, spherical: bool, seed: int) -> NDArray[np.float32]:
+def check_faiss() -> None:
+    """Raises MissingDependencyError where faiss is not installed."""
     try:
-        import faiss
+        import faiss  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingDependencyError("faiss, which places keys and values by k-means,", "train") from error
+
+
+def _cluster(rows_NS: NDArray[np.float32], num_codes: int, spherical: bool, seed: int) -> NDArray[np.float32]:
+    import faiss
+
     rows_NS = np.ascontiguousarray(rows_NS)
     if len(rows_NS) <= num_codes:
         again = np.resize(np.arange(len(rows_NS)), num_codes)

@@ -20,9 +20,9 @@ from torch import nn
 from dpq_rec.config import DPQConfig
 from dpq_rec.nn.choice import choose, softmax_choice
 from dpq_rec.nn.collectives import sum_over_ranks, world_size
-from dpq_rec.nn.kmeans import centroids
+from dpq_rec.nn.kmeans import centroids, check_faiss
 from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
-from dpq_rec.nn.upkeep import Revival, RunningMeans
+from dpq_rec.nn.upkeep import Revival, RunningMeans, sums_by_code
 
 
 class Quantized(NamedTuple):
@@ -99,8 +99,9 @@ class Quantizer(nn.Module):
     def start(self, queries_NQ: torch.Tensor, *, seed: int = 0) -> None:
         """Place keys and values by k-means of queries: each level's of what the levels before it left over.
 
-        Own keys become the centroids, and values too where they are as wide. Statistics begin anew. On several ranks
-        every rank calls it with the same queries; `dpq_rec.nn.start` does that for a whole model.
+        Keys become the centroids, and values the means of the queries that then choose them; values of another width
+        than the keys stay. Statistics begin anew, with the sample as all that was seen. On several ranks every rank
+        calls it with the same queries; `dpq_rec.nn.start` does that for a whole model.
 
         Args:
             queries_NQ: a sample, one row at least.
@@ -109,21 +110,37 @@ class Quantizer(nn.Module):
         Raises:
             MissingDependencyError: faiss is not installed.
         """
+        check_faiss()
         self._forget()
-        was_training, config, rest_NDS = self.training, self.config, self._grouped(queries_NQ)
+        was_training, rest_NDS = self.training, self._grouped(queries_NQ)
         self.train()  # for the sample's statistics of the scores
-        for number in range(config.num_levels):
-            groups, cosine = self._groups(number), config.resolved_metric == "cosine"
-            shared = config.share_subspaces
-            found_GKS = centroids(rest_NDS, config.num_codes, shared=shared, spherical=cosine, seed=seed + number)
-            if self.own_keys_MKS is not None:
-                self.own_keys_MKS.data[groups] = found_GKS
-            if self.own_keys_MKS is None or self.own_keys_MKS.shape == self.values_MKS.shape:
-                self.values_MKS.data[groups] = found_GKS
-            level = self._compare(number, rest_NDS, rest_NDS.new_ones(len(rest_NDS)))
-            if number + 1 < config.num_levels:
-                rest_NDS = rest_NDS - choose(level.values_DKS, level.codes_ND)
-        self.train(was_training)
+        try:
+            for number in range(self.config.num_levels):
+                rest_NDS = self._start_level(number, rest_NDS, seed + number)
+        finally:
+            self.train(was_training)
+
+    def _start_level(self, number: int, rest_NDS: torch.Tensor, seed: int) -> torch.Tensor:
+        """Place a level's keys and values; what they leave over of the queries."""
+        config, groups = self.config, self._groups(number)
+        spherical = config.resolved_metric == "cosine"
+        found_GKS = centroids(rest_NDS, config.num_codes, shared=config.share_subspaces, spherical=spherical, seed=seed)
+        (self.values_MKS if self.own_keys_MKS is None else self.own_keys_MKS).data[groups] = found_GKS
+        ones_N = rest_NDS.new_ones(len(rest_NDS))
+        codes_ND = self._compare(number, rest_NDS, ones_N).codes_ND
+        values_GKS = self.values_MKS.data[groups]
+        if found_GKS.shape != values_GKS.shape:
+            return rest_NDS
+        counts_GK, sums_GKS = sums_by_code(codes_ND, rest_NDS, ones_N, found_GKS.shape)
+        means_GKS = sums_GKS / counts_GK.clamp(min=1)[..., None]
+        if self.own_keys_MKS is not None:
+            values_GKS[counts_GK > 0] = means_GKS[counts_GK > 0]
+        elif spherical:  # as long as its queries are along it, which leaves the choice as it is
+            lengths_GK = (means_GKS * found_GKS).sum(-1)
+            values_GKS[lengths_GK > 0] *= lengths_GK[lengths_GK > 0][:, None]
+        if self.running_means is not None:
+            self.running_means.begin(groups, counts_GK, values_GKS)
+        return rest_NDS - choose(self._of_level(self.stored_values(), number), codes_ND)
 
     @property
     def keys_MKS(self) -> torch.Tensor:  # noqa: N802
@@ -206,8 +223,13 @@ class Quantizer(nn.Module):
         subspaces: slice = slice(None),
     ) -> _Level:
         """Choose the codes of a level; the batch's own statistics count where `counts_N` is given."""
-        values_DKS = self._of_level(self.stored_values(), number)[subspaces]
-        own_keys_MKS = self.own_keys_MKS
+        values_MKS: torch.Tensor = self.stored_values()
+        own_keys_MKS: torch.Tensor | None = self.own_keys_MKS
+        if self.revival is not None and torch.is_grad_enabled():
+            # Revival writes in place, maybe before this forward's backward: that must find what was compared.
+            values_MKS = values_MKS.clone()
+            own_keys_MKS = None if own_keys_MKS is None else own_keys_MKS.clone()
+        values_DKS = self._of_level(values_MKS, number)[subspaces]
         keys_DKS = values_DKS if own_keys_MKS is None else self._of_level(own_keys_MKS, number)[subspaces]
         queries_NDS = rest_NDS
         if self.config.resolved_metric == "cosine":
@@ -226,7 +248,7 @@ class Quantizer(nn.Module):
         assert isinstance(norm, ScoreNorm), "score_norms holds nothing else"
         if counts_N is None:
             return norm.running()
-        with torch.set_grad_enabled(self.config.method == "sx"):
+        with torch.set_grad_enabled(self.config.method == "sx" and torch.is_grad_enabled()):
             return norm(queries_NDS, keys_DKS, counts_N)
 
     def _penalty(self, chosen_NDS: torch.Tensor, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
@@ -261,8 +283,7 @@ class Quantizer(nn.Module):
             return
         places_P = torch.arange(len(code_P), device=code_P.device)
         subspace_P = places_P % self.config.num_subspaces if self.config.share_subspaces else group_P - groups.start
-        # Through `data`: a forward whose backward is still to come may hold these tensors, and misses nothing, since it
-        # chose none of these codes.
+        # Through `data`: a forward whose backward is still to come holds copies (see `_compare`).
         if self.own_keys_MKS is None:
             self.values_MKS.data[group_P, code_P] = drawn_PDS[places_P, subspace_P]
         else:  # the query keeps the value that it has, now from a code nearer to it

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
@@ -40,8 +42,8 @@ def replace_embeddings(
 
     Replaced are EmbeddingBagCollection, EmbeddingCollection, nn.Embedding and nn.EmbeddingBag themselves, at any depth,
     not subclasses, which may do something else. A module that stands in several places stays one. Device, training
-    mode and requires_grad are kept. Do it before optimizers are made and before DistributedModelParallel, which starts
-    the tables that it shards anew, as it does stock ones: to go on from weights there, load them and call `start`.
+    mode and requires_grad are kept; hooks on a replaced module are not. Do it before optimizers are made and before
+    DistributedModelParallel, which takes the queries over as they are, unless they are on meta.
 
     Args:
         model: plain, not sharded.
@@ -58,6 +60,8 @@ def replace_embeddings(
         ConfigError: a name that the model does not have, or a table that cannot be replaced, with the reason. The model
             is as it was.
     """
+    if any(isinstance(module, DistributedModelParallel | DistributedDataParallel) for module in model.modules()):
+        raise ConfigError("model: got one that is distributed already; replace its embeddings before it is wrapped")
     stock = list(_stock_modules(model))
     chosen = _chosen({name for found in stock for name in found.weights}, config, tables)
     stock = [found for found in stock if chosen.keys() & found.weights.keys()]
@@ -124,7 +128,13 @@ def _check(name: str, found: _Stock, config: DPQConfig, *, from_weights: bool) -
         raise ConfigError(f"table {name!r}: got weights of {weight.dtype}, want torch.float32")
     if hasattr(weight, "_in_backward_optimizers"):
         raise ConfigError(f"table {name!r}: got an optimizer fused into backward already; apply it after replacing")
-    width = config.query_dim(weight.shape[1])
+    moves_by_use = config.ema_decay is not None or config.revive_after is not None
+    if moves_by_use and not weight.requires_grad:
+        raise ConfigError(f"table {name!r}: got ema_decay or revive_after with a frozen weight, which they would move")
+    try:
+        width = config.query_dim(weight.shape[1])
+    except ConfigError as error:
+        raise ConfigError(f"table {name!r}: {error}") from error
     if from_weights and width != weight.shape[1]:
         got = f"key_dim {config.key_dim} with from_weights"
         raise ConfigError(f"table {name!r}: got {got}: weights are queries of width {weight.shape[1]}, not {width}")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from dpq_rec import kernels
 from dpq_rec.nn.collectives import sum_over_ranks
@@ -149,6 +150,7 @@ class _CentralMoments(torch.autograd.Function):
         return torch.from_numpy(kernels.central_moments(*_arrays(queries_NDS, mean_DS, weights_N)))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         by_query = torch.from_numpy(kernels.central_moments_gradient(*_arrays(*ctx.saved_tensors, gradients)))
         return by_query, -by_query.sum(0), None

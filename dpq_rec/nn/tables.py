@@ -49,6 +49,12 @@ class DPQTables(nn.Module):
     parallel. In training every rank must call forward equally often: batch statistics are summed over ranks. Keep
     data-parallel queries out of plans on CPU, where TorchRec's fail (FBGEMM #4586); stock plans are row-wise.
 
+    The penalty cannot see what a loss is multiplied by before `backward`: set `penalty_scale` to that factor, a
+    GradScaler's scale or 1 / n where n gradients are accumulated. It counts once for each forward that is
+    differentiated. Values that are running means (`ema_decay`) are no parameters to DistributedDataParallel, which
+    refuses a model that has no others: wrap such a model with init_data_parallel=False, after `start` or the same seed
+    on every rank.
+
     Args:
         tables: configs of the quantized tables, of any embedding_dim. Without an init_fn, queries start uniform in
             +-1/sqrt(E), on the scale of the keys.
@@ -61,6 +67,7 @@ class DPQTables(nn.Module):
     """
 
     padding_idx: int | None = None
+    penalty_scale = 1.0
 
     def __init__(
         self, tables: Sequence[BaseEmbeddingConfig], configs: Mapping[str, DPQConfig], device: torch.device | None
@@ -147,11 +154,12 @@ class DPQTables(nn.Module):
         return {name: asked[width][name].values() for width, names in self.names_by_width.items() for name in names}
 
     def _quantize(self, name: str, queries_NQ: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
-        quantized = self.quantizer(name)(queries_NQ, counts_N.to(queries_NQ.dtype))
+        with torch.autocast(queries_NQ.device.type, enabled=False):  # half precision would choose other codes
+            quantized = self.quantizer(name)(queries_NQ, counts_N.to(queries_NQ.dtype))
         if not self.training:
             return quantized.vectors_NE
         self.penalties[name] = quantized.penalty.detach()
-        return _WithPenalty.apply(quantized.vectors_NE, quantized.penalty)
+        return _WithPenalty.apply(quantized.vectors_NE, quantized.penalty, self.penalty_scale)
 
 
 def _query_config(table: BaseEmbeddingConfig, query_dim: int) -> EmbeddingConfig:
@@ -192,9 +200,10 @@ class _WithPenalty(torch.autograd.Function):
     """The vectors as they are; backward, the penalty gets the gradient that it would have as a summand of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, vectors_NE: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, vectors_NE: torch.Tensor, penalty: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.scale = scale
         return vectors_NE.view_as(vectors_NE)
 
     @staticmethod
-    def backward(ctx: Any, gradient_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return gradient_NE, gradient_NE.new_ones(())
+    def backward(ctx: Any, gradient_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return gradient_NE, gradient_NE.new_full((), ctx.scale), None

@@ -42,6 +42,11 @@ class RunningMeans(nn.Module):
         self.counts_MK[group_P, code_P] = 0
         self.sums_MKS[group_P, code_P] = 0
 
+    def begin(self, groups: slice, counts_GK: torch.Tensor, values_GKS: torch.Tensor) -> None:
+        """As if all batches before had held these counts, and values were their means."""
+        self.counts_MK[groups] = counts_GK
+        self.sums_MKS[groups] = values_GKS * counts_GK[..., None]
+
     @torch.no_grad()
     def update(
         self,
@@ -60,17 +65,33 @@ class RunningMeans(nn.Module):
             queries_NDS: by these queries.
             counts_N: occurrences of each row in the batch.
         """
-        weights_ND = counts_N[:, None].expand_as(codes_ND)
-        seen_NDS = torch.cat([queries_NDS * weights_ND[..., None], weights_ND[..., None]], -1)
-        slots_ND = codes_ND + _first_slots(values_GKS.shape, codes_ND)
-        batch_TS = seen_NDS.new_zeros(values_GKS.shape[:2].numel(), seen_NDS.shape[2])
-        batch_TS.index_add_(0, slots_ND.flatten(), seen_NDS.flatten(0, 1))
-        batch_GKS = sum_over_ranks(batch_TS).view(*values_GKS.shape[:2], -1)
+        found = sums_by_code(codes_ND, queries_NDS, counts_N, values_GKS.shape)
+        batch_GKS = sum_over_ranks(torch.cat([found[1], found[0][..., None]], -1))
         counts_GK, sums_GKS = self.counts_MK[groups], self.sums_MKS[groups]
         counts_GK.lerp_(batch_GKS[..., -1], 1 - self.decay)
         sums_GKS.lerp_(batch_GKS[..., :-1], 1 - self.decay)
         chosen_GK = batch_GKS[..., -1] > 0
         values_GKS[chosen_GK] = sums_GKS[chosen_GK] / counts_GK[chosen_GK][:, None]
+
+
+def sums_by_code(
+    codes_ND: torch.Tensor, queries_NDS: torch.Tensor, counts_N: torch.Tensor, value_shape: torch.Size
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a level's codes, on this rank: the occurrences [G, K] that chose each, and the sum [G, K, S] of their queries.
+
+    Args:
+        codes_ND: what was chosen.
+        queries_NDS: by these queries.
+        counts_N: occurrences of each row.
+        value_shape: [G, K, S], of the level's values.
+    """
+    weights_ND1 = counts_N[:, None, None].expand(*codes_ND.shape, 1)
+    seen_NDS = torch.cat([queries_NDS * weights_ND1, weights_ND1], -1)
+    slots_ND = codes_ND + _first_slots(value_shape, codes_ND)
+    sums_TS = seen_NDS.new_zeros(value_shape[0] * value_shape[1], seen_NDS.shape[2])
+    sums_TS.index_add_(0, slots_ND.flatten(), seen_NDS.flatten(0, 1))
+    sums_GKS = sums_TS.view(*value_shape[:2], -1)
+    return sums_GKS[..., -1], sums_GKS[..., :-1]
 
 
 class Revival(nn.Module):

@@ -333,3 +333,13 @@ def test_collection_rejects_lengths_that_do_not_fit_the_ids():
 def test_collection_rejects_what_it_cannot_do(arguments, message):
     with pytest.raises(ConfigError, match=message):
         DPQEmbeddingBagCollection(**{"tables": [table("a")], "config": DPQConfig(num_subspaces=4), **arguments})
+
+
+def test_collection_rejects_negative_lengths():
+    features = KeyedJaggedTensor(keys=["a"], values=torch.arange(2), lengths=torch.tensor([3, -1]))
+    ebc = DPQEmbeddingBagCollection(
+        [EmbeddingBagConfig(name="a", num_embeddings=20, embedding_dim=8, feature_names=["a"])],
+        DPQConfig(num_subspaces=4),
+    )
+    with pytest.raises(ValueError, match="got a length of -1, want 0 or more"):
+        ebc(features)

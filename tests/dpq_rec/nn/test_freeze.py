@@ -293,3 +293,29 @@ def test_freeze_leaves_an_existing_folder_alone(trained, tmp_path):
     (tmp_path / "artifact").mkdir()
     with pytest.raises(FileExistsError):
         freeze(trained, tmp_path / "artifact")
+
+
+def test_freeze_refuses_values_that_are_no_numbers_in_their_dtype(tmp_path):
+    module = DPQEmbedding(10, 8, DPQConfig(num_subspaces=4, values_dtype="float16"))
+    module.only_quantizer.values_MKS.data[0, 0] = 1e5  # more than half precision holds
+    with pytest.raises(ConfigError, match="no finite numbers in float16; did the training diverge"):
+        freeze(module, tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_an_error_of_the_callers_progress_leaves_nothing_behind(tmp_path):
+    def progress(num_rows):
+        raise ValueError("a bar that broke")
+
+    with pytest.raises(ValueError, match="a bar that broke"):
+        freeze(DPQEmbedding(10, 8, DPQConfig(num_subspaces=4)), tmp_path / "artifact", progress=progress)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_bag_s_padding_has_no_vector(tmp_path):
+    bag = nn.EmbeddingBag(6, 4, padding_idx=2, mode="sum")
+    nn.init.ones_(bag.weight)
+    freeze(nn.ModuleDict({"bag": bag}), tmp_path / "artifact", tables=["bag"])
+    vectors, missing = EmbeddingStore.open(tmp_path / "artifact").lookup("bag", [1, 2])
+    assert missing.tolist() == [1]
+    assert np.array_equal(vectors, bag(torch.tensor([[1], [2]])).detach().numpy())

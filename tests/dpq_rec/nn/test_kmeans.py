@@ -1,11 +1,13 @@
 """The data-driven start held to faiss, to what a start is for: a smaller error."""
 
+import sys
+
 import faiss
 import numpy as np
 import pytest
 import torch
 
-from dpq_rec import DPQConfig
+from dpq_rec import DPQConfig, MissingDependencyError
 from dpq_rec.nn import Quantizer
 from dpq_rec.nn.kmeans import centroids
 
@@ -93,3 +95,44 @@ def test_shared_centroids_are_those_of_all_groups_together():
     groups = queries().view(-1, 2, 4)
     together = centroids(groups.transpose(0, 1).reshape(-1, 1, 4), 8, shared=False, spherical=False, seed=0)
     assert torch.equal(centroids(groups, 8, shared=True, spherical=False, seed=0), together)
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "cosine"}, {"metric": "cosine", "tie_keys": True}], ids=str)
+def test_start_suits_queries_of_any_length(options):
+    """As torch's tables are often initialised: far shorter than the directions that cosine clusters."""
+    rows = queries() * 0.02
+    quantizer = Quantizer(8, DPQConfig(method="sx", num_subspaces=4, num_codes=16, **options))
+    quantizer.start(rows)
+    assert error(quantizer, rows) < 0.6 * (rows**2).mean()
+
+
+def test_start_gives_own_values_the_means_of_the_queries_that_choose_them():
+    rows = queries()
+    quantizer = Quantizer(8, DPQConfig(method="sx", num_subspaces=2, num_codes=8, batch_norm=False))
+    quantizer.start(rows)
+    codes = quantizer.encode(rows)
+    for d in range(2):
+        for code in codes[:, d].unique():
+            mean = rows[codes[:, d] == code, 4 * d : 4 * d + 4].mean(0)
+            torch.testing.assert_close(quantizer.values_MKS.detach()[d, code], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_running_means_go_on_from_the_start():
+    rows = queries()
+    quantizer = Quantizer(8, DPQConfig(method="vq", num_subspaces=2, num_codes=16, ema_decay=0.99, batch_norm=False))
+    quantizer.start(rows)
+    before = quantizer.values_MKS.detach().clone()
+    quantizer.train()(rows[:20] + 1)
+    moved = (quantizer.values_MKS - before).norm(dim=-1)
+    assert 0 < moved.max() < 0.05
+
+
+def test_start_without_faiss_leaves_the_quantizer_as_it_was(monkeypatch):
+    quantizer = Quantizer(8, DPQConfig(method="vq", num_subspaces=2, num_codes=8))
+    quantizer(queries(50))
+    state = {name: tensor.clone() for name, tensor in quantizer.eval().state_dict().items()}
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(MissingDependencyError, match=r"faiss.* pip install 'dpq-rec\[train\]'"):
+        quantizer.start(queries())
+    assert not quantizer.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in quantizer.state_dict().items())

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection, EmbeddingCollection, KeyedJaggedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.models.deepfm import SimpleDeepFMNN
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
@@ -280,3 +281,26 @@ def test_replace_refuses_and_leaves_the_model_as_it_was(model, arguments, messag
     with pytest.raises(ConfigError, match=message):
         replace_embeddings(model, **arguments)
     assert [id(module) for module in model.modules()] == before
+
+
+def test_queries_from_weights_outlive_sharding(one_rank):
+    weights = torch.randn(100, 16)
+    stock = EmbeddingBagCollection(
+        tables=[EmbeddingBagConfig(name="a", num_embeddings=100, embedding_dim=16, feature_names=["a"])]
+    )
+    stock.embedding_bags["a"].weight.data.copy_(weights)
+    model = nn.Sequential(replace_embeddings(stock, DPQConfig(method="vq", num_subspaces=4), from_weights=True))
+    values = model[0].quantizer("a").values_MKS.detach().clone()
+    DistributedModelParallel(model, device=torch.device("cpu"))
+    (shard,) = model[0].query_weights()["a"].local_shards()
+    assert torch.equal(shard.tensor, weights)
+    assert torch.equal(model[0].quantizer("a").values_MKS, values)
+    wrapped = DistributedModelParallel(nn.Linear(2, 2), device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="distributed already"):
+        replace_embeddings(nn.ModuleDict({"model": wrapped}), DPQConfig())
+
+
+def test_a_frozen_weight_refuses_what_moves_by_use():
+    embedding = nn.Embedding(20, 16).requires_grad_(False)
+    with pytest.raises(ConfigError, match="with a frozen weight, which they would move"):
+        replace_embeddings(embedding, DPQConfig(method="vq", num_subspaces=4, ema_decay=0.9))

@@ -9,6 +9,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from dpq_rec import IdTypeError
 from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBag, DPQEmbeddingBagCollection, DPQEmbeddingCollection
 from tests.dpq_rec.nn.modules import KINDS, STRAIGHT, batch, build, config, keyed, queries, train, two_tables, vectors
 from tests.dpq_rec.nn.options import OPTIONS
@@ -189,3 +190,32 @@ def test_states_of_these_tests_hold_everything_that_moves():
         "num_draws",
         "weight",
     }
+
+
+def test_penalty_is_scaled_as_the_loss_is():
+    """What a GradScaler, or accumulation, does to the loss, the penalty must follow to keep its weight."""
+    gradients = []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(0)
+        module = DPQEmbedding(20, 12, config(method="vq"))
+        module.penalty_scale = scale
+        (module(torch.arange(20)).square().mean() * scale).backward()
+        gradients.append(module.only_quantizer.values_MKS.grad / scale)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
+def test_autocast_changes_no_code():
+    outputs = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        module = DPQEmbedding(20, 12, config())
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs.append(module(torch.arange(20)))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([1.7]), torch.tensor([True])])
+def test_modules_reject_ids_that_are_no_integers(ids):
+    with pytest.raises(IdTypeError, match=r"want torch.int64 or torch.int32"):
+        DPQEmbedding(20, 12, config())(ids)
