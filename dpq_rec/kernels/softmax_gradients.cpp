@@ -65,75 +65,97 @@ DPQ_INLINE typename Lanes<kLanes>::Floats exp_of_negative(typename Lanes<kLanes>
   return mantissa * power;
 }
 
-// One query and one subspace. kDim is the width of keys and values where both are the same and known, else 0.
+// One query and one subspace, and room for its K scores, weights and pulls. kDim is the width of keys and values where
+// both are the same and known, else 0.
+template <int kDim>
+struct Choice {
+  const Args& a;
+  int64_t n, j;
+  int64_t P = a.padded_codes, X = kDim ? kDim : a.key_dim, S = kDim ? kDim : a.value_dim;
+  int64_t at = n * a.num_subspaces + j;
+  const float *query = a.queries + at * X, *keys = a.keys + j * X * P;
+  const float *gradient = a.gradients + at * S, *values = a.values + j * S * P;
+  float *scores = a.scratch, *weights = a.scratch + P, *pulls = a.scratch + 2 * P;
+};
+
+// Scores, and logits in the place of weights; the highest logit.
 template <bool kEuclidean, int kDim, int kLanes>
-DPQ_INLINE void one_choice(const Args& a, int64_t n, int64_t j) {
+DPQ_INLINE float score_codes(const Choice<kDim>& c) {
   using V = Lanes<kLanes>;
   using Floats = typename V::Floats;
-  const int64_t X = kDim ? kDim : a.key_dim, S = kDim ? kDim : a.value_dim, P = a.padded_codes;
-  const float* query = a.queries + (n * a.num_subspaces + j) * X;
-  const float* gradient = a.gradients + (n * a.num_subspaces + j) * S;
-  const float* keys = a.keys + j * X * P;
-  const float* values = a.values + j * S * P;
-  float *scores = a.scratch, *weights = a.scratch + P, *pulls = a.scratch + 2 * P;
-
   Floats highest = Floats{} - std::numeric_limits<float>::infinity();
-  for (int64_t k = 0; k < P; k += kLanes) {
+  for (int64_t k = 0; k < c.P; k += kLanes) {
     Floats score = Floats{};
-    for (int64_t x = 0; x < X; ++x) {
-      const Floats key = V::load(keys + x * P + k);
+    for (int64_t x = 0; x < c.X; ++x) {
+      const Floats key = V::load(c.keys + x * c.P + k);
       if (kEuclidean) {
-        const Floats difference = key - query[x];
+        const Floats difference = key - c.query[x];
         score -= difference * difference;
       } else {
-        score += key * query[x];
+        score += key * c.query[x];
       }
     }
-    const Floats logit = score * V::load(a.scale + k) + V::load(a.shift + k);
+    const Floats logit = score * V::load(c.a.scale + k) + V::load(c.a.shift + k);
     highest = logit > highest ? logit : highest;
-    V::store(scores + k, score);
-    V::store(weights + k, logit);
+    V::store(c.scores + k, score);
+    V::store(c.weights + k, logit);
   }
   float top = highest[0];
   for (int i = 1; i < kLanes; ++i) top = std::max(top, highest[i]);
+  return top;
+}
 
+struct Sums {
+  float weights, pulls;  // over codes, of the weights, and of weight * pull
+};
+
+// Weights that do not add up to one yet, and pulls: what the loss gains from more of each code's value.
+template <int kDim, int kLanes>
+DPQ_INLINE Sums weigh_codes(const Choice<kDim>& c, float top) {
+  using V = Lanes<kLanes>;
+  using Floats = typename V::Floats;
   Floats sum_of_weights = Floats{}, sum_of_pulls = Floats{};
-  for (int64_t k = 0; k < P; k += kLanes) {
-    Floats pull = Floats{};  // what the loss gains from more of this code's value
-    for (int64_t s = 0; s < S; ++s) pull += V::load(values + s * P + k) * gradient[s];
-    const Floats weight = exp_of_negative<kLanes>(V::load(weights + k) - top);
+  for (int64_t k = 0; k < c.P; k += kLanes) {
+    Floats pull = Floats{};
+    for (int64_t s = 0; s < c.S; ++s) pull += V::load(c.values + s * c.P + k) * c.gradient[s];
+    const Floats weight = exp_of_negative<kLanes>(V::load(c.weights + k) - top);
     sum_of_weights += weight;
     sum_of_pulls += weight * pull;
-    V::store(weights + k, weight);
-    V::store(pulls + k, pull);
+    V::store(c.weights + k, weight);
+    V::store(c.pulls + k, pull);
   }
-  const float inverse = 1 / sum<kLanes>(sum_of_weights), mean_pull = sum<kLanes>(sum_of_pulls) * inverse;
+  return {sum<kLanes>(sum_of_weights), sum<kLanes>(sum_of_pulls)};
+}
 
-  constexpr int kMaxDim = kDim ? kDim : 1;
-  Floats query_gradient[kMaxDim] = {};
-  float* key_gradients = a.key_gradients + j * X * P;
-  float* value_gradients = a.value_gradients + j * S * P;
-  float* query_out = a.query_gradients + (n * a.num_subspaces + j) * X;
-  for (int64_t k = 0; k < P; k += kLanes) {
-    const Floats weight = V::load(weights + k) * inverse;
-    const Floats of_logit = weight * (V::load(pulls + k) - mean_pull);
-    V::store(a.shift_gradients + k, V::load(a.shift_gradients + k) + of_logit);
-    V::store(a.scale_gradients + k, V::load(a.scale_gradients + k) + of_logit * V::load(scores + k));
-    const Floats of_score = of_logit * V::load(a.scale + k);
-    for (int64_t x = 0; x < X; ++x) {
-      const Floats key = V::load(keys + x * P + k);
-      const Floats towards_key = kEuclidean ? 2 * of_score * (key - query[x]) : of_score * key;
-      const Floats of_key = kEuclidean ? -towards_key : of_score * query[x];
-      V::store(key_gradients + x * P + k, V::load(key_gradients + x * P + k) + of_key);
+template <bool kEuclidean, int kDim, int kLanes>
+DPQ_INLINE void add_gradients(const Choice<kDim>& c, Sums sums) {
+  using V = Lanes<kLanes>;
+  using Floats = typename V::Floats;
+  const float inverse = 1 / sums.weights, mean_pull = sums.pulls * inverse;
+  Floats query_gradient[kDim ? kDim : 1] = {};
+  float* key_gradients = c.a.key_gradients + c.j * c.X * c.P;
+  float* value_gradients = c.a.value_gradients + c.j * c.S * c.P;
+  float* query_out = c.a.query_gradients + c.at * c.X;
+  const auto add = [](float* to, const Floats& more) __attribute__((always_inline)) {
+    V::store(to, V::load(to) + more);
+  };
+  for (int64_t k = 0; k < c.P; k += kLanes) {
+    const Floats weight = V::load(c.weights + k) * inverse;
+    const Floats of_logit = weight * (V::load(c.pulls + k) - mean_pull);
+    add(c.a.shift_gradients + k, of_logit);
+    add(c.a.scale_gradients + k, of_logit * V::load(c.scores + k));
+    const Floats of_score = of_logit * V::load(c.a.scale + k);
+    for (int64_t x = 0; x < c.X; ++x) {
+      const Floats key = V::load(c.keys + x * c.P + k);
+      const Floats towards_key = kEuclidean ? 2 * of_score * (key - c.query[x]) : of_score * key;
+      add(key_gradients + x * c.P + k, kEuclidean ? -towards_key : of_score * c.query[x]);
       if (kDim) {
         query_gradient[kDim ? x : 0] += towards_key;
       } else {
         query_out[x] += sum<kLanes>(towards_key);
       }
     }
-    for (int64_t s = 0; s < S; ++s) {
-      V::store(value_gradients + s * P + k, V::load(value_gradients + s * P + k) + weight * gradient[s]);
-    }
+    for (int64_t s = 0; s < c.S; ++s) add(value_gradients + s * c.P + k, weight * c.gradient[s]);
   }
   for (int x = 0; x < kDim; ++x) query_out[x] = sum<kLanes>(query_gradient[x]);
 }
@@ -144,7 +166,11 @@ DPQ_INLINE void every_choice(const Args& a) {
   for (int64_t start = 0; start < a.num_queries; start += kBlock) {
     const int64_t stop = std::min(start + kBlock, a.num_queries);
     for (int64_t j = 0; j < a.num_subspaces; ++j) {
-      for (int64_t n = start; n < stop; ++n) one_choice<kEuclidean, kDim, kLanes>(a, n, j);
+      for (int64_t n = start; n < stop; ++n) {
+        const Choice<kDim> choice{a, n, j};
+        const float top = score_codes<kEuclidean, kDim, kLanes>(choice);
+        add_gradients<kEuclidean, kDim, kLanes>(choice, weigh_codes<kDim, kLanes>(choice, top));
+      }
     }
   }
 }
