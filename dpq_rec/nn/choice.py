@@ -6,7 +6,7 @@ eq. 5). On CPU the soft choice exists in the backward pass alone, a query at a t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -24,43 +24,44 @@ def choose(values_DKS: torch.Tensor, codes_ND: torch.Tensor) -> torch.Tensor:
     return chosen_TS.view(*codes_ND.shape, subspace_dim)
 
 
-def softmax_choice(
-    queries_NDS: torch.Tensor,
-    keys_DKS: torch.Tensor,
-    values_DKS: torch.Tensor,
-    affine: Affine,
-    codes_ND: torch.Tensor,
-    *,
-    score: Score,
-    temperature: float,
-) -> torch.Tensor:
+class Compared(NamedTuple):
+    """Queries, what they were compared with, and the codes that won.
+
+    Attributes:
+        queries_NDX: as they were compared; X may differ from S.
+        keys_DKX: what with.
+        values_DKS: what the codes stand for.
+        affine: of the scores.
+        codes_ND: the highest normalised scores (int64).
+    """
+
+    queries_NDX: torch.Tensor
+    keys_DKX: torch.Tensor
+    values_DKS: torch.Tensor
+    affine: Affine
+    codes_ND: torch.Tensor
+
+
+def softmax_choice(compared: Compared, *, score: Score, temperature: float) -> torch.Tensor:
     """The values [N, D, S] of the codes, with the gradients of the mixture by softmax of the scores / temperature.
 
     Args:
-        queries_NDS: what is compared with the keys, which may be narrower or wider than the values.
-        keys_DKS: keys.
-        values_DKS: values.
-        affine: of the scores.
-        codes_ND: the chosen codes.
+        compared: queries, keys, values and the codes that were chosen.
         score: which score.
         temperature: of the softmax (DPQ paper, eq. 4).
     """
-    affine = Affine(affine.scale_K / temperature, affine.shift_K / temperature)
-    if queries_NDS.device.type == "cpu" and queries_NDS.dtype == torch.float32:
-        return _SoftmaxChoice.apply(queries_NDS, keys_DKS, values_DKS, *affine, codes_ND, score)
-    return composed(queries_NDS, keys_DKS, values_DKS, affine, codes_ND, score)
+    affine = Affine(compared.affine.scale_K / temperature, compared.affine.shift_K / temperature)
+    compared = compared._replace(affine=affine)
+    queries_NDX = compared.queries_NDX
+    if queries_NDX.device.type == "cpu" and queries_NDX.dtype == torch.float32:
+        return _SoftmaxChoice.apply(*compared[:3], *affine, compared.codes_ND, score)
+    return composed(compared, score)
 
 
-def composed(
-    queries_NDS: torch.Tensor,
-    keys_DKS: torch.Tensor,
-    values_DKS: torch.Tensor,
-    affine: Affine,
-    codes_ND: torch.Tensor,
-    score: Score,
-) -> torch.Tensor:
-    """The same out of torch's own operations, on any device and in any precision."""
-    logits_NDK = scores(queries_NDS, keys_DKS, score) * affine.scale_K + affine.shift_K
+def composed(compared: Compared, score: Score) -> torch.Tensor:
+    """The same out of torch's own operations, on any device and in any precision, at temperature 1."""
+    queries_NDX, keys_DKX, values_DKS, affine, codes_ND = compared
+    logits_NDK = scores(queries_NDX, keys_DKX, score) * affine.scale_K + affine.shift_K
     soft_DNS = torch.bmm(logits_NDK.softmax(-1).transpose(0, 1), values_DKS)
     soft_NDS = soft_DNS.transpose(0, 1)
     # The difference is exactly zero: forward gives the very bits of eval mode.

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dpq_rec.config import DPQConfig
-from dpq_rec.nn.choice import choose, softmax_choice
+from dpq_rec.nn.choice import Compared, choose, softmax_choice
 from dpq_rec.nn.collectives import sum_over_ranks, world_size
 from dpq_rec.nn.kmeans import centroids, check_faiss
 from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
@@ -38,16 +38,6 @@ class Quantized(NamedTuple):
     codes_NM: torch.Tensor
     vectors_NE: torch.Tensor
     penalty: torch.Tensor
-
-
-class _Level(NamedTuple):
-    """One level at work: what its queries are compared with, and how."""
-
-    queries_NDS: torch.Tensor
-    keys_DKS: torch.Tensor
-    values_DKS: torch.Tensor
-    affine: Affine
-    codes_ND: torch.Tensor
 
 
 class Quantizer(nn.Module):
@@ -173,7 +163,7 @@ class Quantizer(nn.Module):
                 self._revive(number, rest_NDS.detach())
             level = self._compare(number, rest_NDS, counts_N)
             if self.config.method == "sx":
-                emitted_NDS = softmax_choice(*level, score=self.score, temperature=self.config.temperature)
+                emitted_NDS = softmax_choice(level, score=self.score, temperature=self.config.temperature)
             else:
                 chosen_NDS = choose(level.values_DKS, level.codes_ND)
                 penalty = penalty + self._penalty(chosen_NDS, rest_NDS, counts_N)
@@ -221,7 +211,7 @@ class Quantizer(nn.Module):
         rest_NDS: torch.Tensor,
         counts_N: torch.Tensor | None,
         subspaces: slice = slice(None),
-    ) -> _Level:
+    ) -> Compared:
         """Choose the codes of a level; the batch's own statistics count where `counts_N` is given."""
         values_MKS: torch.Tensor = self.stored_values()
         own_keys_MKS: torch.Tensor | None = self.own_keys_MKS
@@ -236,7 +226,7 @@ class Quantizer(nn.Module):
             queries_NDS, keys_DKS = directions(queries_NDS), directions(keys_DKS)
         affine = self._affine(number, queries_NDS, keys_DKS, counts_N)
         codes_ND = encode(queries_NDS, keys_DKS, affine, self.score)
-        return _Level(queries_NDS, keys_DKS, values_DKS, affine, codes_ND)
+        return Compared(queries_NDS, keys_DKS, values_DKS, affine, codes_ND)
 
     def _affine(
         self, number: int, queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor | None
