@@ -68,6 +68,14 @@ def open_source(config: RunConfig) -> Source:
     return Source(interactions, columns, counts)
 
 
+def distinct_values(source: Source, name: str) -> ColumnVocabulary:
+    """The exact vocabulary of a column: its own where each of its values has a row; every rank calls it."""
+    own = source.columns[name]
+    if len(getattr(own.vocabulary, "rows_U", ())) == own.num_embeddings:
+        return own
+    return _from_rank_0(source.interactions, name, VocabularyPolicy())
+
+
 def _population(config: RunConfig) -> SyntheticConfig:
     data = config.data
     sizes: dict[str, Any] = {

@@ -64,7 +64,7 @@ class RetrievalTask:
     def __init__(self, config: RunConfig, source: Source, device: torch.device) -> None:
         assert isinstance(config.model, TwoTowerOptions), "the configuration is checked"
         self.config, self.options, self.source, self.device = config, config.model, source, device
-        self.retrieval = Retrieval(source.interactions, source.vocabularies, config.model)
+        self.retrieval = Retrieval(source, config.model)
 
     def model(self) -> TwoTower:
         """See `Task.model`."""
