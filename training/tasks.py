@@ -136,6 +136,8 @@ class ClickTask:
         )
         logits, labels = [torch.empty(0)], [torch.empty(0)]
         for batch in batches:
+            if not batch.num_examples:  # fewer rows left than ranks: TorchRec splits no empty batch
+                continue
             logits.append(self._logits(served, batch).cpu())
             labels.append(torch.from_numpy(batch.labels_B))
         return click_metrics(torch.cat(logits), torch.cat(labels))

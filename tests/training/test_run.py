@@ -19,7 +19,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpq_rec import EmbeddingStore, unpack_codes, verify
+from training import tasks
 from training.__main__ import main
+from training.data.batches import eval_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--num-users", "3000", "--num-items", "500", "--num-interactions", "60000", "--data", "synthetic"]
@@ -247,6 +249,28 @@ def test_dlrm_needs_no_features(tmp_path):
     metrics = metrics_of(tmp_path / "run")
     assert metrics["tables"]["user_id"]["num_embeddings"] == 64
     assert metrics["metrics"]["auc"] > 0.5
+
+
+def test_dlrm_measures_a_split_of_fewer_rows_than_ranks(tmp_path, monkeypatch):
+    """One rank reads what three would, one of which has no row."""
+    ids, splits = np.arange(60), np.zeros(60, np.int8)
+    splits[:4] = [1, 1, 2, 2]
+    columns = {"user_id": ids % 20, "item_id": ids % 7, "label": ids % 2, "split": splits}
+    pq.write_table(pa.table(columns), tmp_path / "data.parquet")
+    counts = []
+
+    def of_three_ranks(*arguments, **options):
+        for rank in range(3):
+            counts.append([])
+            for batch in eval_batches(*arguments, **{**options, "rank": rank, "world_size": 3}):
+                counts[-1].append(batch.num_examples)
+                yield batch
+
+    monkeypatch.setattr(tasks, "eval_batches", of_three_ranks)
+    arguments = ["--data", tmp_path / "data.parquet", "--embedding", "full", "--epochs", 1]
+    assert alone("dlrm", *arguments, "--out", tmp_path / "run") == 0
+    assert counts == [[1], [1], [0]] * 2
+    assert set(metrics_of(tmp_path / "run")["metrics"]) == {"auc", "normalised_entropy"}
 
 
 def test_dlrm_refuses_data_without_labels_and_features_that_are_not_there(tmp_path, capsys):
