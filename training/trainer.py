@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.nn import freeze, start
-from training.board import TENSORBOARD, Board
+from training.board import TENSORBOARD, Board, summary_writer
 from training.checkpoint import (
     ARTIFACT,
     CHECKPOINTS,
@@ -55,7 +55,9 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: settings, data or DIR that make no sense.
+        MissingDependencyError: tensorboard is not installed.
     """
+    summary_writer()  # every rank looks for it before one waits for another
     device = choose_device(config)
     with process_group(device):
         claim = on_rank_0(lambda: claim_folder(config, dist.get_world_size()))
