@@ -13,8 +13,9 @@ from typing import Any
 
 from dpq_rec import ConfigError, DpqRecError
 from training.config import RunConfig, options_of, value_of, with_changes
-from training.flags import Option, add_flag
+from training.flags import add_flag
 from training.recipes import RECIPES, load
+from training.refusals import options_of_others, refuse_meaningless, refuse_options_of_others
 
 PROGRAM = "python -m training"
 EXAMPLES = """examples:
@@ -26,10 +27,6 @@ EXAMPLES = """examples:
 
 A run that was killed goes on where it stood when it is started again with the same --out; with torchrun's
 --max-restarts it does so by itself. TensorBoard shows how a run goes: tensorboard --logdir runs"""
-_REASONS = {
-    "two-tower": "dlrm scores a pair by itself and has labels: it draws no items and compares no two vectors",
-    "dlrm": "two-tower has no layer after its tables",
-}
 
 
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
@@ -52,7 +49,9 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     start = before or RECIPES[name]("synthetic", "run").as_dict()
     flags = vars(_recipe_parser(name, start, is_rerun=before is not None).parse_args(given))
     flags.pop("config", None)
-    _refuse_options_of_others(name, flags)
+    refuse_options_of_others(name, RECIPES, flags)
+    options = options_of(name)
+    refuse_meaningless(options, {option.flag: value_of(start, option) for option in options} | flags, flags)
     return with_changes(start, flags)
 
 
@@ -95,22 +94,10 @@ def _recipe_parser(recipe: str, start: Mapping[str, Any], *, is_rerun: bool) -> 
             groups[option.path[0]] = parser.add_argument_group(option.group)
         required = option.flag == "out" or (option.flag == "data" and not is_rerun)
         add_flag(groups[option.path[0]], option, value_of(start, option), required=required)
-    for option in _options_of_others(recipe):
-        names = (f"--{option.flag}", f"--no-{option.flag}")
-        parser.add_argument(*names, nargs="?", dest=option.flag, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    for flag in options_of_others(recipe, RECIPES):
+        names = (f"--{flag}", f"--no-{flag}")
+        parser.add_argument(*names, nargs="?", dest=flag, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     return parser
-
-
-def _options_of_others(recipe: str) -> list[Option]:
-    own = {option.flag for option in options_of(recipe)}
-    return [option for other in RECIPES for option in options_of(other) if option.flag not in own]
-
-
-def _refuse_options_of_others(recipe: str, flags: dict[str, object]) -> None:
-    for other in RECIPES:
-        for option in options_of(other):
-            if option in _options_of_others(recipe) and option.flag in flags:
-                raise ConfigError(f"--{option.flag} is an option of {other}: {_REASONS[other]}; leave it out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

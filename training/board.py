@@ -9,12 +9,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from dpq_rec import CodeLayout
 from dpq_rec.errors import MissingDependencyError
 from training.evaluation.code_stats import CodeStats
 
 TENSORBOARD = "tensorboard"
+
+
+def summary_writer() -> Any:
+    """TensorBoard's class of writers.
+
+    Raises:
+        MissingDependencyError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependencyError("tensorboard, which training writes for,", "train") from error
+    return SummaryWriter
 
 
 class Board:
@@ -24,19 +38,12 @@ class Board:
         folder: DIR/tensorboard.
         num_steps_done: steps before this process began.
         is_writer: whether this rank writes; on others all calls do nothing.
-
-    Raises:
-        MissingDependencyError: tensorboard is not installed.
     """
 
     def __init__(self, folder: Path, num_steps_done: int, *, is_writer: bool) -> None:
         self._writer = None
         if is_writer:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise MissingDependencyError("tensorboard, which training writes for,", "train") from error
-            self._writer = SummaryWriter(str(folder), purge_step=num_steps_done + 1)
+            self._writer = summary_writer()(str(folder), purge_step=num_steps_done + 1)
 
     def __enter__(self) -> Board:
         return self

@@ -24,10 +24,10 @@ from torchrec.optim.keyed import CombinedOptimizer
 from dpq_rec import ConfigError
 from training.board import TENSORBOARD
 from training.config import SYNTHETIC, RunConfig
+from training.parallel import on_rank_0
 
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+CONFIG, CHECKPOINTS, METRICS, ARTIFACT = "config.json", "checkpoints", "metrics.json", "artifact"
 _LOCK = ".lock"
-_KEPT = 2  # the newest, and the one before it in case a disk lied
 _MAY_CHANGE = {"run.out", "run.device"}  # settings that do not change what is trained
 
 
@@ -36,6 +36,7 @@ class Progress:
     """Where a run stands after an epoch.
 
     Attributes:
+        data: digest of what is trained on.
         epoch: epochs that are done.
         best_epoch: the one with the best validation metric, 0 before the first.
         best_metric: that metric.
@@ -45,6 +46,7 @@ class Progress:
         history: one entry an epoch, as metrics.json shows it.
     """
 
+    data: str = ""
     epoch: int = 0
     best_epoch: int = 0
     best_metric: float = -1.0
@@ -57,7 +59,7 @@ class Progress:
 def claim_folder(config: RunConfig, world_size: int) -> IO[str]:
     """Make DIR this run's, or find that it is already. Rank 0 alone calls it.
 
-    A run that left no checkpoint has trained nothing worth keeping: other settings take its place.
+    A run that left no checkpoint, artifact or metrics has trained nothing worth keeping: other settings take its place.
 
     Returns:
         An open file; while it is open, no other process can claim DIR.
@@ -80,7 +82,8 @@ def claim_folder(config: RunConfig, world_size: int) -> IO[str]:
     here, there = dict(_settings(json.loads(json.dumps(wanted)))), dict(_settings(found))
     names = [name for name in {**here, **there} if name not in _MAY_CHANGE and here.get(name) != there.get(name)]
     differing = [f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names]
-    if differing and find_checkpoints(out / CHECKPOINTS):
+    has_trained = find_checkpoints(out / CHECKPOINTS) or (out / METRICS).exists() or (out / ARTIFACT).exists()
+    if differing and has_trained:
         claim.close()
         raise ConfigError(f"--out: {out} belongs to another run ({'; '.join(differing)}); name another folder")
     if differing:
@@ -97,6 +100,14 @@ def _settings(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str
             yield from _settings(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value
+
+
+def finished_results(out: Path) -> dict[str, Any] | None:
+    """What metrics.json of a finished run holds, on every rank; None where the run is not finished."""
+    path = out / METRICS
+    box = [on_rank_0(lambda: json.loads(path.read_text()) if path.exists() else None)]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -120,10 +131,11 @@ class Checkpoints:
         folder: DIR/checkpoints.
         model: wrapped in DistributedModelParallel.
         optimizer: of all its parameters.
+        data: digest of what is trained on.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: CombinedOptimizer) -> None:
-        self.folder, self.model, self.optimizer = folder, model, optimizer
+    def __init__(self, folder: Path, model: nn.Module, optimizer: CombinedOptimizer, data: str) -> None:
+        self.folder, self.model, self.optimizer, self.data = folder, model, optimizer, data
 
     def save(self, progress: Progress) -> None:
         """Write the state after an epoch; every rank calls it."""
@@ -135,20 +147,27 @@ class Checkpoints:
         if dist.get_rank() == 0:
             write_json(aside / "progress.json", dataclasses.asdict(progress))
             aside.rename(final)
-            for old in find_checkpoints(self.folder)[:-_KEPT]:
+            for old in find_checkpoints(self.folder)[:-1]:
                 shutil.rmtree(old)
         dist.barrier()
 
     def load_latest(self) -> Progress:
-        """Bring model and optimizer to the last checkpoint; a new run's progress where there is none."""
+        """Bring model and optimizer to the last checkpoint; a new run's progress where there is none.
+
+        Raises:
+            ConfigError: the checkpoint is of other data.
+        """
         found = find_checkpoints(self.folder)
         if not found:
-            return Progress()
+            return Progress(data=self.data)
+        progress = Progress(**json.loads((found[-1] / "progress.json").read_text()))
+        if progress.data != self.data:
+            raise ConfigError(f"--data: the data have changed since epoch {progress.epoch}; name another --out")
         state = self._state()
         dcp.load(state, checkpoint_id=str(found[-1]))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        return Progress(**json.loads((found[-1] / "progress.json").read_text()))
+        return progress
 
     def _state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -269,7 +269,7 @@ def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> RunC
     of_dpq = [flag for flag in changes if by_flag[flag].path[1] == "dpq"]
     if kind == "full" and of_dpq:
         raise ConfigError(f"--{of_dpq[0]}: --embedding full has plain tables, without such an option; leave it out")
-    quantized = {**(config["embedding"]["dpq"] or {}), "method": METHODS.get(kind)}
+    quantized = {**(config["embedding"]["dpq"] or {}), "method": METHODS.get(str(kind))}
     config["embedding"]["dpq"] = None if kind == "full" else quantized
     for flag, value in changes.items():
         *above, name = by_flag[flag].path

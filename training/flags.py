@@ -111,7 +111,8 @@ def _converter(kind: Any) -> Callable[[str], Any]:
             return tuple(get_args(inner)[0](part) for part in text.split(",") if part)
         return inner(text)
 
-    convert.__name__ = getattr(inner, "__name__", str(inner))  # argparse names it where the text is wrong
+    named = get_args(inner)[0] if get_origin(inner) is tuple else inner
+    convert.__name__ = named.__name__  # argparse names it where the text is wrong
     return convert
 
 
@@ -141,7 +142,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: got {value!r}, want one of {', '.join(map(str, get_args(inner)))}")
         return value
     wanted = (int, float) if inner is float else inner
-    if not isinstance(inner, type) or not isinstance(value, wanted) or (inner is not bool and value is True):
+    if not isinstance(inner, type) or not isinstance(value, wanted) or (inner is not bool and isinstance(value, bool)):
         raise ConfigError(f"{where}: got {value!r}, want a value of type {getattr(inner, '__name__', inner)}")
     return inner(value)
 

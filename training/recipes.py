@@ -61,6 +61,8 @@ RECIPES: dict[str, Callable[[str, str], RunConfig]] = {"two-tower": two_tower, "
 def load(path: str) -> dict[str, Any]:
     """The configuration of a run that was, from its metrics.json, as `RunConfig.as_dict` gave it; not checked yet.
 
+    An option that it lacks, since it came later, has the recipe's default.
+
     Raises:
         ConfigError: the file holds none.
     """
@@ -70,8 +72,21 @@ def load(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config: {path} cannot be read: {error}; want a run's metrics.json") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ConfigError(f"--config: {path} holds no configuration; want a run's metrics.json")
-    if content["config"].get("recipe") not in RECIPES:
-        raise ConfigError(
-            f"--config: {path} is of recipe {content['config'].get('recipe')!r}; want {', '.join(RECIPES)}"
-        )
-    return content["config"]
+    recipe = content["config"].get("recipe")
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise ConfigError(f"--config: {path} is of recipe {recipe!r}; want {', '.join(RECIPES)}")
+    return _completed(content["config"], RECIPES[recipe]("synthetic", "run").as_dict(), f"--config: {path}: ")
+
+
+def _completed(given: dict[str, Any], defaults: dict[str, Any], where: str) -> dict[str, Any]:
+    """Options as given, groups of them too, and the defaults of those that are not there."""
+    completed = {**defaults, **given}
+    for name, default in defaults.items():
+        may_lack = name == "dpq" and completed[name] is None  # of plain tables
+        if isinstance(default, dict) and not may_lack:
+            if not isinstance(completed[name], dict):
+                raise ConfigError(f"{where}{name}: got {completed[name]!r}, want a group of options")
+            completed[name] = _completed(completed[name], default, f"{where}{name}.")
+        elif isinstance(completed[name], dict):
+            raise ConfigError(f"{where}{name}: got {completed[name]!r}, want one value")
+    return completed

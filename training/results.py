@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,16 @@ from training.checkpoint import Progress
 from training.config import RunConfig
 
 
+class Used(NamedTuple):
+    """What a rank trained with: its device, and examples and drawn negatives of a step, less than asked for maybe."""
+
+    device: torch.device
+    batch_size: int
+    num_negatives: int
+
+
 def results(
-    config: RunConfig, store: EmbeddingStore, progress: Progress, test: Mapping[str, float], device: torch.device
+    config: RunConfig, store: EmbeddingStore, progress: Progress, test: Mapping[str, float], used: Used
 ) -> dict[str, Any]:
     """What metrics.json holds (contract 2); every rank calls it."""
     return {
@@ -25,6 +33,8 @@ def results(
         "embedding": config.embedding.kind,
         "seed": config.run.seed,
         "world_size": dist.get_world_size(),
+        "batch_size": used.batch_size,
+        "num_negatives": used.num_negatives,
         "config": config.as_dict(),
         "metrics": dict(test),
         "tables": {name: _sizes([table]) for name, table in store.tables.items()},
@@ -32,7 +42,7 @@ def results(
         "examples_per_second": progress.examples / max(progress.train_seconds, 1e-9),
         "seconds": progress.seconds,
         "best_epoch": progress.best_epoch,
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": peak_memory_bytes(used.device),
         "history": progress.history,
     }
 

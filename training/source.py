@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import nn
 
 from dpq_rec import ConfigError
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
@@ -20,6 +23,8 @@ from training.data.splits import SplitCounts
 from training.data.synthetic import SyntheticConfig, generate
 from training.data.vocabularies import ColumnVocabulary, VocabularyPolicy, build_vocabulary
 from training.parallel import on_rank_0
+
+_TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")  # an artifact takes dots too, torch's ModuleDict none
 
 
 class Source(NamedTuple):
@@ -45,27 +50,69 @@ class Source(NamedTuple):
         """Column -> rows of its table."""
         return {name: column.num_embeddings for name, column in self.columns.items()}
 
+    def digest(self) -> str:
+        """SHA-256 of the counts of splits and rows and of the vocabularies: the same for the same training rows."""
+        found = hashlib.sha256(repr(self.counts).encode())
+        for name, column in self.columns.items():
+            found.update(f"{name} {column.vocabulary.kind}".encode())
+            for tensor in (column.counts_V, *column.vocabulary.tensors().values()):
+                found.update(np.ascontiguousarray(tensor).data)
+        return found.hexdigest()
+
 
 def open_source(config: RunConfig) -> Source:
     """Open the data, or generate them, and count; every rank calls it.
 
     Raises:
-        ConfigError: the data cannot be read, lack a column, or have no validation or test rows.
+        ConfigError: the data cannot be read, lack a column, or have no validation or test rows; a feature's name can
+            name no table; labels of a split are all the same.
     """
     path = Path(config.data.path)
     if config.data.path == SYNTHETIC:
         path = Path(config.run.out) / SYNTHETIC
         on_rank_0(lambda: generate(_population(config), path))
     interactions = Interactions.open(path, features=config.data.features, label=config.recipe == "dlrm")
+    _check_names(interactions.categorical_features)
     counts = interactions.count_splits()
     if not (counts.validation and counts.test):
         got = f"{counts.validation} validation and {counts.test} test rows"
         raise ConfigError(f"data: got {got}, want some of each; without a column `split`, users need three rows")
+    if interactions.has_label:
+        on_rank_0(lambda: _check_labels(interactions))
     columns = {}
     for name in (*IDS, *interactions.categorical_features):
         policy = config.data.vocabulary if name in IDS else VocabularyPolicy()
         columns[name] = _from_rank_0(interactions, name, policy)
     return Source(interactions, columns, counts)
+
+
+def distinct_values(source: Source, name: str) -> ColumnVocabulary:
+    """The exact vocabulary of a column: its own where each of its values has a row; every rank calls it."""
+    own = source.columns[name]
+    if len(getattr(own.vocabulary, "rows_U", ())) == own.num_embeddings:
+        return own
+    return _from_rank_0(source.interactions, name, VocabularyPolicy())
+
+
+def _check_names(features: Sequence[str]) -> None:
+    """Raises ConfigError for a feature whose name an artifact or torch cannot give to a table."""
+    for name in features:
+        wanted = "letters, digits, '_' and '-'" if not _TABLE_NAME.fullmatch(name) else ""
+        if hasattr(nn.ModuleDict(), name):
+            wanted = "a name that torch's modules do not use themselves"
+        if wanted:
+            raise ConfigError(f"features: got {name!r}, whose table is named so: want {wanted}; rename the column")
+
+
+def _check_labels(interactions: Interactions) -> None:
+    """One pass over the labels; raises ConfigError where a split has clicks alone, or none."""
+    counts_SL = np.zeros((len(SplitCounts._fields), 2), np.int64)
+    for piece in interactions.scan(("label",)):
+        labels_N = piece.numbers["label"].astype(np.int64)
+        counts_SL += np.bincount(2 * piece.splits_N + labels_N, minlength=counts_SL.size).reshape(counts_SL.shape)
+    for split, (zeros, ones) in zip(SplitCounts._fields, counts_SL.tolist(), strict=True):
+        if not (zeros and ones):
+            raise ConfigError(f"label: got {zeros} of 0 and {ones} of 1 in the {split} rows, want some of each")
 
 
 def _population(config: RunConfig) -> SyntheticConfig:

@@ -45,6 +45,9 @@ class Task(Protocol):
     def model(self) -> nn.Module:
         """The model, not sharded yet; its attribute `TABLES` is what names of tables' weights begin with."""
 
+    def num_negatives(self, batch_size: int) -> int:
+        """How many items a rank draws beside a batch."""
+
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """Mean loss of this rank's batch; `generator` is the rank's own."""
 
@@ -64,7 +67,7 @@ class RetrievalTask:
     def __init__(self, config: RunConfig, source: Source, device: torch.device) -> None:
         assert isinstance(config.model, TwoTowerOptions), "the configuration is checked"
         self.config, self.options, self.source, self.device = config, config.model, source, device
-        self.retrieval = Retrieval(source.interactions, source.vocabularies, config.model)
+        self.retrieval = Retrieval(source, config.model)
 
     def model(self) -> TwoTower:
         """See `Task.model`."""
@@ -73,11 +76,14 @@ class RetrievalTask:
         counts_V = torch.from_numpy(self.source.columns[ITEM].counts_V)
         return TwoTower(self.options, tables, (counts_V / counts_V.sum()).float(), self.device)
 
+    def num_negatives(self, batch_size: int) -> int:
+        """See `Task.num_negatives`."""
+        return 0 if self.options.negatives == "in-batch" else min(self.options.num_negatives, batch_size)
+
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """See `Task.loss`."""
         users_B, items_B = (torch.from_numpy(batch.bags[name].rows_T).to(self.device) for name in (USER, ITEM))
-        num_negatives = 0 if self.options.negatives == "in-batch" else min(self.options.num_negatives, len(users_B))
-        num_items = self.source.num_embeddings[ITEM]
+        num_items, num_negatives = self.source.num_embeddings[ITEM], self.num_negatives(len(users_B))
         negatives_N = torch.randint(num_items, (num_negatives,), generator=generator).to(self.device)
         return model(two_tower_features(users_B, items_B, negatives_N), items_B, negatives_N)
 
@@ -105,6 +111,10 @@ class ClickTask:
     def _around(self, tables: nn.Module) -> ClickThrough:
         means_F, deviations_F = (torch.from_numpy(each).float() for each in self.statistics[:2])
         return ClickThrough(self.options, tables, means_F, deviations_F, self.device)
+
+    def num_negatives(self, batch_size: int) -> int:
+        """See `Task.num_negatives`."""
+        return 0
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """See `Task.loss`: binary cross-entropy."""
@@ -136,6 +146,8 @@ class ClickTask:
         )
         logits, labels = [torch.empty(0)], [torch.empty(0)]
         for batch in batches:
+            if not batch.num_examples:  # fewer rows left than ranks: TorchRec splits no empty batch
+                continue
             logits.append(self._logits(served, batch).cpu())
             labels.append(torch.from_numpy(batch.labels_B))
         return click_metrics(torch.cat(logits), torch.cat(labels))

@@ -20,13 +20,23 @@ from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.nn import freeze, start
-from training.board import TENSORBOARD, Board
-from training.checkpoint import CHECKPOINTS, Checkpoints, Progress, claim_folder, dense_weights, write_json
+from training.board import TENSORBOARD, Board, summary_writer
+from training.checkpoint import (
+    ARTIFACT,
+    CHECKPOINTS,
+    METRICS,
+    Checkpoints,
+    Progress,
+    claim_folder,
+    dense_weights,
+    finished_results,
+    write_json,
+)
 from training.config import RunConfig
 from training.data.batches import train_batches
 from training.evaluation.code_stats import code_stats
 from training.parallel import add_up, choose_device, on_rank_0, process_group, shard
-from training.results import results
+from training.results import Used, results
 from training.source import open_source
 from training.tasks import TASKS, Task
 
@@ -38,17 +48,21 @@ _SHOWN_STEPS = 20  # the loss is shown as the mean of so many
 def train(config: RunConfig) -> dict[str, Any]:
     """Run a configuration, or go on with it where DIR holds a part of it; every rank calls it.
 
+    Where DIR holds the whole of it, nothing is read but metrics.json.
+
     Returns:
         What metrics.json holds (contract 2).
 
     Raises:
         ConfigError: settings, data or DIR that make no sense.
+        MissingDependencyError: tensorboard is not installed.
     """
+    summary_writer()  # every rank looks for it before one waits for another
     device = choose_device(config)
     with process_group(device):
         claim = on_rank_0(lambda: claim_folder(config, dist.get_world_size()))
         try:
-            return Run(config, device).finish()
+            return finished_results(Path(config.run.out)) or Run(config, device).finish()
         finally:
             if claim is not None:
                 claim.close()
@@ -65,12 +79,14 @@ class Run:
         self.batch_size = self._fitting_batch_size()
         self.num_steps = self.source.counts.train // (self.batch_size * self.world_size)
         self.task: Task = TASKS[config.recipe](config, self.source, device)
+        self.num_negatives = self.task.num_negatives(self.batch_size)
+        self._tell_what_is_cut()
         torch.manual_seed(config.run.seed)
         model = self.task.model()
         self.tables = model.TABLES
         torch.manual_seed(config.run.seed + self.rank)  # shards start anew, and two ranks' must not start alike
         self.model, self.optimizer = shard(model, config.optimisation, device)
-        self.checkpoints = Checkpoints(self.out / CHECKPOINTS, self.model, self.optimizer)
+        self.checkpoints = Checkpoints(self.out / CHECKPOINTS, self.model, self.optimizer, self.source.digest())
 
     def finish(self) -> dict[str, Any]:
         """Train what is left to train, and write what a run leaves."""
@@ -87,11 +103,15 @@ class Run:
 
     def _fitting_batch_size(self) -> int:
         """What was asked for, or less where little data would give an epoch of a few steps."""
-        num_examples, asked = self.source.counts.train, self.config.optimisation.batch_size
-        most = max(1, num_examples // (_MIN_STEPS * self.world_size))
-        if most < asked and self.rank == 0:
-            _logger.info("batches of %d, not %d: there are %d examples", most, asked, num_examples)
-        return min(most, asked)
+        most = max(1, self.source.counts.train // (_MIN_STEPS * self.world_size))
+        return min(most, self.config.optimisation.batch_size)
+
+    def _tell_what_is_cut(self) -> None:
+        asked, drawn = self.config.optimisation.batch_size, self.task.num_negatives(self.config.optimisation.batch_size)
+        if self.batch_size < asked and self.rank == 0:
+            cut = f", with {self.num_negatives} negatives, not {drawn}" if self.num_negatives < drawn else ""
+            num_examples = self.source.counts.train
+            _logger.info("batches of %d, not %d%s: there are %d examples", self.batch_size, asked, cut, num_examples)
 
     def _epoch(self, progress: Progress, board: Board) -> None:
         progress.epoch += 1
@@ -189,14 +209,15 @@ class Run:
         """Move the best epoch's artifact and weights to their place, and measure them on the test split."""
         best = self._candidate(progress.best_epoch)
         if self.rank == 0:
-            for name in ("artifact", "model.safetensors"):
+            for name in (ARTIFACT, "model.safetensors"):
                 if (best / name).exists():
                     (best / name).rename(self.out / name)
             self._remove_candidates()
         dist.barrier()
         test = self.task.measure(self.out, "test")
         progress.seconds += time.monotonic() - self.started
-        found = results(self.config, EmbeddingStore.open(self.out / "artifact"), progress, test, self.device)
+        used = Used(self.device, self.batch_size, self.num_negatives)
+        found = results(self.config, EmbeddingStore.open(self.out / ARTIFACT), progress, test, used)
         if self.rank == 0:
-            write_json(self.out / "metrics.json", found)
+            write_json(self.out / METRICS, found)
         return found

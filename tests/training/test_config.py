@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 
 from dpq_rec import ConfigError, DPQConfig
+from training import config as config_module
 from training.__main__ import main, parse
-from training.config import RunConfig, options_of, with_changes
+from training.config import RunConfig, TwoTowerOptions, options_of, with_changes
 from training.recipes import RECIPES
 
 HERE = {"data": "synthetic", "out": "run"}
@@ -110,6 +112,77 @@ def test_an_option_of_another_recipe_is_refused_with_the_reason(arguments, messa
     assert message in capsys.readouterr().err
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherOptions(TwoTowerOptions):
+    """Model other: as two-tower's, and one more.
+
+    Attributes:
+        over_layers: as dlrm's.
+        extra: of this recipe alone.
+    """
+
+    over_layers: tuple[int, ...] = (3,)
+    extra: int = 1
+
+
+def test_options_that_several_other_recipes_have_are_refused_by_naming_them(monkeypatch):
+    def other(data, out):
+        start = RECIPES["two-tower"](data, out)
+        return dataclasses.replace(start, recipe="other", model=OtherOptions())
+
+    monkeypatch.setitem(RECIPES, "other", other)
+    monkeypatch.setitem(config_module.MODEL_OPTIONS, "other", OtherOptions)
+    assert parsed("other --extra 4 --similarity dot").model.extra == 4
+    with pytest.raises(ConfigError, match="--similarity is an option of two-tower and other: dlrm scores a pair"):
+        parsed("dlrm --similarity dot")
+    with pytest.raises(ConfigError, match="--over-layers is an option of dlrm and other: two-tower has no layer"):
+        parsed("two-tower --over-layers 3")
+    with pytest.raises(ConfigError, match="--extra is an option of other, and dlrm has none such; leave it out"):
+        parsed("dlrm --extra 3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("two-tower --data . --num-users 5", "--num-users: --data . is read, not generated; leave it out"),
+        ("two-tower --data . --num-items 5", "--num-items: --data . is read"),
+        ("dlrm --data . --num-interactions 5", "--num-interactions: --data . is read"),
+        ("dlrm --data . --no-string-ids", "--string-ids: --data . is read"),
+        ("two-tower --negatives in-batch --num-negatives 5", "--num-negatives: --negatives in-batch draws none"),
+        ("two-tower --no-log-q", "--log-q: with --negatives uniform"),
+        ("two-tower --negatives uniform --log-q", "--log-q: with --negatives uniform"),
+        ("dlrm --vocabulary modulo --num-buckets 9 --min-count 1", "--min-count: with --vocabulary modulo"),
+        ("dlrm --vocabulary modulo --num-buckets 9 --rare-buckets 3", "--rare-buckets: with --vocabulary modulo"),
+    ],
+)
+def test_flags_without_a_use_are_refused_and_defaults_are_not(arguments, message, tmp_path):
+    arguments = [*arguments.split(), "--out", "run"]
+    if "--data" not in arguments:
+        arguments += ["--data", "synthetic"]
+    with pytest.raises(ConfigError, match=message):
+        parse(arguments)
+    at = next(
+        i for i, each in enumerate(arguments) if each.removeprefix("--no-").lstrip("-") == message[2:].split(":")[0]
+    )
+    stop = at + 1 if "log-q" in arguments[at] or "string" in arguments[at] else at + 2
+    config = parse(arguments[:at] + arguments[stop:])
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": config.as_dict()}))
+    assert parse(["--config", str(tmp_path / "metrics.json"), "--out", "run"]) == config
+
+
+def test_missing_tensorboard_is_said_before_anything_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main(["two-tower", "--data", "synthetic", "--out", str(tmp_path / "run")]) == 2
+    assert "tensorboard, which training writes for, is not installed; install it: pip" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_widths_that_are_no_numbers_are_named_as_such(capsys):
+    with pytest.raises(SystemExit):
+        parsed("dlrm --over-layers a,b")
+    assert "argument --over-layers: invalid int value: 'a,b'" in capsys.readouterr().err
+
+
 def test_main_says_in_one_line_what_is_wrong(capsys):
     assert main(["two-tower", "--data", "nowhere", "--out", "run"]) == 2
     assert capsys.readouterr().err == "training: --data: nowhere does not exist\n"
@@ -156,6 +229,39 @@ def test_config_file_may_name_data_that_has_moved(earlier, tmp_path):
     assert parse(["--config", path, "--out", "again", "--data", "synthetic"]).data.path == "synthetic"
     with pytest.raises(ConfigError, match="--data: gone does not exist"):
         parse(["--config", path, "--out", "again"])
+
+
+@pytest.mark.parametrize("kind", ["full", "dpq-sx"])
+def test_config_file_without_an_option_takes_its_default(tmp_path, kind):
+    config = parsed(f"two-tower --embedding {kind} --epochs 3")
+    content = config.as_dict()
+    del content["model"]["log_q"], content["data"]["vocabulary"]["rare_buckets"], content["optimisation"]["patience"]
+    if kind != "full":
+        del content["embedding"]["dpq"]["num_levels"]
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": content}))
+    assert parse(["--config", str(tmp_path / "metrics.json"), "--out", "run"]) == config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": [1]},
+        {"embedding": None},
+        {"embedding": {"dpq": [2]}},
+        {"embedding": {"kind": ["full"]}},
+        {"data": {"vocabulary": "exact"}},
+        {"data": {"features": {"age": 1}}},
+        {"optimisation": {"epochs": {}}},
+        {"optimisation": {"learning_rate": False}},
+        {"recipe": ["two-tower"]},
+        {"more": {}},
+    ],
+)
+def test_config_file_of_another_shape_is_refused(tmp_path, changes):
+    content = {"recipe": "two-tower", **changes}
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": content}))
+    with pytest.raises(ConfigError, match="got " if changes.get("recipe") is None else "is of recipe"):
+        parse(["--config", str(tmp_path / "metrics.json"), "--out", "again"])
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"metrics": {}}', '{"config": {"recipe": "nmf"}}'])

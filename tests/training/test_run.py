@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpq_rec import EmbeddingStore, unpack_codes, verify
+from training import tasks
 from training.__main__ import main
+from training.data.batches import eval_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--num-users", "3000", "--num-items", "500", "--num-interactions", "60000", "--data", "synthetic"]
@@ -90,14 +93,14 @@ def clicks(tmp_path_factory):
 def test_run_leaves_what_the_contract_names(finished):
     metrics = metrics_of(finished)
     assert {"recipe", "embedding", "seed", "world_size", "config", "metrics", "tables", "total"} <= set(metrics)
-    assert metrics["world_size"] == 2
+    assert [metrics[name] for name in ("world_size", "batch_size", "num_negatives")] == [2, 512, 256]
     assert set(metrics["metrics"]) == {"recall@10", "ndcg@10", "recall@20", "ndcg@20"}
     sizes = {"num_embeddings", "embedding_dim", "full_bytes", "artifact_bytes", "vocabulary_bytes", "compression_ratio"}
     assert all(set(table) == sizes for table in [*metrics["tables"].values(), metrics["total"]])
     assert metrics["examples_per_second"] > 0
     assert metrics["seconds"] > 0
     assert load_file(finished / "model.safetensors")["temperature"] == np.float32(0.1)
-    assert list((finished / "checkpoints").glob("epoch-*"))
+    assert len(list((finished / "checkpoints").glob("epoch-*"))) == 1
     assert not list((finished / "checkpoints").glob("candidate-*"))
 
 
@@ -177,9 +180,48 @@ def test_tensorboard_shows_loss_metrics_and_codes(two_tower):
 
 
 def test_a_finished_run_started_again_returns_at_once(two_tower):
-    before = metrics_of(two_tower("dpq-vq"))
-    assert run("two-tower", *KINDS["dpq-vq"], "--out", two_tower("dpq-vq"), *QUICK).returncode == 0
-    assert not differing(metrics_of(two_tower("dpq-vq")), before)
+    """Without its data, and without writing: on both ranks, or the one that reads would wait for the other."""
+    folder = two_tower("dpq-vq")
+    before = (folder / "metrics.json").read_bytes(), (folder / "metrics.json").stat().st_mtime_ns
+    (folder / "synthetic").rename(folder / "hidden")
+    try:
+        result = run("two-tower", *KINDS["dpq-vq"], "--out", folder, *QUICK)
+        assert not (folder / "synthetic").exists()
+    finally:
+        (folder / "hidden").rename(folder / "synthetic")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert ((folder / "metrics.json").read_bytes(), (folder / "metrics.json").stat().st_mtime_ns) == before
+    assert f"ndcg@10 {metrics_of(folder)['metrics']['ndcg@10']:.4f}" in result.stdout
+
+
+@pytest.mark.parametrize("left", ["metrics.json", "artifact"])
+def test_a_run_without_checkpoints_is_a_run_as_long_as_it_has_results(two_tower, tmp_path, capsys, left):
+    for name in ("config.json", left):
+        copy = shutil.copytree if name == "artifact" else shutil.copy
+        copy(two_tower("full") / name, tmp_path / name)
+    arguments = ["--config", two_tower("full") / "metrics.json", "--out", tmp_path, "--seed", 1]
+    assert alone(*arguments) == 2
+    assert "belongs to another run (run.seed: 0 there, 1 here" in capsys.readouterr().err
+
+
+def write_interactions(path, num_users):
+    table = pa.table({"user_id": np.repeat(np.arange(num_users), 5), "item_id": np.arange(5 * num_users) * 7 % 30})
+    pq.write_table(table, path)
+
+
+def test_run_goes_on_with_the_data_it_began_with_alone(tmp_path, capsys):
+    write_interactions(tmp_path / "data.parquet", 40)
+    arguments = ["two-tower", "--data", tmp_path / "data.parquet", "--out", tmp_path / "run", "--epochs", 1]
+    arguments += ["--embedding", "full"]
+    assert alone(*arguments) == 0
+    (tmp_path / "run" / "metrics.json").unlink()  # as if it had been killed before it measured
+    shutil.rmtree(tmp_path / "run" / "tensorboard")
+    write_interactions(tmp_path / "data.parquet", 41)
+    capsys.readouterr()
+    assert alone(*arguments) == 2
+    assert "--data: the data have changed since epoch 1; name another --out" in capsys.readouterr().err
+    write_interactions(tmp_path / "data.parquet", 40)
+    assert alone(*arguments) == 0
 
 
 def test_the_configuration_in_metrics_json_is_enough_to_run_again(two_tower, tmp_path):
@@ -249,6 +291,28 @@ def test_dlrm_needs_no_features(tmp_path):
     assert metrics["metrics"]["auc"] > 0.5
 
 
+def test_dlrm_measures_a_split_of_fewer_rows_than_ranks(tmp_path, monkeypatch):
+    """One rank reads what three would, one of which has no row."""
+    ids, splits = np.arange(60), np.zeros(60, np.int8)
+    splits[:4] = [1, 1, 2, 2]
+    columns = {"user_id": ids % 20, "item_id": ids % 7, "label": ids % 2, "split": splits}
+    pq.write_table(pa.table(columns), tmp_path / "data.parquet")
+    counts = []
+
+    def of_three_ranks(*arguments, **options):
+        for rank in range(3):
+            counts.append([])
+            for batch in eval_batches(*arguments, **{**options, "rank": rank, "world_size": 3}):
+                counts[-1].append(batch.num_examples)
+                yield batch
+
+    monkeypatch.setattr(tasks, "eval_batches", of_three_ranks)
+    arguments = ["--data", tmp_path / "data.parquet", "--embedding", "full", "--epochs", 1]
+    assert alone("dlrm", *arguments, "--out", tmp_path / "run") == 0
+    assert counts == [[1], [1], [0]] * 2
+    assert set(metrics_of(tmp_path / "run")["metrics"]) == {"auc", "normalised_entropy"}
+
+
 def test_dlrm_refuses_data_without_labels_and_features_that_are_not_there(tmp_path, capsys):
     ids = np.arange(60)
     pq.write_table(pa.table({"user_id": ids % 20, "item_id": ids % 7}), tmp_path / "data.parquet")
@@ -258,6 +322,30 @@ def test_dlrm_refuses_data_without_labels_and_features_that_are_not_there(tmp_pa
     pq.write_table(pa.table({"user_id": ids, "item_id": ids, "label": ids % 2}), tmp_path / "data.parquet")
     assert alone("dlrm", *arguments, "--features", "age") == 2
     assert "features: got age, which is not in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("split", "name", "counts"), [(0, "train", "0 of 0 and 20 of 1"), (1, "validation", "20 of 0 and 0 of 1")]
+)
+def test_dlrm_refuses_labels_that_are_all_the_same_in_a_split(tmp_path, capsys, split, name, counts):
+    ids, splits = np.arange(60), np.repeat([0, 1, 2], 20).astype(np.int8)
+    labels = np.where(splits == split, 1 - split, ids % 2)
+    pq.write_table(
+        pa.table({"user_id": ids % 20, "item_id": ids % 7, "label": labels, "split": splits}), tmp_path / "data.parquet"
+    )
+    assert alone("dlrm", "--data", tmp_path / "data.parquet", "--out", tmp_path / "run") == 2
+    assert f"label: got {counts} in the {name} rows, want some of each" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["a.b", "items", "type", "größe", "two words", "-x"])
+def test_dlrm_refuses_a_feature_whose_name_no_table_can_have(tmp_path, capsys, name):
+    ids = np.arange(60)
+    columns = {"user_id": ids % 20, "item_id": ids % 7, "label": ids % 2, name: ["x"] * 60}
+    pq.write_table(pa.table(columns), tmp_path / "data.parquet")
+    assert alone("dlrm", "--data", tmp_path / "data.parquet", "--out", tmp_path / "run", f"--features={name}") == 2
+    assert f"features: got {name!r}, whose table is named so" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
@@ -327,10 +415,10 @@ def test_a_corrected_setting_may_use_the_folder_of_a_run_that_trained_nothing(tm
 
 def test_run_takes_data_smaller_than_a_batch(tmp_path, caplog):
     """Forty users of five items, in the order of their rows: no split column, no options."""
-    table = pa.table({"user_id": np.repeat(np.arange(40), 5), "item_id": np.arange(200) * 7 % 30})
-    pq.write_table(table, tmp_path / "data.parquet")
+    write_interactions(tmp_path / "data.parquet", 40)
     assert alone("two-tower", "--data", tmp_path / "data.parquet", "--out", tmp_path / "run", "--epochs", 2) == 0
-    assert "batches of 6, not 4096: there are 120 examples" in caplog.text
+    assert "batches of 6, not 4096, with 6 negatives, not 2048: there are 120 examples" in caplog.text
+    assert [metrics_of(tmp_path / "run")[name] for name in ("batch_size", "num_negatives")] == [6, 6]
     assert metrics_of(tmp_path / "run")["tables"]["user_id"]["num_embeddings"] == 40
 
 

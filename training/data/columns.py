@@ -112,8 +112,8 @@ def bags(column_N: Any, kind: IdKind) -> tuple[Values, NDArray[np.int64]]:
 
 
 def numbers(column_N: Any) -> NDArray[np.float32]:
-    """Numbers [N] (float32); null is NaN."""
-    array: NDArray[Any] = _decoded(column_N).cast(pa.float64()).to_numpy(zero_copy_only=False)
+    """Numbers [N] (float32), integers beyond 2^53 rounded as all are; null is NaN."""
+    array: NDArray[Any] = _decoded(column_N).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore"):
         return array.astype(np.float32)
 

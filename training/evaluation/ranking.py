@@ -135,7 +135,8 @@ def evaluated_users(
 
     Args:
         interactions: the data.
-        vocabularies: of user_id and item_id, built from the training split; each item has a row of its own.
+        vocabularies: of user_id and item_id, built from the training split; each item has a row of its own, or what is
+            ranked are rows and not items.
         split: VALIDATION or TEST.
         max_users: where more have items in the split, so many drawn at random.
         seed: of that draw.

@@ -1,8 +1,10 @@
-"""Retrieval metrics of an artifact. In: an artifact and a split. Out: name -> mean over the users of all ranks."""
+"""Retrieval metrics of an artifact. In: an artifact and a split. Out: name -> mean over the users of all ranks.
+
+What is ranked are the distinct items of the training split, whatever rows they live in: items that share a row have
+equal vectors, and ties count against the model.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -10,28 +12,36 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from dpq_rec import ConfigError, EmbeddingStore, Vocabulary
+from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.lookup import decode_rows
 from training.config import TwoTowerOptions
-from training.data.interactions import Interactions
 from training.evaluation.ranking import EvaluatedUsers, VectorsOf, evaluate, evaluated_users
 from training.models import ITEM, USER
 from training.parallel import add_up
+from training.source import Source, distinct_values
 
 
 class Retrieval:
-    """The users of each split, shared out over the ranks and found once.
+    """The users of each split, shared out over the ranks and found once; every rank makes it.
+
+    A user that is not in the training split and has no row misses all its items. With a modulo vocabulary it has one,
+    that of other users, and is measured by it, as it would be served.
 
     Args:
-        interactions: the data.
-        vocabularies: of user_id and item_id.
+        source: the data and the vocabularies of user_id and item_id.
         options: how many users to measure at most, and whether by cosine or by dot product.
     """
 
-    def __init__(
-        self, interactions: Interactions, vocabularies: Mapping[str, Vocabulary], options: TwoTowerOptions
-    ) -> None:
-        self.interactions, self.vocabularies, self.options = interactions, vocabularies, options
+    def __init__(self, source: Source, options: TwoTowerOptions) -> None:
+        self.interactions, self.options = source.interactions, options
+        candidates = distinct_values(source, ITEM)
+        self.vocabularies = {USER: source.vocabularies[USER], ITEM: candidates.vocabulary}
+        self._item_rows_C = np.arange(candidates.num_embeddings)
+        if candidates is not source.columns[ITEM]:
+            ids_C = candidates.vocabulary.ids_of_rows(0, candidates.num_embeddings).ids_N
+            self._item_rows_C = source.vocabularies[ITEM].rows(
+                ids_C if isinstance(ids_C, np.ndarray) else ids_C.tolist()
+            )
         self._users: dict[int, EvaluatedUsers] = {}
 
     def measure(self, store: EmbeddingStore, split: int) -> dict[str, float]:
@@ -43,11 +53,12 @@ class Retrieval:
         if split not in self._users:
             users = evaluated_users(self.interactions, self.vocabularies, split, max_users=self.options.max_eval_users)
             self._users[split] = users.take(np.arange(dist.get_rank(), len(users.user_ids_U), dist.get_world_size()))
+        item_vectors = self._vectors(store, ITEM)
         found = evaluate(
             self._users[split],
             self._vectors(store, USER),
-            self._vectors(store, ITEM),
-            num_items=store.table(ITEM).manifest.num_embeddings,
+            lambda candidates_N: item_vectors(self._item_rows_C[candidates_N]),
+            num_items=len(self._item_rows_C),
         )
         *sums, num_users = add_up([*found.sums, found.num_users])
         if not num_users:

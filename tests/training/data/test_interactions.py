@@ -388,3 +388,10 @@ class TestTrainBatches:
             ConfigError, match=r"user_id: got 2 values of training rows that are not in the vocabulary, 100[12] for one"
         ):
             next(train_batches(interactions, known, batch_size=1, shuffle=False))
+
+
+def test_integers_that_a_double_cannot_hold_are_rounded(tmp_path):
+    columns = {"user_id": [1, 2], "item_id": [1, 2], "big": pa.array([2**53 + 1, -(2**63)], pa.int64())}
+    interactions = Interactions.open(write(tmp_path / "a.parquet", columns), features=["big"])
+    (piece,) = interactions.scan(["big"])
+    assert piece.numbers["big"].tolist() == [2.0**53, -(2.0**63)]

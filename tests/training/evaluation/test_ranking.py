@@ -12,19 +12,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_rec import ConfigError, Int64Vocabulary
+from dpq_rec import ConfigError, EmbeddingStore, Int64Vocabulary
+from dpq_rec.artifact import TableContents, write_artifact
+from training.config import TwoTowerOptions
 from training.data import files
 from training.data.interactions import Interactions
 from training.data.splits import TEST, TRAIN, VALIDATION
-from training.data.vocabularies import build_vocabulary, count_ids
+from training.data.vocabularies import VocabularyPolicy, build_vocabulary, count_ids
 from training.evaluation import ranking as module
 from training.evaluation.ranking import EvaluatedUsers, UserItems, evaluate, evaluated_users, training_items
+from training.evaluation.retrieval import Retrieval
+from training.parallel import process_group
+from training.source import Source
 
 DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[4] / "shared" / "data"))
 
 
-def naive_metrics(rows, split, score, cutoffs):
-    """Contract 2 by sorting. rows: (user, item, split); score: of a user's and an item's id."""
+def naive_metrics(rows, split, score, cutoffs, *, everyone=False):
+    """Contract 2 by sorting. rows: (user, item, split); score: of a user's and an item's id.
+
+    everyone: whether users that are not in training have a vector.
+    """
     items_of = {each: defaultdict(set) for each in (TRAIN, VALIDATION, TEST)}
     for user, item, of in rows:
         items_of[of][user].add(item)
@@ -34,7 +42,7 @@ def naive_metrics(rows, split, score, cutoffs):
     for user, wanted in items_of[split].items():
         left_out = items_of[TRAIN][user] | (items_of[VALIDATION][user] if split == TEST else set())
         candidates = sorted(catalogue - left_out, key=lambda item: (-score(user, item), item in wanted))
-        ranking = candidates if user in seen_users else []
+        ranking = candidates if everyone or user in seen_users else []
         metrics[user] = []
         for k in cutoffs:
             hits = [rank for rank, item in enumerate(ranking[:k]) if item in wanted]
@@ -304,3 +312,42 @@ class TestEvaluatedUsers:
         ends = found.offsets.tolist()
         per_user = [found.item_rows_T[a:b].tolist() for a, b in itertools.pairwise(ends)]
         assert per_user == [sorted(lists[user]) for user in picked]
+
+
+POLICIES = {
+    "exact": VocabularyPolicy(),
+    "shared rows for rare ids": VocabularyPolicy(min_count=3, rare_buckets=2),
+    "modulo": VocabularyPolicy(kind="modulo", num_buckets=7),
+}
+
+
+class TestRetrieval:
+    @pytest.mark.parametrize(
+        ("policy", "strings"), [*((name, False) for name in POLICIES), ("shared rows for rare ids", True)]
+    )
+    def test_ranks_items_and_not_the_rows_they_share(self, tmp_path, policy, strings):
+        rng = np.random.default_rng(0)
+        pairs = zip(rng.integers(0, 30, 400).tolist(), rng.integers(40, 90, 400).tolist(), strict=True)
+        rows = [(u, i, int(rng.choice([TRAIN, TRAIN, VALIDATION, TEST]))) for u, i in pairs]
+        rows += [(77, 40, TEST), (77, 41, TEST)]  # a user that is not in training
+        interactions = open_rows(tmp_path / "rows.parquet", rows, strings=strings)
+        columns = {n: build_vocabulary(interactions, n, POLICIES[policy]) for n in ("user_id", "item_id")}
+        source = Source(interactions, columns, interactions.count_splits())
+        vectors, tables = [], {}
+        for name, column in columns.items():
+            vectors.append(rng.normal(size=(column.num_embeddings, 3)).astype(np.float32))
+            sizes = {"num_embeddings": column.num_embeddings, "embedding_dim": 3}
+            tables[name] = TableContents(**sizes, vocabulary=column.vocabulary, chunks=[vectors[-1]])
+        store = EmbeddingStore.open(write_artifact(tmp_path / "artifact", tables))
+        rows_of = [columns[name].vocabulary.rows for name in ("user_id", "item_id")]
+
+        def score(user, item):
+            ids = [f"{each:02}" if strings else each for each in (user, item)]
+            user_row, item_row = (rows([each])[0] for rows, each in zip(rows_of, ids, strict=True))
+            return round(float(vectors[0][user_row] @ vectors[1][item_row]), 5)
+
+        for split in (VALIDATION, TEST):
+            expected = naive_metrics(rows, split, score, (10, 20), everyone=policy == "modulo")
+            with process_group(torch.device("cpu")):
+                found = Retrieval(source, TwoTowerOptions(similarity="dot")).measure(store, split)
+            assert list(found.values()) == pytest.approx(np.mean(list(expected.values()), 0))

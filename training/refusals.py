@@ -1,0 +1,63 @@
+"""Flags that mean nothing where they were given. In: a recipe, its starting configuration, flags. Out: ConfigErrors.
+
+Only flags that were given count: a configuration holds a value for every option, also for those without a use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dpq_rec import ConfigError
+from training.config import SYNTHETIC, options_of
+from training.flags import Option
+
+_REASONS = {  # of the recipe, and the one whose option it has not
+    ("dlrm", "two-tower"): "dlrm scores a pair by itself and has labels: it draws no items and compares no two vectors",
+    ("two-tower", "dlrm"): "two-tower has no layer after its tables",
+}
+_OF_GENERATED = ("num-users", "num-items", "num-interactions", "string-ids")
+
+
+def options_of_others(recipe: str, recipes: Iterable[str]) -> dict[str, list[str]]:
+    """Flag -> the other recipes that have it, where the recipe itself has not."""
+    own, found = {option.flag for option in options_of(recipe)}, dict[str, list[str]]()
+    for other in recipes:
+        for option in options_of(other):
+            if option.flag not in own:
+                found.setdefault(option.flag, []).append(other)
+    return found
+
+
+def refuse_options_of_others(recipe: str, recipes: Iterable[str], flags: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a flag that other recipes have."""
+    for flag, owners in options_of_others(recipe, recipes).items():
+        if flag in flags:
+            reason = next((_REASONS[recipe, each] for each in owners if (recipe, each) in _REASONS), "")
+            why = f": {reason}" if reason else f", and {recipe} has none such"
+            raise ConfigError(f"--{flag} is an option of {' and '.join(owners)}{why}; leave it out")
+
+
+def refuse_meaningless(options: Iterable[Option], values: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a flag without a use beside other options.
+
+    Args:
+        options: the recipe's.
+        values: of all options, by flag.
+        flags: those that were given.
+    """
+    names = {option.flag for option in options}
+    wrong: dict[str, str] = {}
+    if values["data"] != SYNTHETIC:
+        wrong |= dict.fromkeys(_OF_GENERATED, f"--data {values['data']} is read, not generated")
+    if values["vocabulary"] == "modulo":
+        reason = "with --vocabulary modulo all ids share --num-buckets rows"
+        wrong |= dict.fromkeys(("min-count", "rare-buckets"), reason)
+    negatives = values.get("negatives")
+    if negatives == "in-batch":
+        wrong["num-negatives"] = "--negatives in-batch draws none"
+    if negatives == "uniform":
+        wrong["log-q"] = "with --negatives uniform all candidates are as likely, and it cancels out"
+    for flag, reason in wrong.items():
+        if flag in names and flag in flags:
+            raise ConfigError(f"--{flag}: {reason}; leave it out")
