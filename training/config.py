@@ -117,7 +117,7 @@ class EmbeddingOptions:
         default_factory=lambda: DPQConfig(method="vq"),
         metadata={"renamed": {"method": "", "temperature": "dpq-temperature"}},
     )
-    start: Literal["uniform", "kmeans"] = "uniform"
+    start: Literal["uniform", "kmeans"] = field(default="uniform", metadata={"flag": "start-from"})
 
     def __post_init__(self) -> None:
         _check_positive(self, "embedding_dim")
@@ -126,7 +126,7 @@ class EmbeddingOptions:
             raise ConfigError(f"embedding: got {self.kind} with a DPQ configuration of {method}, want the same")
         if self.dpq is None and self.start != "uniform":
             raise ConfigError(
-                f"--start: got {self.start} with --embedding full: it has no keys and values; leave it out"
+                f"--start-from: got {self.start} with --embedding full: it has no keys and values; leave it out"
             )
         if self.dpq is not None:
             self.dpq.query_dim(self.embedding_dim)

@@ -90,7 +90,8 @@ def shard(
         plain = isinstance(collection, EmbeddingBagCollection)
         names += [t.name for t in (collection.embedding_bag_configs() if plain else collection.embedding_configs())]
     sharders: list[Any] = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
-    # Data-parallel EmbeddingCollections compute wrongly on CPU (FBGEMM #4586), and column-wise shards cannot be frozen.
+    # Data-parallel EmbeddingCollections compute wrongly on CPU (FBGEMM #4586). Column-wise shards could be frozen where
+    # they hold whole subspaces (dpq_rec.nn.subspace_constraints); rows spread a table evenly whatever D and E are.
     constraint = ParameterConstraints(sharding_types=["table_wise", "row_wise"], compute_kernels=["fused"])
     planner = EmbeddingShardingPlanner(
         topology=Topology(world_size=dist.get_world_size(), compute_device=device.type),

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from dpq_rec import ConfigError, DPQConfig
 from training import config as config_module
@@ -82,7 +83,7 @@ def test_plain_tables_have_no_dpq_and_get_it_when_they_are_quantized():
         ({"num-codes": 1}, "num_codes: got 1"),
         ({"commitment-weight": 0.5, "embedding": "dpq-sx"}, "commitment_weight: got 0.5 with method 'sx'"),
         ({"embedding": "full", "num-codes": 8}, "--num-codes: --embedding full has plain tables"),
-        ({"embedding": "full", "start": "kmeans"}, "--start: got kmeans with --embedding full"),
+        ({"embedding": "full", "start-from": "kmeans"}, "--start-from: got kmeans with --embedding full"),
         ({"features": ("age",)}, "--features: got age; two-tower has no layer after its tables"),
         ({"vocabulary": "modulo"}, "num_buckets: got None for modulo"),
     ],
@@ -280,6 +281,14 @@ def test_help_shows_every_option_of_the_recipe_with_its_default_and_no_other(rec
     assert all(option.text for option in options_of(recipe))
     assert f"(default: {RECIPES[recipe](**HERE).optimisation.learning_rate})" in shown
     assert ("--log-q" in shown) == (recipe == "two-tower")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_torchrun_takes_no_flag_for_the_beginning_of_one_of_its_own(recipe):
+    """It looks at what follows the module too, and refuses --start, which could be two of its options."""
+    for option in options_of(recipe):
+        arguments = ["-m", "training", recipe, f"--{option.flag}", "x"]
+        assert get_args_parser().parse_args(arguments).training_script_args == arguments[2:]
 
 
 def test_help_without_a_recipe_shows_recipes_and_examples(capsys):

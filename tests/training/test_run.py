@@ -30,6 +30,7 @@ SMALL = [*SIZES, "--embedding-dim", "16", "--batch-size", "512"]
 QUICK = [*SMALL, "--num-negatives", "256", "--patience", "9", "--epochs", "3"]
 DPQ = ["--num-subspaces", "8", "--num-codes", "16"]
 KINDS = {kind: ["--embedding", kind, *([] if kind == "full" else DPQ)] for kind in ("full", "dpq-sx", "dpq-vq")}
+RUNNING = [*KINDS["dpq-vq"], "--ema-decay", "0.95", "--revive-after", "5", "--start-from", "kmeans", "--no-batch-norm"]
 CLICKS = ["--num-users", "500", "--num-items", "200", "--num-interactions", "12000", "--data", "synthetic"]
 
 
@@ -67,7 +68,7 @@ def two_tower(tmp_path_factory):
     def folder_of(kind):
         if kind not in folders:
             folder = tmp_path_factory.mktemp(kind) / "run"
-            result = run("two-tower", *KINDS[kind], "--out", folder, *QUICK)
+            result = run("two-tower", *{**KINDS, "running means": RUNNING}[kind], "--out", folder, *QUICK)
             assert result.returncode == 0, result.stderr[-3000:]
             folders[kind] = folder
         return folders[kind]
@@ -352,14 +353,14 @@ def test_dlrm_refuses_a_feature_whose_name_no_table_can_have(tmp_path, capsys, n
     "options",
     [
         "--negatives in-batch --similarity dot --temperature 1 --optimizer adagrad",
-        "--negatives both --optimizer sgd --learning-rate 5 --start kmeans --num-levels 2 --values-dtype float16",
+        "--negatives both --optimizer sgd --learning-rate 5 --start-from kmeans --num-levels 2 --values-dtype float16",
         "--embedding dpq-sx --key-dim 4 --share-subspaces --string-ids --min-count 2",
-        "--ema-decay 0.95 --revive-after 5 --no-batch-norm",
     ],
 )
 def test_options_train_together(tmp_path, options):
     """A random ranking would find 20 of 500 items: recall@20 of 0.04."""
-    arguments = [*QUICK, "--epochs", 2, *DPQ, *options.split(), "--out", tmp_path / "run"]
+    drawn = [] if "in-batch" in options else ["--num-negatives", 256]
+    arguments = [*SMALL, "--epochs", 2, *drawn, *DPQ, *options.split(), "--out", tmp_path / "run"]
     assert alone("two-tower", *arguments) == 0
     assert metrics_of(tmp_path / "run")["metrics"]["recall@20"] > 0.05
 
@@ -382,14 +383,15 @@ def wait_for(path, process):
 
 
 def test_a_run_whose_rank_is_killed_goes_on_and_ends_as_an_undisturbed_one(two_tower, tmp_path):
-    process = start("two-tower", *KINDS["dpq-sx"], *QUICK, "--out", tmp_path / "run", restarts=1)
+    """With all that a quantizer holds: running means, and the steps since a code was used."""
+    process = start("two-tower", *RUNNING, *QUICK, "--out", tmp_path / "run", restarts=1)
     wait_for(tmp_path / "run" / "checkpoints" / "epoch-0001", process)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     _, shown = process.communicate(timeout=120)
     assert process.returncode == 0, shown[-3000:]
     assert re.search("going on after epoch [12] ", shown)
-    assert not differing(metrics_of(tmp_path / "run"), metrics_of(two_tower("dpq-sx")))
-    whole, killed = scalars(two_tower("dpq-sx")), scalars(tmp_path / "run")
+    assert not differing(metrics_of(tmp_path / "run"), metrics_of(two_tower("running means")))
+    whole, killed = scalars(two_tower("running means")), scalars(tmp_path / "run")
     assert killed == whole  # no point twice, none lost
 
 
@@ -426,7 +428,7 @@ def test_run_refuses_data_without_a_test_split_before_it_trains(tmp_path, capsys
     ids = np.arange(5000) % 50
     table = pa.table({"user_id": ids, "item_id": ids, "split": np.where(ids < 49, 0, 1).astype(np.int8)})
     pq.write_table(table, tmp_path / "data.parquet")
-    assert alone("two-tower", *QUICK, "--data", tmp_path / "data.parquet", "--out", tmp_path / "run") == 2
+    assert alone("two-tower", "--data", tmp_path / "data.parquet", "--out", tmp_path / "run") == 2
     assert "got 100 validation and 0 test rows, want some of each" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -10,12 +10,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
+from training.parallel import on_rank_0
 
 
 def click_metrics(logits_N: torch.Tensor, labels_N: torch.Tensor) -> dict[str, float]:
     """`auc` and `normalised_entropy` of all ranks' examples together; every rank calls it, also with no examples.
 
-    Exact, and the same on every rank: memory grows with the examples of all ranks, 8 bytes each.
+    Exact, and the same on every rank. Rank 0 computes them: its memory grows with the examples of all ranks, by some
+    80 bytes each; that of another rank with its own examples, by 16 bytes each.
 
     Args:
         logits_N: of the probability of a click, on any device; each rank brings its own N.
@@ -24,8 +26,18 @@ def click_metrics(logits_N: torch.Tensor, labels_N: torch.Tensor) -> dict[str, f
     Raises:
         ConfigError: as `auc`.
     """
-    every_2N = _from_all_ranks(torch.stack([logits_N.detach().float(), labels_N.float()]).cpu())
-    logits, labels = every_2N.numpy()
+    own_2N = torch.stack([logits_N.detach().float(), labels_N.float()]).cpu()
+    if not dist.is_initialized():
+        return _metrics(own_2N)
+    every_2N = _on_rank_0(own_2N)
+    box = [on_rank_0(lambda: _metrics(every_2N))]
+    dist.broadcast_object_list(box, 0)
+    assert box[0] is not None, "rank 0 has sent it"
+    return box[0]
+
+
+def _metrics(columns_2N: torch.Tensor) -> dict[str, float]:
+    logits, labels = columns_2N.numpy()
     return {"auc": auc(logits, labels), "normalised_entropy": normalised_entropy(logits, labels)}
 
 
@@ -71,14 +83,14 @@ def _checked_clicks(scores_N: NDArray[Any], labels_N: NDArray[Any]) -> NDArray[n
     return clicked_N
 
 
-def _from_all_ranks(columns_CN: torch.Tensor) -> torch.Tensor:
-    """The columns of rank 0, then those of rank 1, and so on; as they are without a process group."""
-    if not dist.is_initialized():
-        return columns_CN
+def _on_rank_0(columns_CN: torch.Tensor) -> torch.Tensor:
+    """On rank 0 its columns, then those of rank 1, and so on; on others nothing."""
     num_rows = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(num_rows, torch.tensor([columns_CN.shape[1]]))
     most = max(int(each) for each in num_rows)
     padded_CN = torch.nn.functional.pad(columns_CN, (0, most - columns_CN.shape[1])).contiguous()
-    gathered = [torch.empty_like(padded_CN) for _ in num_rows]
-    dist.all_gather(gathered, padded_CN)
+    gathered = [torch.empty_like(padded_CN) for _ in num_rows] if dist.get_rank() == 0 else None
+    dist.gather(padded_CN, gathered)
+    if gathered is None:
+        return columns_CN[:, :0]
     return torch.cat([each[:, : int(count)] for each, count in zip(gathered, num_rows, strict=True)], 1)

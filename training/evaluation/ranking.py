@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpq_rec.errors import ConfigError
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.vocabulary import Vocabulary
 from training.data.columns import Values, id_array
@@ -106,16 +105,6 @@ class RetrievalMetrics(NamedTuple):
     def sums(self) -> NDArray[np.float64]:
         """Of each column [C] over users (float64), to be added up over ranks."""
         return self.values_UC.sum(0)
-
-    def means(self) -> dict[str, float]:
-        """Name -> mean over users.
-
-        Raises:
-            ConfigError: there are no users.
-        """
-        if not self.num_users:
-            raise ConfigError("evaluation: got no users with items in the split, want at least one")
-        return dict(zip(self.names, (self.sums / self.num_users).tolist(), strict=True))
 
 
 def evaluated_users(
