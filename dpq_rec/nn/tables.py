@@ -46,8 +46,9 @@ class DPQTables(nn.Module):
 
     The penalty of DPQ-VQ needs no line in the training loop: whoever differentiates the vectors differentiates it too.
     Sharding and fused optimizers apply to `queries` (`DistributedModelParallel` finds them); keys and values are data
-    parallel. In training every rank must call forward equally often: batch statistics are summed over ranks. Keep
-    data-parallel queries out of plans on CPU, where TorchRec's fail (FBGEMM #4586); stock plans are row-wise.
+    parallel. Shards of a table on meta start from their rank's own generator: seed ranks apart, or shards begin alike.
+    In training every rank must call forward equally often: batch statistics are summed over ranks. Keep data-parallel
+    queries out of plans on CPU, where TorchRec's fail (FBGEMM #4586); stock plans are row-wise.
 
     The penalty cannot see what a loss is multiplied by before `backward`: set `penalty_scale` to that factor, a
     GradScaler's scale or 1 / n where n gradients are accumulated. It counts once for each forward that is
