@@ -245,6 +245,8 @@ class Quantizer(nn.Module):
         """|T(Q) - sg(Q)|^2 (DPQ paper, below eq. 7), and its mirror, which commits queries to their values."""
         config = self.config
         draw = 0.0 if config.ema_decay is not None else config.penalty_weight
+        if not (draw or config.commitment_weight):  # nothing to sum, here or over ranks
+            return rest_NDS.new_zeros(())
         errors_N = draw * (chosen_NDS - rest_NDS.detach()).square().flatten(1).mean(1)
         if config.commitment_weight:
             committed_N = (rest_NDS - chosen_NDS.detach()).square().flatten(1).mean(1)
