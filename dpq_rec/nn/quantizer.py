@@ -132,11 +132,6 @@ class Quantizer(nn.Module):
             self.running_means.begin(groups, counts_GK, values_GKS)
         return rest_NDS - choose(self._of_level(self.stored_values(), number), codes_ND)
 
-    @property
-    def keys_MKS(self) -> torch.Tensor:  # noqa: N802
-        """What queries are compared with: keys of their own, or the values as they are stored."""
-        return self.stored_values() if self.own_keys_MKS is None else self.own_keys_MKS
-
     def stored_values(self) -> torch.Tensor:
         """The values as the artifact holds them: rounded to its dtype, in fp32; the gradient passes as if not."""
         values_MKS = self.values_MKS

@@ -19,7 +19,7 @@ def make(method, embedding_dim=12, num_subspaces=3, num_codes=5, **config):
 
 def normalised_scores(quantizer, queries_NE, counts_N):
     """Scores of every group and code, batch norm by torch over all occurrences."""
-    keys = quantizer.keys_MKS
+    keys = quantizer.values_MKS if quantizer.own_keys_MKS is None else quantizer.own_keys_MKS
     groups = queries_NE.unflatten(1, (keys.shape[0], -1))
     if quantizer.config.method == "sx":
         raw = torch.stack([groups[:, d] @ keys[d].T for d in range(len(keys))], 1)
@@ -74,7 +74,7 @@ def test_eval_mode_codes_do_not_depend_on_the_batch(method):
 def test_vq_takes_65536_codes():
     quantizer, queries = make("vq", embedding_dim=4, num_subspaces=2, num_codes=65_536)
     quantized = quantizer(queries)
-    nearest = [torch.cdist(queries[:, 2 * d : 2 * d + 2], quantizer.keys_MKS[d]) for d in range(2)]
+    nearest = [torch.cdist(queries[:, 2 * d : 2 * d + 2], quantizer.values_MKS[d]) for d in range(2)]
     assert quantized.codes_NM.shape == (7, 2)
     plain, _ = make("vq", embedding_dim=4, num_subspaces=2, num_codes=65_536, batch_norm=False)
     assert torch.equal(plain(queries).codes_NM, torch.stack(nearest, 1).argmin(-1))
