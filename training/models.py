@@ -6,7 +6,7 @@ TorchRec's DLRM, as it is, around them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
-from dpq_rec.nn import DPQEmbeddingBagCollection
+from dpq_rec.nn import DPQEmbeddingBagCollection, freeze
 from training.config import DLRMOptions, EmbeddingOptions, TwoTowerOptions
 
 USER, ITEM, NEGATIVE = "user_id", "item_id", "negative_item_id"
@@ -41,8 +41,18 @@ def make_tables(
         options: of the tables.
         device: of the parameters.
     """
+    tables = bag_configs(features, num_embeddings, options)
+    if options.dpq is None:
+        return EmbeddingBagCollection(tables=tables, device=device)
+    return DPQEmbeddingBagCollection(tables, options.dpq, device=device)
+
+
+def bag_configs(
+    features: Mapping[str, Sequence[str]], num_embeddings: Mapping[str, int], options: EmbeddingOptions
+) -> list[EmbeddingBagConfig]:
+    """TorchRec's configs of the tables; see `make_tables`."""
     bound = options.embedding_dim**-0.5
-    tables = [
+    return [
         EmbeddingBagConfig(
             name=name,
             embedding_dim=options.embedding_dim,
@@ -53,9 +63,21 @@ def make_tables(
         )
         for name, served in features.items()
     ]
-    if options.dpq is None:
-        return EmbeddingBagCollection(tables=tables, device=device)
-    return DPQEmbeddingBagCollection(tables, options.dpq, device=device)
+
+
+class TableKind(NamedTuple):
+    """How the trainer makes tables and freezes them; the benchmarks bring kinds of their own.
+
+    Attributes:
+        make: as `make_tables`, of features, rows and options.
+        freeze: as `dpq_rec.nn.freeze`, of the model, the artifact's folder and vocabularies.
+    """
+
+    make: Callable[[Mapping[str, Sequence[str]], Mapping[str, int], EmbeddingOptions], nn.Module] = make_tables
+    freeze: Callable[..., object] = freeze
+
+
+BY_CONFIGURATION = TableKind()
 
 
 class TwoTower(nn.Module):

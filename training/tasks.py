@@ -26,7 +26,16 @@ from training.data.splits import TEST, VALIDATION
 from training.evaluation.clicks import click_metrics
 from training.evaluation.retrieval import Retrieval
 from training.evaluation.served import ServedTables
-from training.models import ITEM, NEGATIVE, USER, ClickThrough, TwoTower, make_tables, two_tower_features
+from training.models import (
+    BY_CONFIGURATION,
+    ITEM,
+    NEGATIVE,
+    USER,
+    ClickThrough,
+    TableKind,
+    TwoTower,
+    two_tower_features,
+)
 from training.source import Source
 
 SPLITS = {"validation": VALIDATION, "test": TEST}
@@ -64,15 +73,18 @@ class RetrievalTask:
 
     chosen_by = "ndcg@10"
 
-    def __init__(self, config: RunConfig, source: Source, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, source: Source, device: torch.device, kind: TableKind = BY_CONFIGURATION
+    ) -> None:
         assert isinstance(config.model, TwoTowerOptions), "the configuration is checked"
+        self.kind = kind
         self.config, self.options, self.source, self.device = config, config.model, source, device
         self.retrieval = Retrieval(source, config.model)
 
     def model(self) -> TwoTower:
         """See `Task.model`."""
         features = {USER: [USER], ITEM: [ITEM] if self.options.negatives == "in-batch" else [ITEM, NEGATIVE]}
-        tables = make_tables(features, self.source.num_embeddings, self.config.embedding)
+        tables = self.kind.make(features, self.source.num_embeddings, self.config.embedding)
         counts_V = torch.from_numpy(self.source.columns[ITEM].counts_V)
         return TwoTower(self.options, tables, (counts_V / counts_V.sum()).float(), self.device)
 
@@ -97,15 +109,18 @@ class ClickTask:
 
     chosen_by = "auc"
 
-    def __init__(self, config: RunConfig, source: Source, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, source: Source, device: torch.device, kind: TableKind = BY_CONFIGURATION
+    ) -> None:
         assert isinstance(config.model, DLRMOptions), "the configuration is checked"
+        self.kind = kind
         self.config, self.options, self.source, self.device = config, config.model, source, device
         self.statistics = dense_statistics(source.interactions)
 
     def model(self) -> ClickThrough:
         """See `Task.model`."""
         features = {name: [name] for name in self.source.columns}
-        tables = make_tables(features, self.source.num_embeddings, self.config.embedding)
+        tables = self.kind.make(features, self.source.num_embeddings, self.config.embedding)
         return self._around(tables)
 
     def _around(self, tables: nn.Module) -> ClickThrough:

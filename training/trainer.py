@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore
-from dpq_rec.nn import freeze, start
+from dpq_rec.nn import start
 from training.board import TENSORBOARD, Board, summary_writer
 from training.checkpoint import (
     ARTIFACT,
@@ -35,6 +35,7 @@ from training.checkpoint import (
 from training.config import RunConfig
 from training.data.batches import train_batches
 from training.evaluation.code_stats import code_stats
+from training.models import BY_CONFIGURATION, TableKind
 from training.parallel import add_up, choose_device, on_rank_0, process_group, shard
 from training.results import Used, results
 from training.source import open_source
@@ -45,10 +46,14 @@ _MIN_STEPS = 20  # of an epoch, on each rank
 _SHOWN_STEPS = 20  # the loss is shown as the mean of so many
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, kind: TableKind = BY_CONFIGURATION) -> dict[str, Any]:
     """Run a configuration, or go on with it where DIR holds a part of it; every rank calls it.
 
     Where DIR holds the whole of it, nothing is read but metrics.json.
+
+    Args:
+        config: what to run.
+        kind: tables other than those of the configuration; DIR does not say which: keep their runs apart.
 
     Returns:
         What metrics.json holds (contract 2).
@@ -62,7 +67,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     with process_group(device):
         claim = on_rank_0(lambda: claim_folder(config, dist.get_world_size()))
         try:
-            return finished_results(Path(config.run.out)) or Run(config, device).finish()
+            return finished_results(Path(config.run.out)) or Run(config, device, kind).finish()
         finally:
             if claim is not None:
                 claim.close()
@@ -71,14 +76,14 @@ def train(config: RunConfig) -> dict[str, Any]:
 class Run:
     """A run in progress: its data, its model, and where it stands."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.config, self.out = config, Path(config.run.out)
+    def __init__(self, config: RunConfig, device: torch.device, kind: TableKind = BY_CONFIGURATION) -> None:
+        self.config, self.out, self.kind = config, Path(config.run.out), kind
         self.started = time.monotonic()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device, self.source = device, open_source(config)
         self.batch_size = self._fitting_batch_size()
         self.num_steps = self.source.counts.train // (self.batch_size * self.world_size)
-        self.task: Task = TASKS[config.recipe](config, self.source, device)
+        self.task: Task = TASKS[config.recipe](config, self.source, device, kind)
         self.num_negatives = self.task.num_negatives(self.batch_size)
         self._tell_what_is_cut()
         torch.manual_seed(config.run.seed)
@@ -185,7 +190,7 @@ class Run:
         if self.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         dist.barrier()
-        freeze(self.model, folder / "artifact", vocabularies=self.source.vocabularies)
+        self.kind.freeze(self.model, folder / "artifact", vocabularies=self.source.vocabularies)
         weights = dense_weights(self.model, self.tables)
         if self.rank == 0:
             save_file(weights, folder / "model.safetensors")

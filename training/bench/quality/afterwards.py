@@ -127,7 +127,10 @@ def leave(run: Path, out: Path, tables: Mapping[str, Stored]) -> None:
     """Write what a run leaves, the artifact and the weights beside it, with compressed tables."""
     shutil.rmtree(out / "artifact", ignore_errors=True)  # of a case that was killed
     out.mkdir(parents=True, exist_ok=True)
-    write_stored(out / "artifact", tables, EmbeddingStore.open(run / "artifact").artifact)
+    originals = EmbeddingStore.open(run / "artifact").tables
+    vocabularies = {name: table.vocabulary for name, table in originals.items()}
+    features = {name: table.manifest.features for name, table in originals.items()}
+    write_stored(out / "artifact", tables, vocabularies, features)
     if (run / "model.safetensors").exists():
         shutil.copyfile(run / "model.safetensors", out / "model.safetensors")
 

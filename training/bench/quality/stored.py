@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.artifact import Artifact, TableContents, write_artifact
+from dpq_rec.artifact import TableContents, write_artifact
 from dpq_rec.codes import CodeLayout
+from dpq_rec.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,25 +44,31 @@ def plain(vectors_VE: NDArray[np.float32]) -> Stored:
     return Stored(tensors={"vectors": vectors_VE}, vectors_VE=vectors_VE)
 
 
-def write_stored(path: Path, tables: Mapping[str, Stored], like: Artifact) -> None:
+def write_stored(
+    path: Path,
+    tables: Mapping[str, Stored],
+    vocabularies: Mapping[str, Vocabulary],
+    features: Mapping[str, tuple[str, ...]],
+) -> None:
     """Write an artifact of compressed tables: of kind "dpq" where the format holds them, else decoded, of kind "dense".
 
     Args:
         path: the folder to make; it must not exist.
         tables: table -> what became of it.
-        like: where vocabularies and features come from.
+        vocabularies: table -> the map from ids to rows.
+        features: table -> the names under which a model looks it up.
     """
     contents = {}
     for name, stored in tables.items():
-        table, num_embeddings, embedding_dim = like.tables[name], *stored.vectors_VE.shape
+        num_embeddings, embedding_dim = stored.vectors_VE.shape
         coded = stored.layout is not None
         contents[name] = TableContents(
             num_embeddings=num_embeddings,
             embedding_dim=embedding_dim,
-            vocabulary=table.vocabulary,
+            vocabulary=vocabularies[name],
             chunks=[stored.tensors["packed_codes"] if coded else stored.vectors_VE],
             layout=stored.layout,
             values=stored.tensors["values"] if coded else None,
-            features=table.manifest.features,
+            features=features[name],
         )
     write_artifact(path, contents)

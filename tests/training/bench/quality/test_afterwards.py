@@ -7,7 +7,6 @@ from safetensors.numpy import save
 from sklearn.decomposition import TruncatedSVD
 
 from dpq_rec import ConfigError, DPQConfig, EmbeddingStore, verify
-from dpq_rec.artifact import TableContents, open_artifact, write_artifact
 from dpq_rec.codes import CodeLayout, unpack_codes
 from dpq_rec.lookup import decode_rows
 from dpq_rec.vocabulary import IdentityVocabulary
@@ -133,12 +132,9 @@ def test_reconstruction_learns_from_a_uniform_start(method):
 
 
 def test_written_artifact_serves_what_was_decoded(tmp_path, fitted):
-    rows = {"features": ("seen",), "vocabulary": IdentityVocabulary(300)}
-    contents = TableContents(num_embeddings=300, embedding_dim=16, chunks=[VECTORS], **rows)
-    names = [name.replace("-", "_") for name in fitted]
-    write_artifact(tmp_path / "full", dict.fromkeys([*names, "same"], contents))
-    tables = {**dict(zip(names, fitted.values(), strict=True)), "same": plain(VECTORS)}
-    write_stored(tmp_path / "small", tables, open_artifact(tmp_path / "full"))
+    tables = {**{name.replace("-", "_"): stored for name, stored in fitted.items()}, "same": plain(VECTORS)}
+    vocabularies, features = dict.fromkeys(tables, IdentityVocabulary(300)), dict.fromkeys(tables, ("seen",))
+    write_stored(tmp_path / "small", tables, vocabularies, features)
     verify(tmp_path / "small")
     store = EmbeddingStore.open(tmp_path / "small")
     for name, stored in tables.items():
