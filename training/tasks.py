@@ -33,6 +33,7 @@ from training.evaluation.served import ServedTables
 from training.models import ITEM, NEGATIVE, USER, ClickThrough, TwoTower, make_tables, two_tower_features
 from training.parallel import shard
 from training.source import open_source
+from training.text_tasks import LanguageModelTask
 
 _logger = logging.getLogger(__name__)
 SPLITS = {"validation": VALIDATION, "test": TEST}
@@ -228,4 +229,8 @@ class ClickTask(_InteractionTask):
         return click_metrics(torch.cat(logits), torch.cat(labels))
 
 
-TASKS: dict[str, Callable[[RunConfig, torch.device], Task]] = {"two-tower": RetrievalTask, "dlrm": ClickTask}
+TASKS: dict[str, Callable[[RunConfig, torch.device], Task]] = {
+    "two-tower": RetrievalTask,
+    "dlrm": ClickTask,
+    "language-model": LanguageModelTask,
+}

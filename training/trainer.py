@@ -34,7 +34,7 @@ from training.checkpoint import (
 )
 from training.config import RunConfig
 from training.evaluation.code_stats import code_stats
-from training.parallel import add_up, choose_device, on_rank_0, process_group
+from training.parallel import add_up, choose_device, on_rank_0, process_group, stored
 from training.results import Used, results
 from training.tasks import TASKS
 
@@ -79,7 +79,7 @@ class Run:
         self.tables = str(model.TABLES)
         torch.manual_seed(config.run.seed + self.rank)  # shards start anew, and two ranks' must not start alike
         self.model, self.optimizer = self.task.distribute(model)
-        self.checkpoints = Checkpoints(self.out / CHECKPOINTS, self.model, self.optimizer, self.task.digest())
+        self.checkpoints = Checkpoints(self.out / CHECKPOINTS, stored(self.model), self.optimizer, self.task.digest())
 
     def finish(self) -> dict[str, Any]:
         """Train what is left to train, and write what a run leaves."""
@@ -164,7 +164,7 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         dist.barrier()
         freeze(self.model, folder / "artifact", tables=list(vocabularies), vocabularies=vocabularies)
-        weights = dense_weights(self.model, self.tables)
+        weights = dense_weights(stored(self.model), self.tables)
         if self.rank == 0:
             save_file(weights, folder / "model.safetensors")
         dist.barrier()
