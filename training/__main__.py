@@ -14,7 +14,7 @@ from typing import Any
 from dpq_rec import ConfigError, DpqRecError
 from training.config import RunConfig, options_of, value_of, with_changes
 from training.flags import add_flag
-from training.recipes import RECIPES, load
+from training.recipes import ANYWHERE, RECIPES, load
 from training.refusals import options_of_others, refuse_meaningless, refuse_options_of_others
 
 PROGRAM = "python -m training"
@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 2 -m training two-tower --data interactions/ --out runs/full --embedding full
   torchrun --nproc-per-node 2 -m training two-tower --data synthetic --num-users 1000000 --out runs/big
   torchrun --nproc-per-node 2 -m training dlrm --data clicks/ --features age,genres --out runs/clicks
+  torchrun --nproc-per-node 2 -m training language-model --data text/ --out runs/words
   torchrun --nproc-per-node 2 -m training --config runs/dpq/metrics.json --out runs/again
 
 A run that was killed goes on where it stood when it is started again with the same --out; with torchrun's
@@ -46,7 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
         _overview().error(f"got {name or given[0]}; the recipe comes first, one of {', '.join(RECIPES)}")
     if before is not None and name != before["recipe"]:
         raise ConfigError(f"--config: got a run of {before['recipe']}, and the recipe {name}; want the same")
-    start = before or RECIPES[name]("synthetic", "run").as_dict()
+    start = before or RECIPES[name](ANYWHERE, "run").as_dict()
     flags = vars(_recipe_parser(name, start, is_rerun=before is not None).parse_args(given))
     flags.pop("config", None)
     refuse_options_of_others(name, RECIPES, flags)
@@ -66,7 +67,7 @@ def _config_file(given: Sequence[str]) -> dict[str, Any] | None:
 def _overview() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         PROGRAM,
-        description="Train a recommender with DPQ tables (or plain ones), freeze them into an artifact, measure it.",
+        description="Train a model with DPQ tables (or plain ones), freeze them into an artifact, measure it.",
         epilog=f"{PROGRAM} RECIPE --help shows a recipe's options and defaults.\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.optim.keyed import KeyedOptimizer
 
 from dpq_rec import ConfigError
 from training.board import TENSORBOARD
@@ -39,7 +39,7 @@ class Progress:
         data: digest of what is trained on.
         epoch: epochs that are done.
         best_epoch: the one with the best validation metric, 0 before the first.
-        best_metric: that metric.
+        best_metric: that metric; None before the first.
         train_seconds: time spent on training steps alone.
         seconds: time spent on everything, before this process too.
         examples: examples trained on, over all ranks.
@@ -49,11 +49,17 @@ class Progress:
     data: str = ""
     epoch: int = 0
     best_epoch: int = 0
-    best_metric: float = -1.0
+    best_metric: float | None = None
     train_seconds: float = 0.0
     seconds: float = 0.0
     examples: int = 0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def note(self, metric: float, *, lower_is_better: bool) -> None:
+        """Call the epoch that is done the best, where its validation metric says so; of equal ones the first is."""
+        best = self.best_metric
+        if best is None or (metric < best if lower_is_better else metric > best):
+            self.best_epoch, self.best_metric = self.epoch, metric
 
 
 def claim_folder(config: RunConfig, world_size: int) -> IO[str]:
@@ -134,7 +140,7 @@ class Checkpoints:
         data: digest of what is trained on.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: CombinedOptimizer, data: str) -> None:
+    def __init__(self, folder: Path, model: nn.Module, optimizer: KeyedOptimizer, data: str) -> None:
         self.folder, self.model, self.optimizer, self.data = folder, model, optimizer, data
 
     def save(self, progress: Progress) -> None:

@@ -1,7 +1,8 @@
 """What a run can be told. Checked once, here; the whole of it is in metrics.json and enough to run again.
 
-Options stand in groups: `data`, `model` (one class for each recipe), `embedding`, `optimisation`, `run`. Each is a
-field of its group and a flag of `python -m training RECIPE`; `training.flags` makes the flags of the fields.
+Options stand in groups: `data`, `model` (one class for each recipe), `embedding`, `optimisation`, `run`; recipes over
+text have groups of their own (`training.text_options`). Each option is a field of its group and a flag of `python -m
+training RECIPE`; `training.flags` makes the flags of the fields.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, Literal, TypeAlias
 from dpq_rec import ConfigError, DPQConfig
 from training import flags
 from training.data.vocabularies import VocabularyPolicy
+from training.flags import check_positive
+from training.text_options import LanguageModelOptimisation, LanguageModelOptions, TextOptions
 
 SYNTHETIC = "synthetic"
 METHODS: dict[str, Literal["sx", "vq"]] = {"dpq-sx": "sx", "dpq-vq": "vq"}
@@ -45,7 +48,7 @@ class DataOptions:
     string_ids: bool = False
 
     def __post_init__(self) -> None:
-        _check_positive(self, "num_users", "num_items", "num_interactions")
+        check_positive(self, "num_users", "num_items", "num_interactions")
         if not self.path:
             raise ConfigError("--data is missing")
         if self.path != SYNTHETIC and not Path(self.path).exists():
@@ -73,7 +76,7 @@ class TwoTowerOptions:
     max_eval_users: int = 50_000
 
     def __post_init__(self) -> None:
-        _check_positive(self, "temperature", "num_negatives", "max_eval_users")
+        check_positive(self, "temperature", "num_negatives", "max_eval_users")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +99,12 @@ class DLRMOptions:
             raise ConfigError("--over-layers: got none, want one width at least")
 
 
-ModelOptions: TypeAlias = TwoTowerOptions | DLRMOptions
-MODEL_OPTIONS: dict[str, type[ModelOptions]] = {"two-tower": TwoTowerOptions, "dlrm": DLRMOptions}
+ModelOptions: TypeAlias = TwoTowerOptions | DLRMOptions | LanguageModelOptions
+MODEL_OPTIONS: dict[str, type[ModelOptions]] = {
+    "two-tower": TwoTowerOptions,
+    "dlrm": DLRMOptions,
+    "language-model": LanguageModelOptions,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +127,7 @@ class EmbeddingOptions:
     start: Literal["uniform", "kmeans"] = field(default="uniform", metadata={"flag": "start-from"})
 
     def __post_init__(self) -> None:
-        _check_positive(self, "embedding_dim")
+        check_positive(self, "embedding_dim")
         method = self.dpq.method if self.dpq else None
         if METHODS.get(self.kind) != method:
             raise ConfigError(f"embedding: got {self.kind} with a DPQ configuration of {method}, want the same")
@@ -153,7 +160,7 @@ class OptimisationOptions:
     dense_learning_rate: float = 0.003
 
     def __post_init__(self) -> None:
-        _check_positive(self, "epochs", "patience", "batch_size", "learning_rate", "dense_learning_rate")
+        check_positive(self, "epochs", "patience", "batch_size", "learning_rate", "dense_learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +189,7 @@ class RunConfig:
     """One training run.
 
     Attributes:
-        recipe: what is trained: "two-tower" or "dlrm".
+        recipe: what is trained: a name in `training.recipes`.
         data: what is read.
         model: the recipe's own options.
         embedding: the tables.
@@ -191,24 +198,24 @@ class RunConfig:
     """
 
     recipe: str
-    data: DataOptions
+    data: DataOptions | TextOptions
     model: ModelOptions
     embedding: EmbeddingOptions
-    optimisation: OptimisationOptions
+    optimisation: OptimisationOptions | LanguageModelOptimisation
     run: RunOptions
 
     def __post_init__(self) -> None:
-        want = MODEL_OPTIONS.get(self.recipe)
-        if want is None or not isinstance(self.model, want):
-            got = f"{self.recipe!r} with {type(self.model).__name__}"
-            raise ConfigError(f"recipe: got {got}, want one of {', '.join(MODEL_OPTIONS)} with its own options")
-        if isinstance(self.model, TwoTowerOptions):
-            self._check_two_tower(self.model)
+        wanted = groups_of(self.recipe) if self.recipe in MODEL_OPTIONS else {}
+        if not wanted or not all(isinstance(getattr(self, name), kind) for name, kind in wanted.items()):
+            got = f"{self.recipe!r} with {', '.join(type(getattr(self, name)).__name__ for name in _GROUPS)}"
+            raise ConfigError(f"recipe: got {got}; want one of {', '.join(MODEL_OPTIONS)} with its own options")
+        if isinstance(self.model, TwoTowerOptions) and isinstance(self.data, DataOptions):
+            self._check_two_tower(self.model, self.data)
 
-    def _check_two_tower(self, model: TwoTowerOptions) -> None:
-        if self.data.features:
+    def _check_two_tower(self, model: TwoTowerOptions, data: DataOptions) -> None:
+        if data.features:
             reason = "two-tower has no layer after its tables that they could enter; dlrm takes them"
-            raise ConfigError(f"--features: got {','.join(self.data.features)}; {reason}")
+            raise ConfigError(f"--features: got {','.join(data.features)}; {reason}")
         if model.negatives != "in-batch" and model.num_negatives > self.optimisation.batch_size:
             got = f"{model.num_negatives} negatives, a batch of {self.optimisation.batch_size}"
             raise ConfigError(f"--num-negatives: got {got}; want at most as many as the batch")
@@ -227,7 +234,7 @@ class RunConfig:
         recipe = content.get("recipe")
         if recipe not in MODEL_OPTIONS:
             raise ConfigError(f"recipe: got {recipe!r}, want one of {', '.join(MODEL_OPTIONS)}")
-        groups = {**_GROUPS, "model": MODEL_OPTIONS[recipe]}
+        groups = groups_of(recipe)
         if set(content) != {"recipe", *groups}:
             raise ConfigError(f"configuration: got {', '.join(content)}; want recipe, {', '.join(groups)}")
         built: dict[str, Any] = {name: flags.build(kind, content[name], f"{name}.") for name, kind in groups.items()}
@@ -241,12 +248,19 @@ _GROUPS: dict[str, type] = {
     "optimisation": OptimisationOptions,
     "run": RunOptions,
 }
+_OWN_GROUPS: dict[str, dict[str, type]] = {
+    "language-model": {"data": TextOptions, "optimisation": LanguageModelOptimisation},
+}
+
+
+def groups_of(recipe: str) -> dict[str, type]:
+    """Name of each group of a recipe's options -> its class."""
+    return {**_GROUPS, **_OWN_GROUPS.get(recipe, {}), "model": MODEL_OPTIONS[recipe]}
 
 
 def options_of(recipe: str) -> list[flags.Option]:
     """Every option that a recipe has, group by group."""
-    groups = {**_GROUPS, "model": MODEL_OPTIONS[recipe]}
-    return [option for name, kind in groups.items() for option in flags.options(kind, (name,))]
+    return [option for name, kind in groups_of(recipe).items() for option in flags.options(kind, (name,))]
 
 
 def value_of(content: Mapping[str, Any], option: flags.Option) -> Any:
@@ -278,9 +292,3 @@ def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> RunC
             group = group[each]
         group[name] = value
     return RunConfig.from_dict(config)
-
-
-def _check_positive(options: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(options, name) > 0:
-            raise ConfigError(f"--{name.replace('_', '-')}: got {getattr(options, name)}, want more than 0")

@@ -147,6 +147,13 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     return inner(value)
 
 
+def check_positive(options: Any, *names: str) -> None:
+    """Raises ConfigError for an option that is not more than 0."""
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')}: got {getattr(options, name)}, want more than 0")
+
+
 def _without_none(kind: Any) -> Any:
     """The type X of `X | None`; other types as they are."""
     if get_origin(kind) in (Union, types.UnionType):

@@ -1,6 +1,7 @@
-"""Ranks, devices and sharding. In: a model of plain modules. Out: the model under DistributedModelParallel.
+"""Ranks, devices and sharding. In: a model of plain modules. Out: the model as the ranks train it together.
 
-Stock TorchRec throughout: its planner places the tables, its fused optimizers update them in the backward pass.
+Stock TorchRec throughout: its planner places the tables, its fused optimizers update them in the backward pass. A model
+with small tables is whole on every rank instead, under DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
@@ -48,7 +51,8 @@ def choose_device(config: RunConfig) -> torch.device:
     if name == "cuda" and not has_cuda:
         raise ConfigError("--device: got cuda, and no CUDA device is there; want auto or cpu")
     if name == "cpu" or not has_cuda:
-        if config.optimisation.optimizer == "adam":
+        options = config.optimisation
+        if isinstance(options, OptimisationOptions) and options.optimizer == "adam":
             want = "rowwise-adagrad, adagrad or sgd, or CUDA"
             raise ConfigError(f"--optimizer: got adam on CPU, where FBGEMM has no fused Adam; want {want}")
         return torch.device("cpu")
@@ -111,6 +115,43 @@ def shard(
         adam.init_state()  # so that a checkpoint has a place to load its state into
         optimizers.append(("dense", adam))
     return wrapped, CombinedOptimizer(optimizers)
+
+
+def replicate(
+    model: nn.Module,
+    device: torch.device,
+    make_optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer],
+    *,
+    clip_norm: float | None = None,
+) -> tuple[nn.Module, KeyedOptimizer]:
+    """The model whole on every rank, as rank 0 has it, and one optimizer of all its parameters.
+
+    Args:
+        model: that fits on every rank.
+        device: of this rank.
+        make_optimizer: of the parameters.
+        clip_norm: the largest norm of the gradient of all parameters together, averaged over ranks.
+    """
+    model.to(device)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    keyed = KeyedOptimizerWrapper(trained, make_optimizer)
+    keyed.init_state()  # so that a checkpoint has a place to load its state into
+    for state in keyed.state.values():
+        if "step" in state:
+            state["step"].zero_()  # that was none
+    keyed.zero_grad()
+    optimizer: KeyedOptimizer = keyed
+    if clip_norm is not None:
+        optimizer = GradientClippingOptimizer(keyed, GradientClipping.NORM, clip_norm)
+    if dist.get_world_size() == 1:
+        return model, optimizer
+    # Quantizers sum their statistics over ranks by themselves.
+    return DistributedDataParallel(model, broadcast_buffers=False), optimizer
+
+
+def stored(model: nn.Module) -> nn.Module:
+    """The module whose state_dict has the names that the model gave, whatever it is wrapped in."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _start_alike(model: nn.Module) -> None:

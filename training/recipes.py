@@ -21,6 +21,9 @@ from training.config import (
     RunOptions,
     TwoTowerOptions,
 )
+from training.text_options import LanguageModelOptimisation, LanguageModelOptions, TextOptions
+
+ANYWHERE = "."  # a place that exists, for configurations whose data are not known yet
 
 
 def two_tower(data: str, out: str) -> RunConfig:
@@ -55,7 +58,28 @@ def dlrm(data: str, out: str) -> RunConfig:
     )
 
 
-RECIPES: dict[str, Callable[[str, str], RunConfig]] = {"two-tower": two_tower, "dlrm": dlrm}
+def language_model(data: str, out: str) -> RunConfig:
+    """Language model: how likely is each word of a text after those before it.
+
+    The LSTM of Zaremba et al. (2014), whose input embedding is the table; the output layer has weights of its own.
+    Measured by perplexity over all words of a split, read as one text. The data are a folder of text files.
+    """
+    dpq = DPQConfig(method="sx", num_subspaces=25, num_codes=8, share_subspaces=True)
+    return RunConfig(
+        recipe="language-model",
+        data=TextOptions(path=data),
+        model=LanguageModelOptions(),
+        embedding=EmbeddingOptions(kind="dpq-sx", embedding_dim=200, dpq=dpq),
+        optimisation=LanguageModelOptimisation(),
+        run=RunOptions(out=out),
+    )
+
+
+RECIPES: dict[str, Callable[[str, str], RunConfig]] = {
+    "two-tower": two_tower,
+    "dlrm": dlrm,
+    "language-model": language_model,
+}
 
 
 def load(path: str) -> dict[str, Any]:
@@ -75,7 +99,7 @@ def load(path: str) -> dict[str, Any]:
     recipe = content["config"].get("recipe")
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ConfigError(f"--config: {path} is of recipe {recipe!r}; want {', '.join(RECIPES)}")
-    return _completed(content["config"], RECIPES[recipe]("synthetic", "run").as_dict(), f"--config: {path}: ")
+    return _completed(content["config"], RECIPES[recipe](ANYWHERE, "run").as_dict(), f"--config: {path}: ")
 
 
 def _completed(given: dict[str, Any], defaults: dict[str, Any], where: str) -> dict[str, Any]:

@@ -12,6 +12,12 @@ from dpq_rec import ConfigError
 from training.config import SYNTHETIC, options_of
 from training.flags import Option
 
+_ONE_SGD = "language-model clips and moves all its weights together, by SGD"
+_REASONS_OF_FLAGS = {  # of the recipe, and the flag that it has not
+    ("language-model", "optimizer"): _ONE_SGD,
+    ("language-model", "dense-learning-rate"): _ONE_SGD,
+    ("language-model", "num-negatives"): "language-model tells a word from all others, and draws none",
+}
 _REASONS = {  # of the recipe, and the one whose option it has not
     ("dlrm", "two-tower"): "dlrm scores a pair by itself and has labels: it draws no items and compares no two vectors",
     ("two-tower", "dlrm"): "two-tower has no layer after its tables",
@@ -33,7 +39,8 @@ def refuse_options_of_others(recipe: str, recipes: Iterable[str], flags: Mapping
     """Raises ConfigError for a flag that other recipes have."""
     for flag, owners in options_of_others(recipe, recipes).items():
         if flag in flags:
-            reason = next((_REASONS[recipe, each] for each in owners if (recipe, each) in _REASONS), "")
+            known = [_REASONS_OF_FLAGS.get((recipe, flag)), *(_REASONS.get((recipe, each)) for each in owners)]
+            reason = next(filter(None, known), "")
             why = f": {reason}" if reason else f", and {recipe} has none such"
             raise ConfigError(f"--{flag} is an option of {' and '.join(owners)}{why}; leave it out")
 
@@ -50,7 +57,7 @@ def refuse_meaningless(options: Iterable[Option], values: Mapping[str, Any], fla
     wrong: dict[str, str] = {}
     if values["data"] != SYNTHETIC:
         wrong |= dict.fromkeys(_OF_GENERATED, f"--data {values['data']} is read, not generated")
-    if values["vocabulary"] == "modulo":
+    if values.get("vocabulary") == "modulo":
         reason = "with --vocabulary modulo all ids share --num-buckets rows"
         wrong |= dict.fromkeys(("min-count", "rare-buckets"), reason)
     negatives = values.get("negatives")

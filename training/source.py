@@ -16,7 +16,7 @@ from torch import nn
 
 from dpq_rec import ConfigError
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
-from training.config import SYNTHETIC, RunConfig
+from training.config import SYNTHETIC, DataOptions, RunConfig
 from training.data.files import IDS
 from training.data.interactions import Interactions
 from training.data.splits import SplitCounts
@@ -67,11 +67,12 @@ def open_source(config: RunConfig) -> Source:
         ConfigError: the data cannot be read, lack a column, or have no validation or test rows; a feature's name can
             name no table; labels of a split are all the same.
     """
-    path = Path(config.data.path)
-    if config.data.path == SYNTHETIC:
+    assert isinstance(config.data, DataOptions), "text has no source of interactions"
+    data, path = config.data, Path(config.data.path)
+    if data.path == SYNTHETIC:
         path = Path(config.run.out) / SYNTHETIC
-        on_rank_0(lambda: generate(_population(config), path))
-    interactions = Interactions.open(path, features=config.data.features, label=config.recipe == "dlrm")
+        on_rank_0(lambda: generate(_population(config, data), path))
+    interactions = Interactions.open(path, features=data.features, label=config.recipe == "dlrm")
     _check_names(interactions.categorical_features)
     counts = interactions.count_splits()
     if not (counts.validation and counts.test):
@@ -81,7 +82,7 @@ def open_source(config: RunConfig) -> Source:
         on_rank_0(lambda: _check_labels(interactions))
     columns = {}
     for name in (*IDS, *interactions.categorical_features):
-        policy = config.data.vocabulary if name in IDS else VocabularyPolicy()
+        policy = data.vocabulary if name in IDS else VocabularyPolicy()
         columns[name] = _from_rank_0(interactions, name, policy)
     return Source(interactions, columns, counts)
 
@@ -115,8 +116,7 @@ def _check_labels(interactions: Interactions) -> None:
             raise ConfigError(f"label: got {zeros} of 0 and {ones} of 1 in the {split} rows, want some of each")
 
 
-def _population(config: RunConfig) -> SyntheticConfig:
-    data = config.data
+def _population(config: RunConfig, data: DataOptions) -> SyntheticConfig:
     sizes: dict[str, Any] = {
         "num_users": data.num_users,
         "num_items": data.num_items,

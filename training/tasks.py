@@ -7,8 +7,10 @@ weights. The module in eval mode would give the same bits.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,10 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from torchrec import KeyedJaggedTensor
+from torchrec.optim.keyed import KeyedOptimizer
 
 from dpq_rec import EmbeddingStore
-from training.config import DLRMOptions, RunConfig, TwoTowerOptions
-from training.data.batches import Batch, eval_batches
+from dpq_rec.vocabulary import Vocabulary
+from training.config import DLRMOptions, OptimisationOptions, RunConfig, TwoTowerOptions
+from training.data.batches import Batch, eval_batches, train_batches
 from training.data.dense import dense_statistics
 from training.data.splits import TEST, VALIDATION
 from training.evaluation.clicks import click_metrics
@@ -36,29 +40,54 @@ from training.models import (
     TwoTower,
     two_tower_features,
 )
-from training.source import Source
+from training.parallel import shard
+from training.source import open_source
+from training.text_tasks import LanguageModelTask
 
+_logger = logging.getLogger(__name__)
 SPLITS = {"validation": VALIDATION, "test": TEST}
 _EVAL_BATCH = 16_384
+_MIN_STEPS = 20  # of an epoch, on each rank
 
 
 class Task(Protocol):
     """A recipe at work on its data.
 
     Attributes:
-        chosen_by: the validation metric that says which epoch is best; the larger the better.
+        chosen_by: the validation metric that says which epoch is best.
+        lower_is_better: whether that metric falls as a model gets better.
+        batch_size: examples of a step, as metrics.json shows it: less than asked for where the data are few.
+        num_negatives: how many items a rank draws beside a batch.
+        num_steps: of an epoch, on each rank.
+        num_examples: that an epoch trains on, over all ranks.
+        vocabularies: table -> the map from its ids to rows.
     """
 
     chosen_by: str
+    lower_is_better: bool
+    batch_size: int
+    num_negatives: int
+    num_steps: int
+    num_examples: int
+    vocabularies: Mapping[str, Vocabulary]
+
+    def digest(self) -> str:
+        """Of what is trained on: a run goes on with the same data alone."""
 
     def model(self) -> nn.Module:
-        """The model, not sharded yet; its attribute `TABLES` is what names of tables' weights begin with."""
+        """The model, not distributed yet; its attribute `TABLES` is what names of tables' weights begin with."""
 
-    def num_negatives(self, batch_size: int) -> int:
-        """How many items a rank draws beside a batch."""
+    def distribute(self, model: nn.Module) -> tuple[nn.Module, KeyedOptimizer]:
+        """The model as the ranks train it together, and the optimizer of all its parameters."""
 
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        """Mean loss of this rank's batch; `generator` is the rank's own."""
+    def learning_rate(self, epoch: int) -> float | None:
+        """What the optimizer takes in an epoch; None where it keeps what it began with."""
+
+    def train_batches(self, epoch: int) -> Iterator[Any]:
+        """This rank's `num_steps` batches of an epoch."""
+
+    def loss(self, model: nn.Module, batch: Any, generator: torch.Generator) -> torch.Tensor:
+        """Loss of this rank's batch, to be averaged over ranks; `generator` is the rank's own."""
 
     def measure(self, folder: Path, split: str) -> dict[str, float]:
         """Metrics of the artifact and weights in a folder on "validation" or "test"; every rank calls it.
@@ -68,18 +97,66 @@ class Task(Protocol):
         """
 
 
-class RetrievalTask:
+class _InteractionTask:
+    """What the two recipes over interactions share; every rank makes it."""
+
+    lower_is_better = False
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        assert isinstance(config.optimisation, OptimisationOptions), "the configuration is checked"
+        self.config, self.optimisation, self.device = config, config.optimisation, device
+        self.source = open_source(config)
+        self.vocabularies, self.digest = self.source.vocabularies, self.source.digest
+        # Little data would give an epoch of a few steps.
+        most = max(1, self.source.counts.train // (_MIN_STEPS * dist.get_world_size()))
+        self.batch_size = min(most, self.optimisation.batch_size)
+        self.num_negatives = self._negatives_of(self.batch_size)
+        self.num_steps = self.source.counts.train // (self.batch_size * dist.get_world_size())
+        self.num_examples = self.num_steps * self.batch_size * dist.get_world_size()
+        self._tell_what_is_cut()
+
+    def _negatives_of(self, batch_size: int) -> int:
+        """How many items a rank draws beside so many examples."""
+        return 0
+
+    def _tell_what_is_cut(self) -> None:
+        asked, drawn = self.optimisation.batch_size, self._negatives_of(self.optimisation.batch_size)
+        if self.batch_size < asked and dist.get_rank() == 0:
+            cut = f", with {self.num_negatives} negatives, not {drawn}" if self.num_negatives < drawn else ""
+            num_examples = self.source.counts.train
+            _logger.info("batches of %d, not %d%s: there are %d examples", self.batch_size, asked, cut, num_examples)
+
+    def distribute(self, model: nn.Module) -> tuple[nn.Module, KeyedOptimizer]:
+        """See `Task.distribute`."""
+        return shard(model, self.optimisation, self.device)
+
+    def learning_rate(self, epoch: int) -> float | None:
+        """See `Task.learning_rate`."""
+        return None
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]:
+        """See `Task.train_batches`."""
+        return train_batches(
+            self.source.interactions,
+            self.source.vocabularies,
+            batch_size=self.batch_size,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            seed=self.config.run.seed,
+            epoch=epoch,
+        )
+
+
+class RetrievalTask(_InteractionTask):
     """Recipe two-tower."""
 
     chosen_by = "ndcg@10"
 
-    def __init__(
-        self, config: RunConfig, source: Source, device: torch.device, kind: TableKind = BY_CONFIGURATION
-    ) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, kind: TableKind = BY_CONFIGURATION) -> None:
         assert isinstance(config.model, TwoTowerOptions), "the configuration is checked"
-        self.kind = kind
-        self.config, self.options, self.source, self.device = config, config.model, source, device
-        self.retrieval = Retrieval(source, config.model)
+        self.options, self.kind = config.model, kind
+        super().__init__(config, device)
+        self.retrieval = Retrieval(self.source, config.model)
 
     def model(self) -> TwoTower:
         """See `Task.model`."""
@@ -88,14 +165,13 @@ class RetrievalTask:
         counts_V = torch.from_numpy(self.source.columns[ITEM].counts_V)
         return TwoTower(self.options, tables, (counts_V / counts_V.sum()).float(), self.device)
 
-    def num_negatives(self, batch_size: int) -> int:
-        """See `Task.num_negatives`."""
+    def _negatives_of(self, batch_size: int) -> int:
         return 0 if self.options.negatives == "in-batch" else min(self.options.num_negatives, batch_size)
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """See `Task.loss`."""
         users_B, items_B = (torch.from_numpy(batch.bags[name].rows_T).to(self.device) for name in (USER, ITEM))
-        num_items, num_negatives = self.source.num_embeddings[ITEM], self.num_negatives(len(users_B))
+        num_items, num_negatives = self.source.num_embeddings[ITEM], self._negatives_of(len(users_B))
         negatives_N = torch.randint(num_items, (num_negatives,), generator=generator).to(self.device)
         return model(two_tower_features(users_B, items_B, negatives_N), items_B, negatives_N)
 
@@ -104,18 +180,16 @@ class RetrievalTask:
         return self.retrieval.measure(EmbeddingStore.open(folder / "artifact"), SPLITS[split])
 
 
-class ClickTask:
+class ClickTask(_InteractionTask):
     """Recipe dlrm."""
 
     chosen_by = "auc"
 
-    def __init__(
-        self, config: RunConfig, source: Source, device: torch.device, kind: TableKind = BY_CONFIGURATION
-    ) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, kind: TableKind = BY_CONFIGURATION) -> None:
         assert isinstance(config.model, DLRMOptions), "the configuration is checked"
-        self.kind = kind
-        self.config, self.options, self.source, self.device = config, config.model, source, device
-        self.statistics = dense_statistics(source.interactions)
+        self.options, self.kind = config.model, kind
+        super().__init__(config, device)
+        self.statistics = dense_statistics(self.source.interactions)
 
     def model(self) -> ClickThrough:
         """See `Task.model`."""
@@ -126,10 +200,6 @@ class ClickTask:
     def _around(self, tables: nn.Module) -> ClickThrough:
         means_F, deviations_F = (torch.from_numpy(each).float() for each in self.statistics[:2])
         return ClickThrough(self.options, tables, means_F, deviations_F, self.device)
-
-    def num_negatives(self, batch_size: int) -> int:
-        """See `Task.num_negatives`."""
-        return 0
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """See `Task.loss`: binary cross-entropy."""
@@ -168,4 +238,8 @@ class ClickTask:
         return click_metrics(torch.cat(logits), torch.cat(labels))
 
 
-TASKS: dict[str, type[RetrievalTask] | type[ClickTask]] = {"two-tower": RetrievalTask, "dlrm": ClickTask}
+TASKS: dict[str, Callable[..., Task]] = {
+    "two-tower": RetrievalTask,
+    "dlrm": ClickTask,
+    "language-model": LanguageModelTask,
+}

@@ -1,4 +1,4 @@
-"""One run, whatever its recipe: a source and a task -> epochs -> the best epoch's artifact -> metrics.json.
+"""One run, whatever its recipe: a task -> epochs -> the best epoch's artifact -> metrics.json.
 
 Every epoch ends with a freeze, and its metrics are measured on the artifact: what is reported is what will be served.
 """
@@ -33,16 +33,13 @@ from training.checkpoint import (
     write_json,
 )
 from training.config import RunConfig
-from training.data.batches import train_batches
 from training.evaluation.code_stats import code_stats
 from training.models import BY_CONFIGURATION, TableKind
-from training.parallel import add_up, choose_device, on_rank_0, process_group, shard
+from training.parallel import add_up, choose_device, on_rank_0, process_group, stored
 from training.results import Used, results
-from training.source import open_source
-from training.tasks import TASKS, Task
+from training.tasks import TASKS
 
 _logger = logging.getLogger(__name__)
-_MIN_STEPS = 20  # of an epoch, on each rank
 _SHOWN_STEPS = 20  # the loss is shown as the mean of so many
 
 
@@ -80,18 +77,16 @@ class Run:
         self.config, self.out, self.kind = config, Path(config.run.out), kind
         self.started = time.monotonic()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device, self.source = device, open_source(config)
-        self.batch_size = self._fitting_batch_size()
-        self.num_steps = self.source.counts.train // (self.batch_size * self.world_size)
-        self.task: Task = TASKS[config.recipe](config, self.source, device, kind)
-        self.num_negatives = self.task.num_negatives(self.batch_size)
-        self._tell_what_is_cut()
+        make_task = TASKS[config.recipe]
+        self.device = device
+        self.task = make_task(config, device) if kind is BY_CONFIGURATION else make_task(config, device, kind)
+        self.num_steps = self.task.num_steps
         torch.manual_seed(config.run.seed)
         model = self.task.model()
-        self.tables = model.TABLES
+        self.tables = str(model.TABLES)
         torch.manual_seed(config.run.seed + self.rank)  # shards start anew, and two ranks' must not start alike
-        self.model, self.optimizer = shard(model, config.optimisation, device)
-        self.checkpoints = Checkpoints(self.out / CHECKPOINTS, self.model, self.optimizer, self.source.digest())
+        self.model, self.optimizer = self.task.distribute(model)
+        self.checkpoints = Checkpoints(self.out / CHECKPOINTS, stored(self.model), self.optimizer, self.task.digest())
 
     def finish(self) -> dict[str, Any]:
         """Train what is left to train, and write what a run leaves."""
@@ -106,31 +101,18 @@ class Run:
                 self._epoch(progress, board)
         return self._leave(progress)
 
-    def _fitting_batch_size(self) -> int:
-        """What was asked for, or less where little data would give an epoch of a few steps."""
-        most = max(1, self.source.counts.train // (_MIN_STEPS * self.world_size))
-        return min(most, self.config.optimisation.batch_size)
-
-    def _tell_what_is_cut(self) -> None:
-        asked, drawn = self.config.optimisation.batch_size, self.task.num_negatives(self.config.optimisation.batch_size)
-        if self.batch_size < asked and self.rank == 0:
-            cut = f", with {self.num_negatives} negatives, not {drawn}" if self.num_negatives < drawn else ""
-            num_examples = self.source.counts.train
-            _logger.info("batches of %d, not %d%s: there are %d examples", self.batch_size, asked, cut, num_examples)
-
     def _epoch(self, progress: Progress, board: Board) -> None:
         progress.epoch += 1
         began = time.monotonic()
         loss = self._train(progress.epoch, board)
         progress.train_seconds += time.monotonic() - began
-        progress.examples += self.num_steps * self.batch_size * self.world_size
+        progress.examples += self.task.num_examples
         candidate = self._candidate(progress.epoch)
         self._freeze(candidate)
         metrics = self.task.measure(candidate, "validation")
         codes = self._count_codes(progress.epoch, board)
         progress.history.append({"epoch": progress.epoch, "loss": loss, **metrics, "codes": codes})
-        if metrics[self.task.chosen_by] > progress.best_metric:
-            progress.best_epoch, progress.best_metric = progress.epoch, metrics[self.task.chosen_by]
+        progress.note(metrics[self.task.chosen_by], lower_is_better=self.task.lower_is_better)
         if self.rank == 0:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             _logger.info("epoch %d: loss %.4f, validation %s", progress.epoch, loss, shown)
@@ -148,21 +130,18 @@ class Run:
         Raises:
             ConfigError: the training diverged.
         """
-        seed = self.config.run.seed
-        generator = torch.Generator().manual_seed(hash((seed, epoch, self.rank)) % 2**63)
-        batches = train_batches(
-            self.source.interactions,
-            self.source.vocabularies,
-            batch_size=self.batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            seed=seed,
-            epoch=epoch,
-        )
+        seed = hash((self.config.run.seed, epoch, self.rank)) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # of dropout: a run that goes on draws as one that was not disturbed
+        rate = self.task.learning_rate(epoch)
+        for group in self.optimizer.param_groups if rate is not None else ():
+            group["lr"] = rate
         self.model.train()
         total, shown = torch.zeros((), device=self.device), 0.0
         title = f"epoch {epoch}/{self.config.optimisation.epochs}"
-        bar = tqdm(batches, title, self.num_steps, disable=self.rank != 0, unit="step", file=sys.stderr)
+        bar = tqdm(
+            self.task.train_batches(epoch), title, self.num_steps, disable=self.rank != 0, unit="step", file=sys.stderr
+        )
         for step, batch in enumerate(bar, 1):
             self.optimizer.zero_grad()
             loss = self.task.loss(self.model, batch, generator)
@@ -187,11 +166,12 @@ class Run:
                 shutil.rmtree(folder)
 
     def _freeze(self, folder: Path) -> None:
+        vocabularies = self.task.vocabularies
         if self.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         dist.barrier()
-        self.kind.freeze(self.model, folder / "artifact", vocabularies=self.source.vocabularies)
-        weights = dense_weights(self.model, self.tables)
+        self.kind.freeze(self.model, folder / "artifact", tables=list(vocabularies), vocabularies=vocabularies)
+        weights = dense_weights(stored(self.model), self.tables)
         if self.rank == 0:
             save_file(weights, folder / "model.safetensors")
         dist.barrier()
@@ -221,7 +201,7 @@ class Run:
         dist.barrier()
         test = self.task.measure(self.out, "test")
         progress.seconds += time.monotonic() - self.started
-        used = Used(self.device, self.batch_size, self.num_negatives)
+        used = Used(self.device, self.task.batch_size, self.task.num_negatives)
         found = results(self.config, EmbeddingStore.open(self.out / ARTIFACT), progress, test, used)
         if self.rank == 0:
             write_json(self.out / METRICS, found)

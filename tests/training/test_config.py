@@ -13,11 +13,16 @@ from training.__main__ import main, parse
 from training.config import RunConfig, TwoTowerOptions, options_of, with_changes
 from training.recipes import RECIPES
 
-HERE = {"data": "synthetic", "out": "run"}
+HERE = {"data": ".", "out": "run"}
+OWN_FLAGS = {
+    "two-tower": "--dense-learning-rate 1 --min-count 3 --log-q --negatives both",
+    "dlrm": "--dense-learning-rate 1 --min-count 3 --over-layers 8,4",
+    "language-model": "--rate-decay 0.8 --dropout 0.5 --clip-norm 3",
+}
 
 
 def parsed(text):
-    return parse([*text.split(), "--data", "synthetic", "--out", "run"])
+    return parse([*text.split(), "--data", "." if text.startswith("language") else "synthetic", "--out", "run"])
 
 
 def test_parse_gives_every_flag_its_field():
@@ -32,7 +37,7 @@ def test_parse_gives_every_flag_its_field():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_configuration_comes_back_from_json(recipe):
-    config = parsed(f"{recipe} --dense-learning-rate 1 --min-count 3 --revive-after 9")
+    config = parsed(f"{recipe} --revive-after 9 {OWN_FLAGS[recipe]}")
     assert RunConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
 
 
@@ -93,6 +98,32 @@ def test_config_rejects_what_makes_no_sense(changes, message):
         with_changes(RECIPES["two-tower"](**HERE).as_dict(), changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "nowhere"}, "--data: nowhere does not exist$"),
+        ({"dropout": 1.0}, "--dropout: got 1.0, want 0 or more and less than 1"),
+        ({"num-layers": 0}, "--num-layers: got 0, want more than 0"),
+        ({"full-rate-epochs": -1}, "--full-rate-epochs: got -1, want 0 or more"),
+        ({"num-subspaces": 7}, "num_subspaces: got 7, want a divisor"),
+    ],
+)
+def test_config_of_a_language_model_rejects_what_makes_no_sense(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        with_changes(RECIPES["language-model"](**HERE).as_dict(), changes)
+
+
+def test_groups_of_another_recipe_are_refused():
+    text, clicks = RECIPES["language-model"](**HERE), RECIPES["dlrm"](**HERE)
+    with pytest.raises(ConfigError, match="got 'language-model' with DataOptions, LanguageModelOptions"):
+        dataclasses.replace(text, data=clicks.data)
+
+
+def test_the_learning_rate_of_a_language_model_halves_after_four_epochs():
+    rates = [RECIPES["language-model"](**HERE).optimisation.rate_of(epoch) for epoch in range(1, 8)]
+    assert rates == [1, 1, 1, 1, 0.5, 0.25, 0.125]
+
+
 def test_config_rejects_an_option_that_it_does_not_know():
     content = RECIPES["dlrm"](**HERE).as_dict()
     content["model"]["temperature"] = 1.0
@@ -106,6 +137,13 @@ def test_config_rejects_an_option_that_it_does_not_know():
         ("dlrm --no-log-q", "--log-q is an option of two-tower: dlrm scores a pair by itself"),
         ("dlrm --negatives both", "--negatives is an option of two-tower"),
         ("two-tower --over-layers 8", "--over-layers is an option of dlrm: two-tower has no layer"),
+        (
+            "language-model --optimizer rowwise-adagrad",
+            "--optimizer is an option of two-tower and dlrm: language-model clips and moves all its weights together",
+        ),
+        ("language-model --num-negatives 5", "--num-negatives is an option of two-tower: language-model tells a word"),
+        ("language-model --num-users 5", "--num-users is an option of two-tower and dlrm, and language-model has none"),
+        ("language-model", "--data: synthetic does not exist: only interactions can be generated"),
     ],
 )
 def test_an_option_of_another_recipe_is_refused_with_the_reason(arguments, message, capsys):

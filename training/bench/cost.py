@@ -31,11 +31,11 @@ from training.bench.machine import where_and_when
 from training.config import RunConfig, TwoTowerOptions, with_changes
 from training.data.batches import Batch, train_batches
 from training.data.synthetic import SyntheticConfig, generate
-from training.parallel import choose_device, process_group, shard
+from training.parallel import choose_device, process_group
 from training.recipes import two_tower
 from training.results import peak_memory_bytes
-from training.source import open_source
-from training.tasks import TASKS
+from training.source import Source
+from training.tasks import RetrievalTask
 
 RESULTS = Path(__file__).with_name("results")
 NUM_CODES, NUM_SUBSPACES = (8, 32, 128, 256), (8, 16, 32)
@@ -138,11 +138,10 @@ def peak_memory(case: Case) -> int:
 def _stepper(case: Case, device: torch.device) -> Callable[[], None]:
     """What takes one training step after the other."""
     config = case.config
-    source = open_source(config)
-    task = TASKS[config.recipe](config, source, device)
+    task = RetrievalTask(config, device)
     torch.manual_seed(0)
-    model, optimizer = shard(task.model(), config.optimisation, device)
-    batches = iter(_batches(case, source))
+    model, optimizer = task.distribute(task.model())
+    batches = iter(_batches(case, task.source))
     generator = torch.Generator().manual_seed(0)
     model.train()
 
@@ -154,7 +153,7 @@ def _stepper(case: Case, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def _batches(case: Case, source: Any) -> list[Batch]:
+def _batches(case: Case, source: Source) -> list[Batch]:
     """Read before the clock runs."""
     every = train_batches(source.interactions, source.vocabularies, batch_size=case.batch_size)
     return list(itertools.islice(every, _WARM_UP_STEPS + case.num_steps))

@@ -1,4 +1,4 @@
-"""An artifact's tables in the place of trained ones. In: KeyedJaggedTensor of rows. Out: KeyedTensor, as served."""
+"""An artifact's tables in the place of trained ones. In: rows, as those take them. Out: vectors, as served."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torchrec import KeyedJaggedTensor, KeyedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from dpq_rec import EmbeddingStore
+from dpq_rec.artifact import Table
 from dpq_rec.lookup import decode_rows
 
 
@@ -43,9 +44,30 @@ class ServedTables(nn.Module):
         """Pooled vectors [B, number of tables * E] of rows."""
         bags, pooled = features.to_dict(), []
         for name in self.tables:
-            rows_T = bags[name].values()
-            rows_N, at_T = torch.unique(rows_T, return_inverse=True)
-            vectors_NE = torch.from_numpy(decode_rows(self.store.table(name), rows_N.cpu().numpy())).to(rows_T.device)
+            vectors_NE, at_T = _distinct_vectors(self.store.table(name), bags[name].values())
             offsets = bags[name].offsets()
             pooled.append(functional.embedding_bag(at_T, vectors_NE, offsets, mode="mean", include_last_offset=True))
         return KeyedTensor(self.tables, [each.shape[1] for each in pooled], torch.cat(pooled, dim=1))
+
+
+class ServedEmbedding(nn.Module):
+    """Vectors [..., E] of rows [...], as nn.Embedding gives them.
+
+    Args:
+        table: of an artifact.
+    """
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Vectors of rows (int64)."""
+        vectors_NE, at_T = _distinct_vectors(self.table, rows.reshape(-1))
+        return vectors_NE[at_T].view(*rows.shape, -1)
+
+
+def _distinct_vectors(table: Table, rows_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The vectors [N, E] of the distinct rows, and the position of each row among them [T]."""
+    rows_N, at_T = torch.unique(rows_T, return_inverse=True)
+    return torch.from_numpy(decode_rows(table, rows_N.cpu().numpy())).to(rows_T.device), at_T

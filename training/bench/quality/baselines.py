@@ -251,10 +251,12 @@ def _stored(composition: Composition, table: EmbeddingBagConfig, weights: Mappin
     return Stored(tensors=tensors, vectors_VE=rounded(rows_V, looked).numpy())
 
 
-def freeze_composed(model: nn.Module, path: Path, *, vocabularies: Mapping[str, Vocabulary]) -> None:
+def freeze_composed(
+    model: nn.Module, path: Path, *, tables: Sequence[str], vocabularies: Mapping[str, Vocabulary]
+) -> None:
     """In the place of `dpq_rec.nn.freeze`: an artifact of every id's vector; every rank calls it."""
     stored = stored_tables(model)
-    tables = next(module for module in model.modules() if isinstance(module, ComposedTables))
+    composed = next(module for module in model.modules() if isinstance(module, ComposedTables))
     if dist.get_rank() == 0:
-        features = {table.name: tuple(table.feature_names) for table in tables.embedding_bag_configs()}
-        write_stored(path, stored, vocabularies, features)
+        features = {table.name: tuple(table.feature_names) for table in composed.embedding_bag_configs()}
+        write_stored(path, {name: stored[name] for name in tables}, vocabularies, features)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from training.config import RunConfig
 from training.parallel import choose_device, process_group
-from training.source import Source, open_source
 from training.tasks import TASKS, Task
 
 
@@ -18,11 +17,10 @@ class Judge:
 
     Args:
         task: measures.
-        source: the data.
     """
 
-    def __init__(self, task: Task, source: Source) -> None:
-        self.task, self.source = task, source
+    def __init__(self, task: Task) -> None:
+        self.task = task
 
     @classmethod
     @contextlib.contextmanager
@@ -30,12 +28,11 @@ class Judge:
         """A judge of runs of a configuration, while it is open.
 
         Raises:
-            ConfigError: as `open_source`.
+            ConfigError: as the task, of data that cannot be read.
         """
         device = choose_device(config)
         with process_group(device):
-            source = open_source(config)
-            yield cls(TASKS[config.recipe](config, source, device), source)
+            yield cls(TASKS[config.recipe](config, device))
 
     def measure(self, folder: Path, split: str) -> dict[str, float]:
         """See `Task.measure`."""

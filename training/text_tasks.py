@@ -1,0 +1,137 @@
+"""What the recipes over text add to the trainer. In: a folder of text. Out: batches, the loss, metrics of an artifact.
+
+Their tables are small: every rank holds the whole model, and N ranks take the very steps of one, since they share out
+the examples of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torchrec.optim.keyed import KeyedOptimizer
+
+from dpq_rec import ConfigError, EmbeddingStore
+from dpq_rec.nn import DPQEmbedding
+from dpq_rec.vocabulary import Vocabulary
+from training.config import RunConfig
+from training.data.text import read_text
+from training.evaluation.served import ServedEmbedding
+from training.parallel import add_up, replicate
+from training.text_models import LanguageModel, State
+from training.text_options import LanguageModelOptimisation, LanguageModelOptions
+
+WORD = "word"
+_CHUNK_WORDS = 2048  # read at a time in evaluation
+
+
+class Words(NamedTuple):
+    """Rows of words that follow each other in B texts, and of those after them (int64)."""
+
+    words_TB: torch.Tensor
+    next_TB: torch.Tensor
+
+
+class LanguageModelTask:
+    """Recipe language-model.
+
+    The training text is cut into batch_size stretches, which are read side by side, num_steps words at a time; a rank
+    reads every world_size-th of them. What a step leaves in the LSTM is where the next one begins. Words at the end
+    that fill no step are left out, as Zaremba et al. do.
+    """
+
+    chosen_by, lower_is_better, num_negatives = "perplexity", True, 0
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        assert isinstance(config.model, LanguageModelOptions), "the configuration is checked"
+        assert isinstance(config.optimisation, LanguageModelOptimisation), "the configuration is checked"
+        self.embedding, self.options, self.optimisation = config.embedding, config.model, config.optimisation
+        self.device, self.batch_size = device, config.optimisation.batch_size
+        check_shared_out(self.batch_size)
+        self.text = read_text(Path(config.data.path))
+        self.digest = self.text.digest
+        self.vocabularies: Mapping[str, Vocabulary] = {WORD: self.text.vocabulary}
+        num_words, num_steps = len(self.text.rows["train"]), self.options.num_steps
+        self.num_steps = (num_words // self.batch_size - 1) // num_steps
+        if self.num_steps < 1:
+            want = f"{self.batch_size * (num_steps + 1)} or more for {self.batch_size} stretches of {num_steps} steps"
+            raise ConfigError(f"data: got {num_words} words in the train text, want {want}: lower --batch-size")
+        self.num_examples = self.num_steps * num_steps * self.batch_size
+        self._state: State | None = None
+
+    def model(self) -> LanguageModel:
+        """See `Task.model`."""
+        num_words, dim, dpq = len(self.text.words_V), self.embedding.embedding_dim, self.embedding.dpq
+        word = nn.Embedding(num_words, dim) if dpq is None else DPQEmbedding(num_words, dim, dpq, name=WORD)
+        if isinstance(word, DPQEmbedding):
+            word.penalty_scale = self.options.num_steps  # the loss is a sum over so many steps
+        return self._around(word)
+
+    def _around(self, word: nn.Module) -> LanguageModel:
+        return LanguageModel(self.options, word, self.embedding.embedding_dim, len(self.text.words_V))
+
+    def distribute(self, model: nn.Module) -> tuple[nn.Module, KeyedOptimizer]:
+        """See `Task.distribute`."""
+        rate = self.optimisation.learning_rate
+        clip_norm = self.optimisation.clip_norm
+        return replicate(model, self.device, lambda weights: torch.optim.SGD(weights, rate), clip_norm=clip_norm)
+
+    def learning_rate(self, epoch: int) -> float | None:
+        """See `Task.learning_rate`."""
+        return self.optimisation.rate_of(epoch)
+
+    def train_batches(self, epoch: int) -> Iterator[Words]:
+        """See `Task.train_batches`: in reading order, the same in every epoch."""
+        self._state = None
+        rows_T = torch.from_numpy(self.text.rows["train"])
+        stretches_BT = rows_T[: len(rows_T) // self.batch_size * self.batch_size].view(self.batch_size, -1)
+        mine_TB = stretches_BT[dist.get_rank() :: dist.get_world_size()].t().contiguous().to(self.device)
+        for step in range(self.num_steps):
+            start = step * self.options.num_steps
+            stop = start + self.options.num_steps
+            yield Words(mine_TB[start:stop], mine_TB[start + 1 : stop + 1])
+
+    def loss(self, model: nn.Module, batch: Words, generator: torch.Generator) -> torch.Tensor:
+        """See `Task.loss`: summed over the steps."""
+        loss, self._state = model(batch.words_TB, batch.next_TB, self._state)
+        return loss
+
+    def measure(self, folder: Path, split: str) -> dict[str, float]:
+        """See `Task.measure`: perplexity."""
+        store = EmbeddingStore.open(folder / "artifact")
+        served = self._around(ServedEmbedding(store.table(WORD)))
+        served.load_state_dict(load_file(folder / "model.safetensors"))
+        rows_T = torch.from_numpy(self.text.rows[split]).to(self.device)
+        return {"perplexity": perplexity(served.to(self.device).eval(), rows_T)}
+
+
+@torch.no_grad()
+def perplexity(model: LanguageModel, rows_T: torch.Tensor) -> float:
+    """The exponential of the mean of -log p(word), over all words but the first, each after all words before it.
+
+    Every rank reads the text, and scores a part of it.
+
+    Args:
+        model: in eval mode.
+        rows_T: of the words (int64), two or more.
+    """
+    state, total, num_words = None, 0.0, len(rows_T) - 1
+    for number, start in enumerate(range(0, num_words, _CHUNK_WORDS)):
+        stop = min(start + _CHUNK_WORDS, num_words)
+        hidden_T1H, state = model.hidden(rows_T[start:stop, None], state)
+        if number % dist.get_world_size() == dist.get_rank():
+            total += model.sum_of_losses(hidden_T1H[:, 0], rows_T[start + 1 : stop + 1])
+    (total,) = add_up([total])
+    return math.exp(min(total / num_words, 700.0))  # beyond, what diverged would be no number
+
+
+def check_shared_out(batch_size: int) -> None:
+    """Raises ConfigError where the ranks cannot share out the examples of a step evenly."""
+    if batch_size % dist.get_world_size():
+        raise ConfigError(f"--batch-size: got {batch_size} on {dist.get_world_size()} ranks, want a multiple of them")
