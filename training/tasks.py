@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from training.data.batches import Batch, eval_batches, train_batches
 from training.data.dense import dense_statistics
 from training.data.splits import TEST, VALIDATION
 from training.evaluation.clicks import click_metrics
+from training.evaluation.ranking import RetrievalMetrics
 from training.evaluation.retrieval import Retrieval
 from training.evaluation.served import ServedTables
 from training.models import (
@@ -179,6 +180,10 @@ class RetrievalTask(_InteractionTask):
         """See `Task.measure`: recall and ndcg at 10 and 20."""
         return self.retrieval.measure(EmbeddingStore.open(folder / "artifact"), SPLITS[split])
 
+    def by_user(self, folder: Path, split: str) -> RetrievalMetrics:
+        """What `measure` measures, of each of this rank's users."""
+        return self.retrieval.by_user(EmbeddingStore.open(folder / "artifact"), SPLITS[split])
+
 
 class ClickTask(_InteractionTask):
     """Recipe dlrm."""
@@ -215,9 +220,14 @@ class ClickTask(_InteractionTask):
         )
         return model(features, torch.from_numpy(batch.dense_BF).to(self.device))
 
-    @torch.no_grad()
     def measure(self, folder: Path, split: str) -> dict[str, float]:
         """See `Task.measure`: AUC and normalised entropy."""
+        scored = self.score(folder, split)
+        return click_metrics(scored.logits_N, scored.labels_N)
+
+    @torch.no_grad()
+    def score(self, folder: Path, split: str) -> ScoredClicks:
+        """What `measure` measures, of each of this rank's examples."""
         served = self._around(ServedTables(EmbeddingStore.open(folder / "artifact"), list(self.source.columns)))
         served.load_state_dict(load_file(folder / "model.safetensors"))
         served.eval()
@@ -229,13 +239,28 @@ class ClickTask(_InteractionTask):
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
         )
-        logits, labels = [torch.empty(0)], [torch.empty(0)]
+        logits, labels, users = [torch.empty(0)], [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
         for batch in batches:
             if not batch.num_examples:  # fewer rows left than ranks: TorchRec splits no empty batch
                 continue
             logits.append(self._logits(served, batch).cpu())
             labels.append(torch.from_numpy(batch.labels_B))
-        return click_metrics(torch.cat(logits), torch.cat(labels))
+            users.append(_user_rows(batch))
+        return ScoredClicks(torch.cat(logits), torch.cat(labels), torch.cat(users))
+
+
+class ScoredClicks(NamedTuple):
+    """N examples: logits and labels (float32), and the row of each one's user (int64), -1 where it has none."""
+
+    logits_N: torch.Tensor
+    labels_N: torch.Tensor
+    user_rows_N: torch.Tensor
+
+
+def _user_rows(batch: Batch) -> torch.Tensor:
+    rows_B = np.full(batch.num_examples, -1)
+    rows_B[batch.bags[USER].lengths_B > 0] = batch.bags[USER].rows_T
+    return torch.from_numpy(rows_B)
 
 
 TASKS: dict[str, Callable[..., Task]] = {

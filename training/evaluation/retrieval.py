@@ -15,7 +15,7 @@ from torch.nn import functional
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.lookup import decode_rows
 from training.config import TwoTowerOptions
-from training.evaluation.ranking import EvaluatedUsers, VectorsOf, evaluate, evaluated_users
+from training.evaluation.ranking import EvaluatedUsers, RetrievalMetrics, VectorsOf, evaluate, evaluated_users
 from training.models import ITEM, USER
 from training.parallel import add_up
 from training.source import Source, distinct_values
@@ -50,20 +50,24 @@ class Retrieval:
         Raises:
             ConfigError: no user has items in the split.
         """
+        found = self.by_user(store, split)
+        *sums, num_users = add_up([*found.sums, found.num_users])
+        if not num_users:
+            raise ConfigError(f"data: got no user with items in split {split}, want at least one")
+        return {name: total / num_users for name, total in zip(found.names, sums, strict=True)}
+
+    def by_user(self, store: EmbeddingStore, split: int) -> RetrievalMetrics:
+        """The metrics of each of this rank's users; see `measure`."""
         if split not in self._users:
             users = evaluated_users(self.interactions, self.vocabularies, split, max_users=self.options.max_eval_users)
             self._users[split] = users.take(np.arange(dist.get_rank(), len(users.user_ids_U), dist.get_world_size()))
         item_vectors = self._vectors(store, ITEM)
-        found = evaluate(
+        return evaluate(
             self._users[split],
             self._vectors(store, USER),
             lambda candidates_N: item_vectors(self._item_rows_C[candidates_N]),
             num_items=len(self._item_rows_C),
         )
-        *sums, num_users = add_up([*found.sums, found.num_users])
-        if not num_users:
-            raise ConfigError(f"data: got no user with items in split {split}, want at least one")
-        return {name: total / num_users for name, total in zip(found.names, sums, strict=True)}
 
     def _vectors(self, store: EmbeddingStore, table: str) -> VectorsOf:
         """What the model compares: by cosine, vectors of length one."""

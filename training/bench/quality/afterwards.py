@@ -27,6 +27,8 @@ from training.bench.quality.reconstruction import Reconstruction
 from training.bench.quality.scalars import LowRank, Scalar
 from training.bench.quality.sizes import Largest, Shape, fit_to_budget
 from training.bench.quality.stored import Stored, plain, write_stored
+from training.checkpoint import METRICS
+from training.recipes import load
 
 
 class Compressor(Protocol):
@@ -102,7 +104,7 @@ def compress(run: Path, method: str, settings: Mapping[str, Any], ratio: float |
     tables = EmbeddingStore.open(run / "artifact").tables
     if coded := [name for name, table in tables.items() if table.manifest.kind != "dense"]:
         raise ConfigError(f"{run}: got tables of codes, {', '.join(coded)}; want a run with --embedding full")
-    by_cosine = getattr(config_of(run).model, "similarity", "") == "cosine"
+    by_cosine = load(str(run / METRICS))["model"].get("similarity") == "cosine"
     vectors = {name: _vectors(table.tensors["vectors"], by_cosine=by_cosine) for name, table in tables.items()}
     shapes: dict[str, Shape] = {name: vectors_VE.shape for name, vectors_VE in vectors.items()}
     largest, began = METHODS[method](**settings), time.monotonic()

@@ -1,25 +1,34 @@
-"""The trainer's own evaluation, for any artifact. In: a configuration and a folder. Out: metrics."""
+"""The trainer's own evaluation, for any artifact. In: a configuration and a folder. Out: metrics, in all or by user."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from training.config import RunConfig
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from training.checkpoint import METRICS
+from training.config import RunConfig, with_changes
 from training.parallel import choose_device, process_group
-from training.tasks import TASKS, Task
+from training.recipes import load
+from training.tasks import TASKS, ClickTask, RetrievalTask, Task
+
+BY_USER = "by_user.npz"
 
 
 class Judge:
-    """A recipe's `Task` with its data open.
+    """A recipe's `Task` with its data open, on one rank.
 
     Args:
         task: measures.
     """
 
     def __init__(self, task: Task) -> None:
+        assert dist.get_world_size() == 1, "of several ranks each would have a part of the users"
         self.task = task
 
     @classmethod
@@ -38,7 +47,30 @@ class Judge:
         """See `Task.measure`."""
         return self.task.measure(folder, split)
 
+    def save_by_user(self, folder: Path, split: str) -> None:
+        """Leave BY_USER in a folder: what its metrics are made of, for `bootstrap`. Recipes over text leave nothing.
 
-def config_of(run: Path) -> RunConfig:
-    """The configuration of a finished run."""
-    return RunConfig.from_dict(json.loads((run / "metrics.json").read_text())["config"])
+        Retrieval: `user_ids_U`, and an array [U] under each metric's name. Click-through: `user_rows_N`, `logits_N`
+        and `labels_N`.
+        """
+        arrays: dict[str, NDArray[Any]] = {}
+        if isinstance(self.task, RetrievalTask):
+            found = self.task.by_user(folder, split)
+            arrays = {"user_ids_U": found.user_ids_U, **dict(zip(found.names, found.values_UC.T, strict=True))}
+        elif isinstance(self.task, ClickTask):
+            arrays = {name: tensor.numpy() for name, tensor in self.task.score(folder, split)._asdict().items()}
+        if arrays:
+            np.savez_compressed(folder / BY_USER, allow_pickle=False, **arrays)
+
+
+def config_of(run: Path, data: Path | None = None) -> RunConfig:
+    """The configuration of a finished run.
+
+    Args:
+        run: its folder.
+        data: where its data are now; where they were, if not given.
+
+    Raises:
+        ConfigError: it cannot be read, or the data are not there.
+    """
+    return with_changes(load(str(run / METRICS)), {} if data is None else {"data": str(data)})

@@ -1,0 +1,166 @@
+"""The order of the grid, played through with made-up results: what is run, and what choices can see."""
+
+import dataclasses
+import zlib
+from collections import Counter
+
+import pytest
+
+from dpq_rec import DPQConfig
+from training.bench.quality import afterwards, baselines, grid
+from training.bench.quality.case import Case
+from training.bench.quality.grid import METHODS, STUDIES
+from training.bench.quality.plan import Known, plan
+from training.bench.quality.reconstruction import Reconstruction
+
+STUDY = STUDIES[0]
+ROWS = {  # of every table, as runs on these data report them
+    "gowalla": (29858, 40979),
+    "movielens_1m": (6040, 3416),
+    "movielens_100k": (943, 1617, 2, 21, 382, 19),
+}
+
+
+def line_of(case, validation, test=0.5, num_bytes=None):
+    budget = 10_000 if case.ratio is None else int(1_000_000 / case.ratio)
+    return {
+        "case": case.as_dict(),
+        "validation": {STUDY.metric: validation},
+        "metrics": {STUDY.metric: test},
+        "bytes": budget if num_bytes is None else num_bytes,
+        "full_bytes": 1_000_000,
+    }
+
+
+def play(score, test=lambda case: 0.5, num_bytes=lambda case: None):
+    """Every case of one study, in the order it was run."""
+    lines = []
+    while True:
+        done = {line["case"] and Case.from_dict(line["case"]).name for line in lines}
+        left = [case for case in plan(lines, [STUDY]) if case.name not in done]
+        if not left:
+            return [Case.from_dict(line["case"]) for line in lines]
+        lines += [line_of(case, score(case), test(case), num_bytes(case)) for case in left]
+
+
+def position(case):
+    """Of a case's settings among its method's trials, more or less; larger is better here."""
+    return zlib.crc32(str(sorted([*case.flags.items(), *case.settings.items()])).encode()) / 2**32
+
+
+BEST = {"full": 0.9, "dpq-vq": 0.8, "opq": 0.7, "qr": 0.6}
+
+
+def by_method(case):
+    """Among methods as BEST says; within a method, by its settings."""
+    return BEST.get(case.method, 0.1) + position(case) / 100
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return play(by_method)
+
+
+def finals(cases, **wanted):
+    return [case for case in cases if case.stage == "final" and all(getattr(case, k) == v for k, v in wanted.items())]
+
+
+def test_trials_are_four_of_half_the_epochs_for_every_method_that_is_tuned(cases):
+    counted = Counter((case.method, case.ratio) for case in cases if case.stage == "trial")
+    assert set(counted.values()) == {grid.NUM_TRIALS}
+    assert {method for method, _ in counted} == {name for name, m in METHODS.items() if len(m.trials) > 1}
+    assert {c.epochs for c in cases if c.stage == "trial" and not c.of} == {STUDY.epochs // 2}
+    assert {c.epochs for c in finals(cases) if not c.of} == {STUDY.epochs}
+
+
+def test_finals_are_of_every_method_at_every_ratio(cases):
+    for name, method in METHODS.items():
+        ratios = {case.ratio for case in finals(cases, method=name, seed=0)}
+        if name == "full" or not method.has_sizes:
+            assert ratios == {None}
+        else:
+            assert ratios >= set(STUDY.ratios)
+
+
+def test_more_seeds_are_for_full_the_best_dpq_and_the_two_best_baselines(cases):
+    assert {case.method for case in cases if case.seed > 0} == {"full", "dpq-vq", "opq", "qr"}
+    assert [case.seed for case in finals(cases, method="dpq-vq", ratio=40.0)] == [0, 1, 2]
+
+
+def test_compressed_cases_come_after_the_full_run_of_their_seed(cases):
+    names = [case.name for case in cases]
+    for at, case in enumerate(cases):
+        if case.of:
+            full = cases[names.index(case.of)]
+            assert (full.method, full.stage, full.seed) == ("full", "final", case.seed)
+            assert names.index(case.of) < at
+
+
+def test_finals_take_the_settings_of_the_best_trial(cases):
+    for name in ("full", "low-dim", "pq"):
+        for final in finals(cases, method=name, seed=0):
+            ratio = grid.TUNING_RATIO if name == "low-dim" else final.ratio
+            trials = [c for c in cases if c.method == name and c.stage == "trial" and c.ratio == ratio]
+            winner = max(trials, key=by_method)
+            assert (final.flags, final.settings) == (winner.flags, winner.settings)
+
+
+def test_choices_do_not_see_test_metrics(cases):
+    """The same validation with test metrics turned around: not one case differs."""
+    assert play(by_method, test=lambda case: 1 - by_method(case)) == cases
+    assert "metrics" not in Known._fields
+
+
+def test_choices_follow_validation(cases):
+    other = play(lambda case: -by_method(case))
+    assert {case.name for case in finals(other)} != {case.name for case in finals(cases)}
+
+
+def test_trials_beyond_their_bytes_are_not_chosen(cases):
+    winner = next(c for c in finals(cases, method="qr", seed=0, ratio=20.0))
+    too_large = {c.name: 50_001 for c in cases if c.stage == "trial" and c.method == "qr" and c.flags == winner.flags}
+    other = play(by_method, num_bytes=lambda case: too_large.get(case.name))
+    assert next(c for c in finals(other, method="qr", seed=0, ratio=20.0)).flags != winner.flags
+
+
+def test_final_dpq_has_its_codes_fitted_afterwards_too(cases):
+    for final in [*finals(cases, method="dpq-vq", seed=0), *finals(cases, method="dpq-sx", seed=0)]:
+        size = [final.flags[name] for name in ("num-subspaces", "num-codes", "num-levels")]
+        same = [
+            c.method
+            for c in cases
+            if c.stage == "same-codes"
+            and [c.settings[name] for name in ("num_subspaces", "num_codes", "num_levels")] == size
+        ]
+        assert {"pq" if size[2] == 1 else "rq", "dpq-reconstruction"} <= set(same)
+
+
+def test_sweep_has_every_k_and_d_once(cases):
+    swept = Counter((c.method, c.flags["num-codes"], c.flags["num-subspaces"]) for c in cases if c.stage == "sweep")
+    assert set(swept.values()) == {1}
+    assert len(swept) == 2 * len(grid.SWEEP_NUM_CODES) * len(grid.SWEEP_NUM_SUBSPACES)
+
+
+def test_case_has_another_name_for_other_settings_and_comes_back_from_json():
+    case = Case(dataset="d", recipe="two-tower", method="pq", stage="final", settings={"num_codes": 16}, of="d/full")
+    assert Case.from_dict(case.as_dict()) == case
+    changed = [dataclasses.replace(case, seed=1), dataclasses.replace(case, settings={"num_codes": 17})]
+    assert len({case.name, *(each.name for each in changed)}) == 3
+
+
+def test_every_method_of_the_grid_exists():
+    for name, method in METHODS.items():
+        if method.kind == "afterwards":
+            assert all(afterwards.METHODS[name](**trial.settings) for trial in method.trials)
+        if method.kind == "trained":
+            assert all(baselines.METHODS[name](**trial.settings) for trial in method.trials)
+
+
+@pytest.mark.parametrize("method", ["dpq-vq", "dpq-sx"])
+def test_dpq_sizes_keep_within_their_ratio_and_use_it(method):
+    for trial in METHODS[method].trials:
+        for dataset, by_ratio in trial.sizes.items():
+            for ratio, size in by_ratio.items():
+                config = DPQConfig(**{flag.replace("-", "_"): value for flag, value in size.items()})
+                taken = sum(Reconstruction(config).num_bytes(rows, 64) for rows in ROWS[dataset])
+                assert ratio <= 256 * sum(ROWS[dataset]) / taken < 1.4 * ratio, (dataset, ratio, size)
