@@ -1,1 +1,1 @@
-"""Benchmarks of training: `python -m training.bench.throughput` and `python -m training.bench.cost`."""
+"""Benchmarks of training: `python -m training.bench quality`, `cost` and `throughput`."""

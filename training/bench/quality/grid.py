@@ -25,6 +25,7 @@ class Study:
     Attributes:
         dataset: folder in the folder of data sets.
         recipe: of the trainer.
+        rows: of every table: what does not fit into its bytes is not tried.
         epochs: of a final run, at most.
         metric: that choices go by, on the validation split; the larger the better. Epochs are the trainer's choice.
         flags: of the trainer.
@@ -34,6 +35,7 @@ class Study:
 
     dataset: str
     recipe: str
+    rows: tuple[int, ...]
     epochs: int
     metric: str
     flags: Settings
@@ -47,11 +49,13 @@ class Trial:
 
     Attributes:
         flags: of the trainer.
+        times: flag -> what the study's value of it is multiplied by.
         settings: of the method itself.
         sizes: of DPQ: data set -> ratio -> the flags of a table that fits.
     """
 
     flags: Settings = dataclasses.field(default_factory=dict)
+    times: Mapping[str, float] = dataclasses.field(default_factory=dict)
     settings: Settings = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, Mapping[float, Settings]] = dataclasses.field(default_factory=dict)
 
@@ -72,14 +76,34 @@ class Method:
 
 
 STUDIES = (
-    Study(dataset="movielens_1m", recipe="two-tower", epochs=24, metric="ndcg@10", flags={"embedding-dim": 64}),
-    Study(dataset="gowalla", recipe="two-tower", epochs=24, metric="ndcg@20", flags={"embedding-dim": 64}),
+    Study(
+        dataset="movielens_1m",
+        recipe="two-tower",
+        rows=(6040, 3416),
+        epochs=24,
+        metric="ndcg@10",
+        flags={"embedding-dim": 64, "learning-rate": 0.1, "dense-learning-rate": 0.003},
+    ),
+    Study(
+        dataset="gowalla",
+        recipe="two-tower",
+        rows=(29858, 40979),
+        epochs=24,
+        metric="ndcg@20",
+        flags={"embedding-dim": 64, "learning-rate": 0.1, "dense-learning-rate": 0.003},
+    ),
     Study(
         dataset="movielens_100k",
         recipe="dlrm",
+        rows=(943, 1617, 2, 21, 382, 19),
         epochs=12,
         metric="auc",
-        flags={"embedding-dim": 64, "features": ["age", "gender", "occupation", "zip3", "genres"]},
+        flags={
+            "embedding-dim": 64,
+            "features": ["age", "gender", "occupation", "zip3", "genres"],
+            "learning-rate": 0.02,
+            "dense-learning-rate": 0.001,
+        },
     ),
 )
 
@@ -100,12 +124,15 @@ _DPQ_LEVELS = {
     "movielens_1m": {20.0: _codes(8, 32, 2), 40.0: _codes(4, 16, 2)},
     "movielens_100k": {20.0: _codes(8, 8, 2), 40.0: _codes(8, 4, 2)},
 }
-_RATES = ({"learning-rate": 0.1}, {"learning-rate": 0.05}, {"learning-rate": 0.2}, {"learning-rate": 0.4})
-_DENSE_RATES = tuple({"dense-learning-rate": rate} for rate in (0.0003, 0.001, 0.003, 0.01))
+_RATES = tuple(Trial(times={"learning-rate": factor}) for factor in (1, 0.5, 2, 4))
+# A tensor train has no tables: its cores move at the dense rate.
+_DENSE_RATES = tuple(Trial(times={"dense-learning-rate": factor}) for factor in (1, 0.1, 0.3, 3))
+_NUM_CODES = (8, 16, 64, 256)
+_SUBSPACES_AND_CODES = ((1, 16), (4, 8), (4, 64), (8, 16))
 
 
 METHODS: dict[str, Method] = {
-    "full": Method(kind="full", trials=tuple(Trial(flags=flags) for flags in _RATES)),
+    "full": Method(kind="full", trials=_RATES),
     "dpq-vq": Method(
         kind="dpq",
         trials=(
@@ -124,32 +151,25 @@ METHODS: dict[str, Method] = {
             Trial(sizes=_DPQ_LEVELS, flags={"start-from": "kmeans", "metric": "euclidean"}),
         ),
     ),
-    "low-dim": Method(kind="trained", trials=tuple(Trial(flags=flags) for flags in _RATES)),
+    "low-dim": Method(kind="trained", trials=_RATES),
     "hashing": Method(
         kind="trained",
-        trials=(
-            *(Trial(flags=flags) for flags in _RATES[:3]),
-            Trial(settings={"hash": "mixed"}),
-        ),
+        trials=(*_RATES[:3], Trial(settings={"hash": "mixed"})),
     ),
-    "qr": Method(kind="trained", trials=tuple(Trial(flags=flags) for flags in _RATES)),
-    "tensor-train": Method(kind="trained", trials=tuple(Trial(flags=flags) for flags in _DENSE_RATES)),
+    "qr": Method(kind="trained", trials=_RATES),
+    "tensor-train": Method(kind="trained", trials=_DENSE_RATES),
     "low-rank": Method(kind="afterwards", trials=(Trial(),)),
     "int8": Method(kind="afterwards", trials=(Trial(),), has_sizes=False),
     "int4": Method(kind="afterwards", trials=(Trial(),), has_sizes=False),
-    "pq": Method(kind="afterwards", trials=tuple(Trial(settings={"num_codes": k}) for k in (16, 32, 64, 256))),
-    "opq": Method(kind="afterwards", trials=tuple(Trial(settings={"num_codes": k}) for k in (16, 32, 64, 256))),
+    "pq": Method(kind="afterwards", trials=tuple(Trial(settings={"num_codes": k}) for k in _NUM_CODES)),
+    "opq": Method(kind="afterwards", trials=tuple(Trial(settings={"num_codes": k}) for k in _NUM_CODES)),
     "rq": Method(
         kind="afterwards",
-        trials=tuple(
-            Trial(settings={"num_subspaces": d, "num_codes": k}) for d, k in ((1, 32), (4, 16), (4, 64), (8, 16))
-        ),
+        trials=tuple(Trial(settings={"num_subspaces": d, "num_codes": k}) for d, k in _SUBSPACES_AND_CODES),
     ),
     "aq": Method(
         kind="afterwards",
-        trials=tuple(
-            Trial(settings={"num_subspaces": d, "num_codes": k}) for d, k in ((1, 32), (4, 16), (4, 64), (8, 16))
-        ),
+        trials=tuple(Trial(settings={"num_subspaces": d, "num_codes": k}) for d, k in _SUBSPACES_AND_CODES),
     ),
 }
 

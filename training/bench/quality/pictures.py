@@ -16,8 +16,8 @@ import numpy as np
 from training.bench.quality.grid import METHODS, STUDIES, Study
 
 Line = Mapping[str, Any]
-_STYLES = {"full": ("black", "*"), "dpq-vq": ("tab:red", "o"), "dpq-sx": ("tab:orange", "o")}
-_MARKERS = {"trained": "s", "afterwards": "^"}
+_COLORS = {"full": "black", "dpq-vq": "red", "dpq-sx": "darkorange"}  # baselines: of a map without these two
+_MARKERS = {"full": "*", "trained": "s", "afterwards": "^"}
 
 
 def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
@@ -63,11 +63,12 @@ def _against_ratio(lines: Sequence[Line], path: Path) -> Path:
     figure, axes = pyplot.subplots(1, len(studies), figsize=(6 * len(studies), 5), layout="constrained", squeeze=False)
     for axis, study in zip(axes[0], studies, strict=True):
         of_study = [line for line in lines if line["dataset"] == study.dataset]
-        for method in METHODS:
+        for number, method in enumerate(METHODS):
             points = curve(of_study, method, study.metric)
             if not points:
                 continue
-            color, marker = _STYLES.get(method, (None, _MARKERS.get(METHODS[method].kind, "o")))
+            color = _COLORS.get(method, pyplot.get_cmap("tab20b")(2 * number % 20 + number // 10))
+            marker = _MARKERS.get(METHODS[method].kind, "o")
             if method == "full":
                 axis.axhline(points[0][1], color=color, linewidth=1, linestyle=":")
             width = 2.0 if method.startswith("dpq") else 1.0
@@ -149,6 +150,7 @@ def _costs(lines: Sequence[Line], path: Path) -> Path:
             bars = axis.bar(names, [median / statistics.median(of_full) for median in medians], color="tab:blue")
             axis.bar_label(bars, fmt="%.2f", fontsize="small")
             axis.axhline(1, color="black", linewidth=0.8)
+            axis.margins(y=0.15)
             axis.set_title(f"{study.dataset}: {title}, of full", fontsize="medium")
             axis.tick_params(axis="x", rotation=30)
     return _saved(figure, path)

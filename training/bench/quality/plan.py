@@ -6,13 +6,16 @@ Trials come first; what they choose makes the final cases; these choose what get
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from training.bench.quality import grid
+from training.bench.quality import afterwards, baselines, grid
 from training.bench.quality.case import Case
 from training.bench.quality.grid import METHODS, STUDIES, Method, Study, Trial
+from training.bench.quality.sizes import fits
 
 
 class Known(NamedTuple):
@@ -53,6 +56,15 @@ def plan(lines: Sequence[Mapping[str, Any]], studies: Sequence[Study] = STUDIES)
     return list({case.name: case for case in cases}.values())
 
 
+@functools.cache
+def _fits(dataset: str, method: str, settings: str, ratio: float) -> bool:
+    """Whether a baseline has a size that keeps to the ratio."""
+    factories: Mapping[str, Any] = {"trained": baselines.METHODS, "afterwards": afterwards.METHODS}
+    study = next(study for study in STUDIES if study.dataset == dataset)
+    shapes = {str(number): (rows, study.flags["embedding-dim"]) for number, rows in enumerate(study.rows)}
+    return fits(shapes, ratio, factories[METHODS[method].kind][method](**json.loads(settings)))
+
+
 class _Planner:
     """The cases of one study."""
 
@@ -91,7 +103,9 @@ class _Planner:
     def _as_case(
         self, name: str, method: Method, trial: Trial, ratio: float | None, *, stage: str, seed: int
     ) -> Iterator[Case]:
-        """One case; none while the full run that it compresses is not finished, or where DPQ has no size for it."""
+        """One case; none while the full run that it compresses is not finished, or where no size keeps to the ratio."""
+        if ratio is not None and not self._has_size(name, trial, ratio):
+            return
         fields: dict[str, Any] = {"method": name, "stage": stage, "ratio": ratio, "seed": seed}
         if method.kind == "afterwards":
             full = self._full(seed)
@@ -104,14 +118,18 @@ class _Planner:
                     **fields,
                 )
             return
-        size: Mapping[str, Any] = {}
-        if method.kind == "dpq":
-            sizes = trial.sizes.get(self.study.dataset, {})
-            if ratio is None or ratio not in sizes:
-                return
-            size = sizes[ratio]
+        size = trial.sizes[self.study.dataset][ratio] if method.kind == "dpq" and ratio is not None else {}
         epochs = self.study.epochs if stage == "final" else max(1, self.study.epochs // 2)
-        yield self._case(epochs=epochs, flags={**trial.flags, **size}, settings=trial.settings, **fields)
+        yield self._case(epochs=epochs, flags={**self._flags(trial), **size}, settings=trial.settings, **fields)
+
+    def _has_size(self, name: str, trial: Trial, ratio: float) -> bool:
+        if METHODS[name].kind == "dpq":
+            return ratio in trial.sizes.get(self.study.dataset, {})
+        return _fits(self.study.dataset, name, json.dumps(trial.settings), ratio)
+
+    def _flags(self, trial: Trial) -> dict[str, Any]:
+        multiplied = {flag: float(f"{self.study.flags[flag] * factor:.6g}") for flag, factor in trial.times.items()}
+        return {**multiplied, **trial.flags}
 
     def _full(self, seed: int) -> Known | None:
         finals = self._of("full", "final")
@@ -155,7 +173,7 @@ class _Planner:
         finals = {
             name: self._final_of_seed_0(name, ratio)
             for name, method in METHODS.items()
-            if ratio in self._ratios(method)
+            if ratio in self._ratios(method) and any(self._has_size(name, trial, ratio) for trial in method.trials)
         }
         for kinds, count in ((("dpq",), 1), (("trained", "afterwards"), grid.NUM_BEST_BASELINES)):
             names = [name for name in finals if METHODS[name].kind in kinds]
@@ -194,6 +212,6 @@ class _Planner:
         for name, num_codes, num_subspaces in shape:
             trial = self._chosen(name, METHODS[name], grid.TUNING_RATIO)
             if trial is not None:
-                flags = {**trial.flags, "num-codes": num_codes, "num-subspaces": num_subspaces, "num-levels": 1}
+                flags = {**self._flags(trial), "num-codes": num_codes, "num-subspaces": num_subspaces, "num-levels": 1}
                 flags["values-dtype"] = "float16"
                 yield self._case(method=name, stage="sweep", epochs=max(1, self.study.epochs // 2), flags=flags)

@@ -149,7 +149,7 @@ def test_written_artifact_serves_what_was_decoded(tmp_path, fitted):
 SHAPES = {"user_id": (1000, 64), "item_id": (3000, 64), "gender": (2, 64)}
 
 
-@pytest.mark.parametrize("ratio", [2, 20])
+@pytest.mark.parametrize("ratio", [10, 20])
 @pytest.mark.parametrize(
     ("method", "settings"),
     [("low-rank", {}), ("pq", {"num_codes": 16}), ("opq", {"num_codes": 16}), ("rq", {"num_codes": 16})],
