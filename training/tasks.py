@@ -33,7 +33,7 @@ from training.evaluation.served import ServedTables
 from training.models import ITEM, NEGATIVE, USER, ClickThrough, TwoTower, make_tables, two_tower_features
 from training.parallel import shard
 from training.source import open_source
-from training.text_tasks import LanguageModelTask
+from training.text_tasks import LanguageModelTask, TextClassificationTask
 
 _logger = logging.getLogger(__name__)
 SPLITS = {"validation": VALIDATION, "test": TEST}
@@ -233,4 +233,5 @@ TASKS: dict[str, Callable[[RunConfig, torch.device], Task]] = {
     "two-tower": RetrievalTask,
     "dlrm": ClickTask,
     "language-model": LanguageModelTask,
+    "text-classification": TextClassificationTask,
 }
