@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 2 -m training two-tower --data synthetic --num-users 1000000 --out runs/big
   torchrun --nproc-per-node 2 -m training dlrm --data clicks/ --features age,genres --out runs/clicks
   torchrun --nproc-per-node 2 -m training language-model --data text/ --out runs/words
+  torchrun --nproc-per-node 2 -m training text-classification --data news/ --out runs/news
   torchrun --nproc-per-node 2 -m training --config runs/dpq/metrics.json --out runs/again
 
 A run that was killed goes on where it stood when it is started again with the same --out; with torchrun's

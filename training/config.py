@@ -18,7 +18,14 @@ from dpq_rec import ConfigError, DPQConfig
 from training import flags
 from training.data.vocabularies import VocabularyPolicy
 from training.flags import check_positive
-from training.text_options import LanguageModelOptimisation, LanguageModelOptions, TextOptions
+from training.text_options import (
+    ClassifierOptimisation,
+    ClassifierOptions,
+    DocumentOptions,
+    LanguageModelOptimisation,
+    LanguageModelOptions,
+    TextOptions,
+)
 
 SYNTHETIC = "synthetic"
 METHODS: dict[str, Literal["sx", "vq"]] = {"dpq-sx": "sx", "dpq-vq": "vq"}
@@ -99,11 +106,12 @@ class DLRMOptions:
             raise ConfigError("--over-layers: got none, want one width at least")
 
 
-ModelOptions: TypeAlias = TwoTowerOptions | DLRMOptions | LanguageModelOptions
+ModelOptions: TypeAlias = TwoTowerOptions | DLRMOptions | LanguageModelOptions | ClassifierOptions
 MODEL_OPTIONS: dict[str, type[ModelOptions]] = {
     "two-tower": TwoTowerOptions,
     "dlrm": DLRMOptions,
     "language-model": LanguageModelOptions,
+    "text-classification": ClassifierOptions,
 }
 
 
@@ -198,10 +206,10 @@ class RunConfig:
     """
 
     recipe: str
-    data: DataOptions | TextOptions
+    data: DataOptions | TextOptions | DocumentOptions
     model: ModelOptions
     embedding: EmbeddingOptions
-    optimisation: OptimisationOptions | LanguageModelOptimisation
+    optimisation: OptimisationOptions | LanguageModelOptimisation | ClassifierOptimisation
     run: RunOptions
 
     def __post_init__(self) -> None:
@@ -250,6 +258,7 @@ _GROUPS: dict[str, type] = {
 }
 _OWN_GROUPS: dict[str, dict[str, type]] = {
     "language-model": {"data": TextOptions, "optimisation": LanguageModelOptimisation},
+    "text-classification": {"data": DocumentOptions, "optimisation": ClassifierOptimisation},
 }
 
 

@@ -21,7 +21,14 @@ from training.config import (
     RunOptions,
     TwoTowerOptions,
 )
-from training.text_options import LanguageModelOptimisation, LanguageModelOptions, TextOptions
+from training.text_options import (
+    ClassifierOptimisation,
+    ClassifierOptions,
+    DocumentOptions,
+    LanguageModelOptimisation,
+    LanguageModelOptions,
+    TextOptions,
+)
 
 ANYWHERE = "."  # a place that exists, for configurations whose data are not known yet
 
@@ -75,10 +82,28 @@ def language_model(data: str, out: str) -> RunConfig:
     )
 
 
+def text_classification(data: str, out: str) -> RunConfig:
+    """Text classification: which of several labels a document has.
+
+    One hidden layer over the mean of the vectors of its words (much as Joulin et al., 2017), which are the table.
+    Measured by accuracy. The data are Parquet files with a text and a label.
+    """
+    dpq = DPQConfig(method="sx", num_subspaces=100, num_codes=32, share_subspaces=True)
+    return RunConfig(
+        recipe="text-classification",
+        data=DocumentOptions(path=data),
+        model=ClassifierOptions(),
+        embedding=EmbeddingOptions(kind="dpq-sx", embedding_dim=300, dpq=dpq),
+        optimisation=ClassifierOptimisation(),
+        run=RunOptions(out=out),
+    )
+
+
 RECIPES: dict[str, Callable[[str, str], RunConfig]] = {
     "two-tower": two_tower,
     "dlrm": dlrm,
     "language-model": language_model,
+    "text-classification": text_classification,
 }
 
 

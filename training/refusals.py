@@ -13,10 +13,13 @@ from training.config import SYNTHETIC, options_of
 from training.flags import Option
 
 _ONE_SGD = "language-model clips and moves all its weights together, by SGD"
+_ONE_ADAM = "text-classification moves all its weights alike, by Adam"
 _REASONS_OF_FLAGS = {  # of the recipe, and the flag that it has not
     ("language-model", "optimizer"): _ONE_SGD,
     ("language-model", "dense-learning-rate"): _ONE_SGD,
     ("language-model", "num-negatives"): "language-model tells a word from all others, and draws none",
+    ("text-classification", "optimizer"): _ONE_ADAM,
+    ("text-classification", "dense-learning-rate"): _ONE_ADAM,
 }
 _REASONS = {  # of the recipe, and the one whose option it has not
     ("dlrm", "two-tower"): "dlrm scores a pair by itself and has labels: it draws no items and compares no two vectors",

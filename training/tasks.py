@@ -43,7 +43,7 @@ from training.models import (
 )
 from training.parallel import shard
 from training.source import open_source
-from training.text_tasks import LanguageModelTask
+from training.text_tasks import LanguageModelTask, TextClassificationTask
 
 _logger = logging.getLogger(__name__)
 SPLITS = {"validation": VALIDATION, "test": TEST}
@@ -267,4 +267,5 @@ TASKS: dict[str, Callable[..., Task]] = {
     "two-tower": RetrievalTask,
     "dlrm": ClickTask,
     "language-model": LanguageModelTask,
+    "text-classification": TextClassificationTask,
 }

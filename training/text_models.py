@@ -1,7 +1,8 @@
 """Models over the words of a text. In: rows of words. Out: the loss, or what it is made of.
 
-`LanguageModel` is the LSTM of Zaremba et al. (2014). What it is given as its table maps rows to vectors: a module
-of torch or of DPQ, or what an artifact serves.
+`LanguageModel` is the LSTM of Zaremba et al. (2014), `TextClassifier` one hidden layer over the mean of word vectors.
+What they are given as their table maps rows to vectors, or bags of rows to means: a module of torch or of DPQ, or what
+an artifact serves.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from training.text_options import LanguageModelOptions
+from training.text_options import ClassifierOptions, LanguageModelOptions
 
 State: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 _BLOCK_WORDS = 256  # whose scores of all words are held together, in evaluation
@@ -72,6 +73,37 @@ class LanguageModel(nn.Module):
         blocks = zip(hidden_NH.split(_BLOCK_WORDS), next_N.split(_BLOCK_WORDS), strict=True)
         losses = [functional.cross_entropy(self.output(h_BH), n_B, reduction="sum") for h_BH, n_B in blocks]
         return float(torch.stack(losses).double().sum())
+
+
+class TextClassifier(nn.Module):
+    """One hidden layer over the mean of the vectors of a document's words (DPQ paper, table 2).
+
+    Args:
+        options: of the recipe.
+        word: bags of rows, as nn.EmbeddingBag takes them, to their means [B, E].
+        embedding_dim: E.
+        num_classes: C.
+    """
+
+    TABLES = "word."  # what the names of the tables' weights begin with
+
+    def __init__(self, options: ClassifierOptions, word: nn.Module, embedding_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.word, self.dropout = word, nn.Dropout(options.dropout)
+        self.hidden, self.output = (
+            nn.Linear(embedding_dim, options.hidden_dim),
+            nn.Linear(options.hidden_dim, num_classes),
+        )
+
+    def forward(self, rows_T: torch.Tensor, offsets_B: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C] of the classes.
+
+        Args:
+            rows_T: of the words of all documents (int64).
+            offsets_B: where each document begins; one without words has a mean of zeros.
+        """
+        means_BE = self.dropout(self.word(rows_T, offsets_B))
+        return self.output(self.dropout(self.hidden(means_BE).relu()))
 
 
 def cross_entropy(hidden_NH: torch.Tensor, output: nn.Linear, next_N: torch.Tensor) -> torch.Tensor:

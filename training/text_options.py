@@ -81,6 +81,68 @@ class LanguageModelOptimisation:
         return self.learning_rate * self.rate_decay ** max(0, epoch - self.full_rate_epochs)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DocumentOptions:
+    """Data: documents with labels.
+
+    Attributes:
+        path: Parquet file or folder of them, with train and test in their names or a column split (0, 1, 2).
+        text: column of the documents' text.
+        label: column of their labels, integers or strings.
+        min_count: words that occur less often in the training split have no row.
+        max_words: rows at most, for the words that occur most.
+    """
+
+    path: str = field(metadata={"flag": "data"})
+    text: str = field(default="text", metadata={"flag": "text-column"})
+    label: str = field(default="label", metadata={"flag": "label-column"})
+    min_count: int = 2
+    max_words: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        check_text_path(self.path)
+        check_positive(self, "min_count", "max_words")
+        if self.text == self.label:
+            raise ConfigError(f"--label-column: got {self.label}, which is the text; want another column")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions:
+    """Model text-classification: one hidden layer over the mean of a document's word vectors.
+
+    Attributes:
+        hidden_dim: width of the hidden layer.
+        dropout: share of the mean and of the hidden layer that a step leaves out.
+    """
+
+    hidden_dim: int = 300
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden_dim")
+        check_dropout(self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptimisation:
+    """Optimisation: Adam over all weights, tables too.
+
+    Attributes:
+        epochs: passes over the training split, at most.
+        patience: stop after so many epochs without a better validation metric.
+        batch_size: documents of a step, shared out over the ranks.
+        learning_rate: of Adam.
+    """
+
+    epochs: int = 15
+    patience: int = 3
+    batch_size: int = 64
+    learning_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        check_positive(self, "epochs", "patience", "batch_size", "learning_rate")
+
+
 def check_text_path(path: str) -> None:
     """Raises ConfigError where no text can be read."""
     if not path:

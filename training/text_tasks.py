@@ -1,4 +1,4 @@
-"""What the recipes over text add to the trainer. In: a folder of text. Out: batches, the loss, metrics of an artifact.
+"""What the recipes over text add to the trainer. In: text. Out: batches, the loss, metrics of an artifact.
 
 Their tables are small: every rank holds the whole model, and N ranks take the very steps of one, since they share out
 the examples of a step.
@@ -11,24 +11,34 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional
 from torchrec.optim.keyed import KeyedOptimizer
 
 from dpq_rec import ConfigError, EmbeddingStore
-from dpq_rec.nn import DPQEmbedding
+from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBag
 from dpq_rec.vocabulary import Vocabulary
 from training.config import RunConfig
+from training.data.batches import Bag
+from training.data.documents import Labelled, read_documents
 from training.data.text import read_text
-from training.evaluation.served import ServedEmbedding
+from training.evaluation.served import ServedEmbedding, ServedEmbeddingBag
 from training.parallel import add_up, replicate
-from training.text_models import LanguageModel, State
-from training.text_options import LanguageModelOptimisation, LanguageModelOptions
+from training.text_models import LanguageModel, State, TextClassifier
+from training.text_options import (
+    ClassifierOptimisation,
+    ClassifierOptions,
+    DocumentOptions,
+    LanguageModelOptimisation,
+    LanguageModelOptions,
+)
 
 WORD = "word"
-_CHUNK_WORDS = 2048  # read at a time in evaluation
+_CHUNK_WORDS, _EVAL_DOCUMENTS = 2048, 1024  # read at a time in evaluation
 
 
 class Words(NamedTuple):
@@ -129,6 +139,85 @@ def perplexity(model: LanguageModel, rows_T: torch.Tensor) -> float:
             total += model.sum_of_losses(hidden_T1H[:, 0], rows_T[start + 1 : stop + 1])
     (total,) = add_up([total])
     return math.exp(min(total / num_words, 700.0))  # beyond, what diverged would be no number
+
+
+class TextClassificationTask:
+    """Recipe text-classification.
+
+    Documents are shuffled anew in every epoch; a rank takes every world_size-th one of a step's. Those at the end that
+    fill no step are left out.
+    """
+
+    chosen_by, lower_is_better, num_negatives = "accuracy", False, 0
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        assert isinstance(config.data, DocumentOptions), "the configuration is checked"
+        assert isinstance(config.model, ClassifierOptions), "the configuration is checked"
+        assert isinstance(config.optimisation, ClassifierOptimisation), "the configuration is checked"
+        self.embedding, self.options, self.optimisation = config.embedding, config.model, config.optimisation
+        self.device, self.seed, self.batch_size = device, config.run.seed, config.optimisation.batch_size
+        check_shared_out(self.batch_size)
+        self.documents = read_documents(config.data)
+        self.digest = self.documents.digest
+        self.vocabularies: Mapping[str, Vocabulary] = {WORD: self.documents.vocabulary}
+        num_documents = len(self.documents.splits["train"].classes_B)
+        self.num_steps = num_documents // self.batch_size
+        if not self.num_steps:
+            raise ConfigError(f"--batch-size: got {self.batch_size}, and {num_documents} training documents; lower it")
+        self.num_examples = self.num_steps * self.batch_size
+
+    def model(self) -> TextClassifier:
+        """See `Task.model`."""
+        num_words, dim, dpq = len(self.documents.words_V), self.embedding.embedding_dim, self.embedding.dpq
+        if dpq is not None:
+            return self._around(DPQEmbeddingBag(num_words, dim, dpq, name=WORD))
+        word = nn.EmbeddingBag(num_words, dim, mode="mean")
+        nn.init.uniform_(word.weight, -(dim**-0.5), dim**-0.5)  # as queries start
+        return self._around(word)
+
+    def _around(self, word: nn.Module) -> TextClassifier:
+        return TextClassifier(self.options, word, self.embedding.embedding_dim, len(self.documents.labels_C))
+
+    def distribute(self, model: nn.Module) -> tuple[nn.Module, KeyedOptimizer]:
+        """See `Task.distribute`."""
+        rate = self.optimisation.learning_rate
+        return replicate(model, self.device, lambda weights: torch.optim.Adam(weights, rate))
+
+    def learning_rate(self, epoch: int) -> float | None:
+        """See `Task.learning_rate`."""
+        return None
+
+    def train_batches(self, epoch: int) -> Iterator[Labelled]:
+        """See `Task.train_batches`."""
+        train = self.documents.splits["train"]
+        order_N = np.random.default_rng([self.seed, epoch]).permutation(len(train.classes_B))
+        for step in range(self.num_steps):
+            of_step_N = order_N[step * self.batch_size : (step + 1) * self.batch_size]
+            yield train.take(of_step_N[dist.get_rank() :: dist.get_world_size()])
+
+    def loss(self, model: nn.Module, batch: Labelled, generator: torch.Generator) -> torch.Tensor:
+        """See `Task.loss`: cross-entropy."""
+        classes_B = torch.from_numpy(batch.classes_B).to(self.device)
+        return functional.cross_entropy(self._logits(model, batch.bag), classes_B)
+
+    def _logits(self, model: nn.Module, bag: Bag) -> torch.Tensor:
+        offsets_B = np.cumsum(bag.lengths_B) - bag.lengths_B
+        return model(torch.from_numpy(bag.rows_T).to(self.device), torch.from_numpy(offsets_B).to(self.device))
+
+    @torch.no_grad()
+    def measure(self, folder: Path, split: str) -> dict[str, float]:
+        """See `Task.measure`: accuracy."""
+        store = EmbeddingStore.open(folder / "artifact")
+        served = self._around(ServedEmbeddingBag(store.table(WORD))).to(self.device).eval()
+        served.load_state_dict(load_file(folder / "model.safetensors"))
+        documents, num_right = self.documents.splits[split], 0
+        mine_N = np.arange(dist.get_rank(), len(documents.classes_B), dist.get_world_size())
+        for start in range(0, len(mine_N), _EVAL_DOCUMENTS):
+            bag, classes_B = documents.take(mine_N[start : start + _EVAL_DOCUMENTS])
+            found_B = self._logits(served, bag).argmax(1).cpu().numpy()
+            num_right += int((found_B == classes_B).sum())
+        (num_right_of_all,) = add_up([num_right])
+        return {"accuracy": num_right_of_all / len(documents.classes_B)}
 
 
 def check_shared_out(batch_size: int) -> None:

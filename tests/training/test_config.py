@@ -18,11 +18,13 @@ OWN_FLAGS = {
     "two-tower": "--dense-learning-rate 1 --min-count 3 --log-q --negatives both",
     "dlrm": "--dense-learning-rate 1 --min-count 3 --over-layers 8,4",
     "language-model": "--rate-decay 0.8 --dropout 0.5 --clip-norm 3",
+    "text-classification": "--min-count 3 --dropout 0.2 --text-column title",
 }
 
 
 def parsed(text):
-    return parse([*text.split(), "--data", "." if text.startswith("language") else "synthetic", "--out", "run"])
+    data = "." if text.startswith(("language", "text")) else "synthetic"
+    return parse([*text.split(), "--data", data, "--out", "run"])
 
 
 def test_parse_gives_every_flag_its_field():
@@ -113,6 +115,20 @@ def test_config_of_a_language_model_rejects_what_makes_no_sense(changes, message
         with_changes(RECIPES["language-model"](**HERE).as_dict(), changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ""}, "--data is missing"),
+        ({"dropout": -0.1}, "--dropout: got -0.1"),
+        ({"min-count": 0}, "--min-count: got 0, want more than 0"),
+        ({"label-column": "text"}, "--label-column: got text, which is the text; want another column"),
+    ],
+)
+def test_config_of_a_text_classifier_rejects_what_makes_no_sense(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        with_changes(RECIPES["text-classification"](**HERE).as_dict(), changes)
+
+
 def test_groups_of_another_recipe_are_refused():
     text, clicks = RECIPES["language-model"](**HERE), RECIPES["dlrm"](**HERE)
     with pytest.raises(ConfigError, match="got 'language-model' with DataOptions, LanguageModelOptions"):
@@ -144,6 +160,11 @@ def test_config_rejects_an_option_that_it_does_not_know():
         ("language-model --num-negatives 5", "--num-negatives is an option of two-tower: language-model tells a word"),
         ("language-model --num-users 5", "--num-users is an option of two-tower and dlrm, and language-model has none"),
         ("language-model", "--data: synthetic does not exist: only interactions can be generated"),
+        (
+            "text-classification --optimizer adam",
+            "--optimizer is an option of two-tower and dlrm: text-classification moves all its weights alike, by Adam",
+        ),
+        ("text-classification --clip-norm 1", "--clip-norm is an option of language-model, and text-classification"),
     ],
 )
 def test_an_option_of_another_recipe_is_refused_with_the_reason(arguments, message, capsys):

@@ -67,6 +67,23 @@ class ServedEmbedding(nn.Module):
         return vectors_NE[at_T].view(*rows.shape, -1)
 
 
+class ServedEmbeddingBag(nn.Module):
+    """Means [B, E] of bags of rows, as nn.EmbeddingBag gives them; an empty bag is zeros.
+
+    Args:
+        table: of an artifact.
+    """
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, rows_T: torch.Tensor, offsets_B: torch.Tensor) -> torch.Tensor:
+        """Means of rows (int64), of which each bag begins at its offset."""
+        vectors_NE, at_T = _distinct_vectors(self.table, rows_T)
+        return functional.embedding_bag(at_T, vectors_NE, offsets_B, mode="mean")
+
+
 def _distinct_vectors(table: Table, rows_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The vectors [N, E] of the distinct rows, and the position of each row among them [T]."""
     rows_N, at_T = torch.unique(rows_T, return_inverse=True)
