@@ -130,7 +130,7 @@ footer { color: var(--soft); font-size: 13px; margin-top: 26px; }
   .near.coded td.codes { grid-column: 1 / -1; width: auto; padding-left: 8px; padding-right: 8px; }
   .near.coded tr.chosen { background: var(--tint); border-radius: 6px; } .near.coded tr.chosen td { background: none;
   }
-  .keys { margin-left: 0; } .scale { margin-left: 0; } .scale .heat { width: 50px; }
+  .keys { margin-left: 0; } .scale { margin-left: 0; } .scale .heat { width: 50px; } .scale > span { flex-basis: 100%; }
   .list :is(th, td):nth-child(n+3):nth-child(-n+7) { display: none; } .list { font-size: 13px; }
   .list th, .list td { padding-left: 10px; } .tile { padding: 10px 12px; } .tile b { font-size: 21px; }
 }
