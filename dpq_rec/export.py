@@ -100,13 +100,14 @@ def export_table(
 
 
 def import_pyarrow() -> tuple[Any, Any]:
-    """The modules pyarrow and pyarrow.parquet.
+    """The modules pyarrow, with pyarrow.compute in it, and pyarrow.parquet.
 
     Raises:
         MissingDependencyError: it is not installed.
     """
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise MissingDependencyError("pyarrow", "export") from error

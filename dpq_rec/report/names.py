@@ -128,15 +128,13 @@ def _is_text(pyarrow: Any, kind: Any) -> bool:
 
 def _parquet_titles(names: Names, wanted: set[Id]) -> Iterator[tuple[Id, str]]:
     pyarrow, parquet = import_pyarrow()
-    from pyarrow import compute
-
     id_type = pyarrow.string() if names.ids_are_text else pyarrow.int64()
     values = pyarrow.array(sorted(wanted), id_type)
     try:
         with parquet.ParquetFile(names.path) as file:
             for batch in file.iter_batches(columns=[names.id_column, names.title_column]):
                 ids = batch.column(names.id_column).cast(id_type)
-                is_wanted = compute.is_in(ids, value_set=values)
+                is_wanted = pyarrow.compute.is_in(ids, value_set=values)
                 titles = batch.column(names.title_column).cast(pyarrow.string()).filter(is_wanted).to_pylist()
                 yield from ((i, t) for i, t in zip(ids.filter(is_wanted).to_pylist(), titles, strict=True) if t)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
