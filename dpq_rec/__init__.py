@@ -11,7 +11,8 @@ Read the modules in this order and you have read DPQ:
 7. `artifact`       the folder that is published (`tensorfile` is one of its files, `files` lets it appear whole)
 8. `kernels`        the loops that must be fast, each beside the plain one it equals
 9. `lookup`         ids -> vectors, from the mapped artifact
-10. `export`, `cli`, `errors`
+10. `code_use`      how rows use their codes; `report` shows it, and more, as a page
+11. `export`, `cli`, `errors`
 
 Importing this package needs numpy alone. `dpq_rec.nn` imports torch; nothing else does, but for `kernels.bench`, which
 compares with it where it is installed.

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from dpq_rec.codes import CodeLayout, find_damaged_row
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError
-from dpq_rec.files import renamed_into, sync_folder, write_file
+from dpq_rec.files import renamed_into, replace_file, write_file
 from dpq_rec.tensorfile import Stream, map_tensors, sha256_of, write_tensors
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
 
@@ -367,10 +367,7 @@ def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> 
         _check_published(verified, target)
     else:
         _copy_into(target, verified)
-    switch = target.with_name(f".CURRENT.{secrets.token_hex(4)}.tmp")
-    write_file(switch, f"{verified.version}\n")
-    switch.rename(Path(store) / "CURRENT")
-    sync_folder(Path(store))
+    replace_file(Path(store) / "CURRENT", f"{verified.version}\n")
     return target
 
 

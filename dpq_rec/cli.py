@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from dpq_rec.artifact import Artifact, Table, open_artifact, publish, sizes, verify
-from dpq_rec.errors import DamagedArtifactError, DpqRecError, IdTypeError
+from dpq_rec.errors import ConfigError, DamagedArtifactError, DpqRecError
 from dpq_rec.export import ExportConfig, export_table
-from dpq_rec.lookup import EmbeddingStore
+from dpq_rec.lookup import EmbeddingStore, ids_of_texts
+from dpq_rec.report import ReportConfig, num_report_steps, write_report
 
 OK, DAMAGED_OR_MISSING, USAGE = 0, 1, 2
 
@@ -29,6 +30,7 @@ ARTIFACT is the folder that a training run leaves (RUN/artifact), or a store of 
 
 examples:
   dpq-rec inspect run/artifact                               what is in it, and how much smaller it is
+  dpq-rec inspect run/artifact --report out.html             the same as a page, with how its codes are used, and more
   dpq-rec verify run/artifact                                is every byte what was published?
   dpq-rec lookup run/artifact --table item_id 42 7 -1        the vectors of three ids, as JSON
   dpq-rec lookup run/artifact --table word -- the -ing       ids of a table of strings, one of which begins with "-"
@@ -37,6 +39,14 @@ examples:
 
 exit codes: 0; 1 a damaged artifact or a missing id; 2 usage
 """
+_INSPECT_EXAMPLES = """\
+
+  dpq-rec inspect run/artifact --report out.html
+  dpq-rec inspect run/artifact --report out.html --names items.parquet --ids 42 7
+
+The page shows bytes, the use of codes, the rank, nearest neighbours and their codes and, where the artifact lies in a
+run's folder, how its codes changed while it was trained. It needs no other file and no network."""
+_NAMES_HELP = "titles: .parquet, .csv or .tsv with a column called as the table (or id) and one called title or name"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,8 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the vectors (float32)")
     sub.add_argument("--codes", action="store_true", help="the codes of each row instead of its vector")
 
-    sub = command(_inspect, "inspect", "list the tables of an artifact")
-    sub.add_argument("--json", action="store_true", help="as JSON, for programs")
+    sub = command(_inspect, "inspect", "list the tables of an artifact, or write a page on them", _INSPECT_EXAMPLES)
+    shown = sub.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="as JSON, for programs")
+    shown.add_argument("--report", metavar="HTML", type=Path, help="as a page to look at; the file must not exist")
+    beside = sub.add_argument_group("beside --report")
+    beside.add_argument("--names", metavar="FILE", type=Path, help=_NAMES_HELP)
+    beside.add_argument(
+        "--ids", metavar="ID", nargs="+", action="extend", help="whose neighbours to show (some of the most frequent)"
+    )
+    beside.add_argument("--table", metavar="TABLE", help="whose names and ids these are, where it cannot be told")
+    beside.add_argument(
+        "--run", dest="folder", metavar="DIR", type=Path, help="of the run that left ARTIFACT (where it lies in it)"
+    )
 
     command(_verify, "verify", "read every byte: digests, codes, padding bits, vocabularies")
 
@@ -115,7 +136,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _lookup(arguments: argparse.Namespace) -> int:
     store = EmbeddingStore.open(arguments.artifact)
-    vectors_NE, missing = store.lookup(arguments.table, _ids_for(store.table(arguments.table), arguments.ids))
+    vectors_NE, missing = store.lookup(arguments.table, ids_of_texts(store.table(arguments.table), arguments.ids))
     reply = {
         "table": arguments.table,
         "version": store.version,
@@ -125,20 +146,6 @@ def _lookup(arguments: argparse.Namespace) -> int:
     }
     print(json.dumps(reply))
     return DAMAGED_OR_MISSING if len(missing) else OK
-
-
-def _ids_for(table: Table, texts: list[str]) -> list[int] | list[str]:
-    """Ids as the table's vocabulary has them: what stands on a command line is text."""
-    if table.vocabulary.kind == "string":
-        return texts
-    return [_integer(text, table.name) for text in texts]
-
-
-def _integer(text: str, table: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise IdTypeError(f"ID: got {text!r}, want an integer: table {table!r} has integer ids") from None
 
 
 def _json_number(number: np.float32) -> float | None:
@@ -168,9 +175,27 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    if arguments.report is not None:
+        return _report(arguments)
+    beside = {"--names": arguments.names, "--ids": arguments.ids, "--table": arguments.table, "--run": arguments.folder}
+    without_use = [flag for flag, value in beside.items() if value]
+    if without_use:
+        raise ConfigError(f"{', '.join(without_use)}: of use beside --report alone; add --report out.html")
     artifact = open_artifact(arguments.artifact)
     print(json.dumps(_as_json(artifact), indent=1) if arguments.json else _as_text(artifact))
     return OK
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    artifact = open_artifact(arguments.artifact)
+    config = ReportConfig(names=arguments.names, ids=arguments.ids or (), table=arguments.table, run=arguments.folder)
+    with _progress_bar(num_report_steps(artifact), " rows") as progress:
+        reported = write_report(artifact, arguments.report, config, progress)
+    titles = f", titles of {reported.num_titles} of {reported.num_ids} ids" if arguments.names else ""
+    print(f"{arguments.report}: {len(artifact.tables)} table(s){titles}")
+    if reported.missing:
+        print("not in the vocabulary:", ", ".join(map(str, reported.missing)))
+    return DAMAGED_OR_MISSING if reported.missing else OK
 
 
 def _values_type(table: Table) -> str:

@@ -81,7 +81,7 @@ def export_table(
         raise FileExistsError(f"{target} exists; an export goes into a folder of its own: name another one")
     if config.codes and table.manifest.kind != "dpq":
         raise ConfigError(f"table {table.name!r} is {table.manifest.kind} and has no codes: export its vectors instead")
-    pyarrow, parquet = _import_pyarrow()
+    pyarrow, parquet = import_pyarrow()
     column = _Column(pyarrow, table, config)
     num_rows = table.manifest.num_embeddings
     starts = range(0, max(1, num_rows), config.rows_per_part)
@@ -99,9 +99,15 @@ def export_table(
     return Exported(len(starts), num_ids)
 
 
-def _import_pyarrow() -> tuple[Any, Any]:
+def import_pyarrow() -> tuple[Any, Any]:
+    """The modules pyarrow, with pyarrow.compute in it, and pyarrow.parquet.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise MissingDependencyError("pyarrow", "export") from error

@@ -31,11 +31,22 @@ class renamed_into:  # noqa: N801 - reads as the statement it is: `with renamed_
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text and wait until it is on disk."""
-    with path.open("w") as file:
+    """Write a text, in UTF-8, and wait until it is on disk."""
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text beside the path and rename it: a reader sees the whole of it, or what was there before."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write_file(aside, text)
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dpq_rec import kernels
 from dpq_rec.artifact import Artifact, Table, open_artifact
-from dpq_rec.errors import ConfigError, DamagedArtifactError, UnknownIdsError, UnknownTableError
+from dpq_rec.errors import ConfigError, DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
 
 MissingPolicy = Literal["zeros", "error"]
 VectorType = Literal["float32", "float16"]
@@ -98,6 +98,24 @@ class EmbeddingStore:
             raise UnknownIdsError(table, [ids[i] for i in missing_positions], missing_positions.tolist())
         vectors_NE = decode_rows(found, rows_N)
         return Lookup(vectors_NE if dtype == "float32" else vectors_NE.astype(np.float16), missing_positions)
+
+
+def ids_of_texts(table: Table, texts: Sequence[str]) -> list[int] | list[str]:
+    """Ids as the table's vocabulary has them: what stands on a command line is text.
+
+    Raises:
+        IdTypeError: no integer, where the table has integers.
+    """
+    if table.vocabulary.kind == "string":
+        return list(texts)
+    return [_integer(text, table.name) for text in texts]
+
+
+def _integer(text: str, table: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise IdTypeError(f"ID: got {text!r}, want an integer: table {table!r} has integer ids") from None
 
 
 def decode_rows(table: Table, rows_N: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -90,6 +90,14 @@ def test_wheel_inspects(fresh, artifact, tmp_path):
     assert json.loads(done.stdout)["tables"]["item_id"]["num_embeddings"] == 50
 
 
+def test_wheel_reports(fresh, artifact, tmp_path):
+    (tmp_path / "names.csv").write_text("item_id,title\n0,Zero\n")
+    options = ["--report", "out.html", "--names", "names.csv", "--ids", "0"]
+    done = run(fresh / "dpq-rec", "inspect", artifact, *options, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "out.html: 1 table(s), titles of 1 of 9 ids\n"), done.stderr
+    assert "<bdi>Zero</bdi>" in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
 def test_wheel_verifies(fresh, artifact, tmp_path):
     done = run(fresh / "dpq-rec", "verify", artifact, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -196,6 +196,66 @@ def test_inspect_of_a_newer_artifact_is_usage(capsys, path):
     assert_one_line(stderr, "this version reads dpq-rec version 1")
 
 
+def test_inspect_writes_a_report(capsys, path, tmp_path):
+    out = tmp_path / "out.html"
+    (tmp_path / "names.csv").write_text("item,title\n7,Seven\n")
+    code, stdout, stderr = run(
+        capsys, "inspect", path, "--report", out, "--names", tmp_path / "names.csv", "--ids", "-3", "7"
+    )
+    assert (code, stdout, stderr) == (0, f"{out}: 2 table(s), titles of 1 of 4 ids\n", "")
+    page = out.read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert "<bdi>Seven</bdi>" in page
+
+
+def test_inspect_reports_on_a_run_by_name(capsys, path, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.json").write_text('{"recipe": "two-tower", "metrics": {"ndcg@10": 0.25}}')
+    code, _, _ = run(capsys, "inspect", path, "--report", tmp_path / "out.html", "--run", tmp_path / "run")
+    assert code == 0
+    assert "0.2500" in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
+def test_inspect_shows_the_neighbours_of_string_ids(capsys, word_path, tmp_path):
+    out = tmp_path / "out.html"
+    code, _, _ = run(capsys, "inspect", word_path, "--report", out, "--ids", "ü", "the", "--ids=-ing")
+    chosen = [line.partition("</bdi>")[0] for line in out.read_text(encoding="utf-8").split('class="chosen"')[1:]]
+    assert (code, [text.rpartition(">")[2] for text in chosen]) == (0, ["ü", "the", "-ing"])
+
+
+def test_inspect_leaves_with_1_where_an_id_is_missing_and_writes_the_page(capsys, path, tmp_path):
+    out = tmp_path / "out.html"
+    code, stdout, _ = run(capsys, "inspect", path, "--report", out, "--table", "item", "--ids", "8", "7")
+    assert (code, stdout) == (1, f"{out}: 2 table(s)\nnot in the vocabulary: 8\n")
+    assert "Not in the vocabulary: <bdi>8</bdi>" in out.read_text(encoding="utf-8")
+
+
+def test_inspect_writes_no_report_on_damaged_codes(capsys, path, tmp_path):
+    overwrite(path, "item", "packed_codes", 0, b"\xff")
+    code, stdout, stderr = run(capsys, "inspect", path, "--report", tmp_path / "out.html")
+    assert (code, stdout, (tmp_path / "out.html").exists()) == (1, "", False)
+    assert_one_line(stderr, "'item': row 0 holds a code of 5 or more", "get a sound copy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--report", "ARTIFACT"], "name another file"),
+        (["--report", "OUT", "--names", "absent.csv"], "--names: absent.csv is no file"),
+        (["--report", "OUT", "--ids", "7"], "say whose ids they are with --table"),
+        (["--report", "OUT", "--ids", "x", "--table", "item"], "ID: got 'x', want an integer"),
+        (["--report", "OUT", "--run", "ARTIFACT"], "holds no metrics.json"),
+        (["--names", "n.csv", "--ids", "7"], "--names, --ids: of use beside --report alone; add --report out.html"),
+        (["--table", "item", "--run", "run"], "--table, --run: of use beside --report alone"),
+    ],
+)
+def test_a_report_that_makes_no_sense_is_usage(capsys, path, tmp_path, arguments, message):
+    places = {"OUT": tmp_path / "out.html", "ARTIFACT": path}
+    code, stdout, stderr = run(capsys, "inspect", path, *(places.get(argument, argument) for argument in arguments))
+    assert (code, stdout, (tmp_path / "out.html").exists()) == (2, "", False)
+    assert_one_line(stderr, message)
+
+
 # export
 
 
@@ -293,6 +353,7 @@ def test_a_path_that_holds_no_artifact_is_usage(capsys, tmp_path, monkeypatch, a
         ["lookup"],
         ["nonsense"],
         ["inspect", "a", "--wrong"],
+        ["inspect", "a", "--json", "--report", "out.html"],
         ["lookup", "a", "1"],
         ["lookup", "a", "--table", "t"],
         ["export", "a", "--table", "t"],

@@ -16,19 +16,21 @@ def run_without(modules, code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("module", ["dpq_rec", "dpq_rec.cli", "dpq_rec.export", "dpq_rec.kernels.bench"])
+@pytest.mark.parametrize(
+    "module", ["dpq_rec", "dpq_rec.cli", "dpq_rec.export", "dpq_rec.report", "dpq_rec.kernels.bench"]
+)
 def test_import_loads_numpy_alone(module):
     code = f"import sys, {module}\nprint(sorted(name for name in {OPTIONAL!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "lookup"])
+@pytest.mark.parametrize("command", ["inspect", "report", "verify", "lookup"])
 def test_command_works_with_numpy_alone(tmp_path, command):
     path = small_artifact(tmp_path / "artifact")
-    rest = ["--table", "dense", "1"] if command == "lookup" else []
+    rest = {"lookup": ["--table", "dense", "1"], "report": ["--report", tmp_path / "out.html"]}.get(command, [])
     code = "from dpq_rec.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = run_without(OPTIONAL, code, command, path, *rest)
+    done = run_without(OPTIONAL, code, "inspect" if command == "report" else command, path, *rest)
     assert (done.returncode, done.stderr) == (0, "")
 
 

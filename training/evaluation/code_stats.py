@@ -1,6 +1,6 @@
 """How an artifact uses its codes. In: a table, and the same table of an earlier artifact. Out: CodeStats.
 
-The packed codes are mapped and streamed in chunks: what is held grows with M * K, not with the rows.
+Counting is `dpq_rec.code_use`'s: a report on an artifact shows the same numbers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.artifact import Table
-from dpq_rec.codes import unpack_codes
-
-_CHUNK_ROWS = 1 << 16
+from dpq_rec.code_use import blocks_of_codes, count_codes, perplexity
 
 
 class CodeStats(NamedTuple):
@@ -48,22 +46,10 @@ def code_stats(table: Table, earlier: Table | None = None) -> CodeStats:
         table: of kind "dpq".
         earlier: the same table as it was before.
     """
-    layout = table.manifest.layout
-    packed_VW = table.tensors["packed_codes"]
-    firsts_M = np.arange(layout.codes_per_row) * layout.num_codes
-    counts = np.zeros(layout.codes_per_row * layout.num_codes, np.int64)
-    num_changed_M = np.zeros(layout.codes_per_row, np.int64)
-    for start in range(0, len(packed_VW), _CHUNK_ROWS):
-        chunk = slice(start, start + _CHUNK_ROWS)
-        codes_NM = unpack_codes(packed_VW[chunk], layout)
-        counts += np.bincount((codes_NM + firsts_M).ravel(), minlength=len(counts))
-        if earlier is not None:
-            num_changed_M += (codes_NM != unpack_codes(earlier.tensors["packed_codes"][chunk], layout)).sum(0)
-    counts_MK = counts.reshape(layout.codes_per_row, layout.num_codes)
-    shares_MK = counts_MK / len(packed_VW)
-    logs_MK = np.log(shares_MK, where=shares_MK > 0, out=np.zeros_like(shares_MK))
-    return CodeStats(
-        (counts_MK > 0).sum(1),
-        np.exp(-(shares_MK * logs_MK).sum(1)),
-        None if earlier is None else num_changed_M / len(packed_VW),
-    )
+    counts_MK = count_codes(table)
+    changed_M = None
+    if earlier is not None:
+        pairs = zip(blocks_of_codes(table), blocks_of_codes(earlier), strict=True)
+        num_changed_M = sum((now_NM != before_NM).sum(0) for now_NM, before_NM in pairs)
+        changed_M = num_changed_M / table.manifest.num_embeddings
+    return CodeStats((counts_MK > 0).sum(1), perplexity(counts_MK), changed_M)

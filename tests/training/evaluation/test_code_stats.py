@@ -6,8 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dpq_rec import CodeLayout, IdentityVocabulary, TableContents, open_artifact, pack_codes, write_artifact
-from training.evaluation import code_stats as module
+from dpq_rec import CodeLayout, IdentityVocabulary, TableContents, code_use, open_artifact, pack_codes, write_artifact
 from training.evaluation.code_stats import code_stats
 
 LAYOUTS = [
@@ -33,9 +32,9 @@ def table(path, codes_VM, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("chunk_rows", [7, 1000])
-def test_code_stats_are_those_of_a_loop(tmp_path, monkeypatch, layout, chunk_rows):
-    monkeypatch.setattr(module, "_CHUNK_ROWS", chunk_rows)
+@pytest.mark.parametrize("block_codes", [7, 1000])
+def test_code_stats_are_those_of_a_loop(tmp_path, monkeypatch, layout, block_codes):
+    monkeypatch.setattr(code_use, "_BLOCK_CODES", block_codes)
     rng = np.random.default_rng(0)
     before, after = (rng.integers(0, layout.num_codes, (50, layout.codes_per_row)) // 2 for _ in range(2))
     got = code_stats(table(tmp_path / "b", after, layout), table(tmp_path / "a", before, layout))

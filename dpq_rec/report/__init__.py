@@ -1,0 +1,109 @@
+"""A page on an artifact, to look at. In: an artifact, perhaps titles and a run. Out: one HTML file that needs no other.
+
+Read `facts` for what is measured, `page` and `section` for what is shown. Behind `facts` stand `neighbours`, `spectrum`
+and `dpq_rec.code_use`; `names` reads titles, `history` a run's metrics.json; `figures` draws on `charts` and `markup`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from dpq_rec.artifact import Artifact
+from dpq_rec.errors import ConfigError, UnknownTableError
+from dpq_rec.files import replace_file
+from dpq_rec.lookup import ids_of_texts
+from dpq_rec.report.facts import measure, num_steps
+from dpq_rec.report.history import find_run, read_run
+from dpq_rec.report.names import Id, Names, find_names
+from dpq_rec.report.page import page
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What a report looks at beside the artifact.
+
+    Attributes:
+        names: a Parquet, CSV or TSV file with titles of a table's ids.
+        ids: whose neighbours are shown, as text; if there are none, telling ones are found.
+        table: whose ids these are; None finds it where it can be told.
+        run: the folder of the run that left the artifact; None finds it where the artifact lies in it.
+    """
+
+    names: Path | None = None
+    ids: Sequence[str] = ()
+    table: str | None = None
+    run: Path | None = None
+
+
+class Reported(NamedTuple):
+    """What a report came to.
+
+    Attributes:
+        num_ids: ids that are shown of the table that has titles; 0 without titles.
+        num_titles: how many of them have one.
+        missing: ids that were asked for and are not in the vocabulary.
+    """
+
+    num_ids: int
+    num_titles: int
+    missing: Sequence[Id]
+
+
+def num_report_steps(artifact: Artifact) -> int:
+    """How many rows `write_report` tells its progress, in all."""
+    return sum(num_steps(table) for table in artifact.tables.values())
+
+
+def write_report(
+    artifact: Artifact,
+    out: Path,
+    config: ReportConfig | None = None,
+    progress: Callable[[int], object] = lambda num_rows: None,
+) -> Reported:
+    """Write the page; on any error nothing is left behind.
+
+    Args:
+        artifact: an opened artifact.
+        out: the file to make; it must not exist.
+        config: what else is looked at.
+        progress: called with the number of rows of each block that was looked at.
+
+    Raises:
+        ConfigError, UnknownTableError, IdTypeError: names, ids, table or run make no sense.
+        DamagedArtifactError: a row's codes are not what was published.
+        FileExistsError: `out` exists.
+        MissingDependencyError: names are Parquet, and pyarrow is not installed.
+    """
+    config = config or ReportConfig()
+    if out.exists():
+        raise FileExistsError(f"{out} exists; name another file, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out.parent} is no folder; make it, or name a file elsewhere")
+    if config.table is not None and config.table not in artifact.tables:
+        raise UnknownTableError(config.table, artifact.tables)
+    names = None if config.names is None else find_names(config.names, artifact.tables, config.table)
+    chosen = _chosen_ids(artifact, config, names)
+    run_folder = config.run or find_run(artifact)
+    run = None if run_folder is None else read_run(run_folder, artifact.tables)
+    order = sorted(artifact.tables, key=lambda name: names is None or name != names.table)  # the one with titles first
+    tables = [measure(artifact.tables[name], chosen.get(name, ()), progress) for name in order]
+    named = [facts for facts in tables if names is not None and facts.table.name == names.table]
+    shown = {an_id for facts in named for an_id in facts.shown_ids}
+    titles = {} if names is None else names.titles_of(shown)
+    replace_file(out, page(artifact, tables, run, names, titles))
+    return Reported(len(shown), len(titles), [an_id for facts in tables for an_id in facts.missing])
+
+
+def _chosen_ids(artifact: Artifact, config: ReportConfig, names: Names | None) -> dict[str, Sequence[Id]]:
+    """Table -> ids, of the type that its vocabulary has."""
+    if not config.ids:
+        return {}
+    only = next(iter(artifact.tables)) if len(artifact.tables) == 1 else None
+    name = config.table or (names.table if names is not None else only)
+    if name is None:
+        listed = ", ".join(artifact.tables)
+        raise ConfigError(f"--ids: this artifact has the tables {listed}; say whose ids they are with --table")
+    return {name: ids_of_texts(artifact.tables[name], config.ids)}

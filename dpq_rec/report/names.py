@@ -1,0 +1,196 @@
+"""Titles of ids. In: a Parquet, CSV or TSV file with a column of ids and one of titles. Out: id -> title.
+
+The column of ids is called as the table (or one of its features), or `id`; the column of titles `title`, `name` or the
+like, or it is the only other column of text. The file is streamed: what is held are the titles that are asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from dpq_rec.artifact import Table
+from dpq_rec.errors import ConfigError
+from dpq_rec.export import import_pyarrow
+
+_TITLES = ("title", "name", "label", "word", "text")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_SUFFIXES = (".parquet", *_DELIMITERS)
+
+Id = int | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """A file of titles, and where the titles of a table's ids are in it."""
+
+    path: Path
+    table: str
+    id_column: str
+    title_column: str
+    ids_are_text: bool
+
+    def titles_of(self, ids: Collection[Id]) -> dict[Id, str]:
+        """The titles that the file has for ids; of an id that is there twice, the first.
+
+        Raises:
+            ConfigError: the column of ids holds others than the table, or the file is damaged.
+        """
+        read = _parquet_titles if self.path.suffix == ".parquet" else _csv_titles
+        titles: dict[Id, str] = {}
+        for found, title in read(self, set(ids)):
+            titles.setdefault(found, title)
+        return titles
+
+
+def find_names(path: Path, tables: Mapping[str, Table], chosen: str | None = None) -> Names:
+    """Find the columns of a file of titles.
+
+    Args:
+        path: the file.
+        tables: of the artifact, by name.
+        chosen: the table whose ids the file names; None finds it by the file's columns.
+
+    Raises:
+        ConfigError: no such file, another kind of file, or no such columns.
+        MissingDependencyError: a Parquet file, and pyarrow is not installed.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--names: {path} is no file; name a {_listed(_SUFFIXES)} file")
+    if path.suffix not in _SUFFIXES:
+        raise ConfigError(f"--names: got {path.name}, want a {_listed(_SUFFIXES)} file")
+    columns = _parquet_columns(path) if path.suffix == ".parquet" else dict.fromkeys(_csv_header(path), True)
+    table, id_column = _id_column(path, columns, tables, chosen)
+    return Names(
+        path=path,
+        table=table,
+        id_column=id_column,
+        title_column=_title_column(path, columns, id_column),
+        ids_are_text=tables[table].vocabulary.kind == "string",
+    )
+
+
+def _id_column(
+    path: Path, columns: Collection[str], tables: Mapping[str, Table], chosen: str | None
+) -> tuple[str, str]:
+    """A table, and the column of its ids."""
+    searched = tables if chosen is None else {chosen: tables[chosen]}
+    for name, table in searched.items():
+        for wanted in (name, *table.manifest.features):
+            if wanted in columns:
+                return name, wanted
+    if "id" in columns and len(searched) == 1:
+        return next(iter(searched)), "id"
+    fix = "name the table with --table" if "id" in columns else "rename its column of ids"
+    raise ConfigError(
+        f"--names: {path} has the columns {_listed(columns)}, none of them named {_listed(searched)}; {fix}"
+    )
+
+
+def _title_column(path: Path, columns: Mapping[str, bool], id_column: str) -> str:
+    """The column of titles; `columns` says of each whether it is text."""
+    others = [name for name, is_text in columns.items() if is_text and name != id_column]
+    for wanted in _TITLES:
+        for name in others:
+            if name.lower() == wanted or name.lower().endswith(f"_{wanted}"):
+                return name
+    if len(others) != 1:
+        raise ConfigError(
+            f"--names: {path} has the columns {_listed(columns)}, none of them of titles; rename that one to title"
+        )
+    return others[0]
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(names) or "(none)"
+
+
+# Parquet
+
+
+def _parquet_columns(path: Path) -> dict[str, bool]:
+    """Column -> whether it is text."""
+    pyarrow, parquet = import_pyarrow()
+    try:
+        schema = parquet.read_schema(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ConfigError(f"--names: {path} is no Parquet file that pyarrow can read: {error}") from error
+    return {field.name: _is_text(pyarrow, field.type) for field in schema}
+
+
+def _is_text(pyarrow: Any, kind: Any) -> bool:
+    inner = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    return bool(pyarrow.types.is_string(inner) or pyarrow.types.is_large_string(inner))
+
+
+def _parquet_titles(names: Names, wanted: set[Id]) -> Iterator[tuple[Id, str]]:
+    pyarrow, parquet = import_pyarrow()
+    id_type = pyarrow.string() if names.ids_are_text else pyarrow.int64()
+    values = pyarrow.array(sorted(wanted), id_type)
+    try:
+        with parquet.ParquetFile(names.path) as file:
+            for batch in file.iter_batches(columns=[names.id_column, names.title_column]):
+                ids = batch.column(names.id_column).cast(id_type)
+                is_wanted = pyarrow.compute.is_in(ids, value_set=values)
+                titles = batch.column(names.title_column).cast(pyarrow.string()).filter(is_wanted).to_pylist()
+                yield from ((i, t) for i, t in zip(ids.filter(is_wanted).to_pylist(), titles, strict=True) if t)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+        raise ConfigError(f"--names: {names.path}: {_wrong_ids(names)}: {error}") from error
+
+
+def _wrong_ids(names: Names) -> str:
+    kind = "strings" if names.ids_are_text else "64-bit integers"
+    return f"column {names.id_column!r} cannot be read as {kind}, which table {names.table!r} has for ids"
+
+
+# CSV and TSV
+
+
+def _csv_header(path: Path) -> Sequence[str]:
+    with _open_text(path) as file:
+        return next(_csv_lines(path, file), (0, []))[1]
+
+
+def _csv_titles(names: Names, wanted: set[Id]) -> Iterator[tuple[Id, str]]:
+    with _open_text(names.path) as file:
+        lines = _csv_lines(names.path, file)
+        _, header = next(lines)
+        id_at, title_at = header.index(names.id_column), header.index(names.title_column)
+        for number, line in lines:
+            if not line:
+                continue
+            if len(line) != len(header):
+                raise ConfigError(
+                    f"--names: {names.path}, line {number}: got {len(line)} columns, the header has {len(header)}"
+                )
+            found = _csv_id(names, line[id_at], number)
+            if found in wanted and line[title_at]:
+                yield found, line[title_at]
+
+
+def _csv_id(names: Names, text: str, number: int) -> Id:
+    if names.ids_are_text:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"--names: {names.path}, line {number}: got {text!r}: {_wrong_ids(names)}") from None
+
+
+def _open_text(path: Path) -> IO[str]:
+    return path.open(newline="", encoding="utf-8-sig")
+
+
+def _csv_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, list[str]]]:
+    """Lines, each with its number in the file."""
+    reader = csv.reader(file, delimiter=_DELIMITERS[path.suffix], strict=True)
+    try:
+        for line in reader:
+            yield reader.line_num, line
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--names: {path}, after line {reader.line_num}: no {path.suffix[1:]} in UTF-8: {error}"
+        ) from error
