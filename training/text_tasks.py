@@ -181,7 +181,7 @@ class TextClassificationTask:
     def distribute(self, model: nn.Module) -> tuple[nn.Module, KeyedOptimizer]:
         """See `Task.distribute`."""
         rate = self.optimisation.learning_rate
-        return replicate(model, self.device, lambda weights: torch.optim.Adam(weights, rate))
+        return replicate(model, self.device, lambda weights: torch.optim.Adam(weights, rate, fused=True))
 
     def learning_rate(self, epoch: int) -> float | None:
         """See `Task.learning_rate`."""
