@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Collection, Mapping
@@ -39,12 +40,26 @@ def results(
         "metrics": dict(test),
         "tables": {name: _sizes([table]) for name, table in store.tables.items()},
         "total": _sizes(store.tables.values()),
+        "paper_ratios": {name: paper_ratio(table) for name, table in store.tables.items()},
         "examples_per_second": progress.examples / max(progress.train_seconds, 1e-9),
         "seconds": progress.seconds,
         "best_epoch": progress.best_epoch,
         "peak_memory_bytes": peak_memory_bytes(used.device),
         "history": progress.history,
     }
+
+
+def paper_ratio(table: Table) -> float:
+    """Bits of the full table over those of codes and values (DPQ paper, section 3, and appendix E.2 where shared).
+
+    A row's bits are not filled up to whole bytes here, as they are on disk, and log2 K is not rounded up.
+    """
+    manifest = table.manifest
+    if manifest.kind != "dpq":
+        return 1.0
+    code_bits = manifest.num_embeddings * manifest.layout.codes_per_row * math.log2(manifest.layout.num_codes)
+    full_bits = 32 * manifest.num_embeddings * manifest.embedding_dim
+    return full_bits / (code_bits + 8 * table.tensors["values"].nbytes)
 
 
 def _sizes(tables: Collection[Table]) -> dict[str, Any]:

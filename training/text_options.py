@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dpq_rec import ConfigError
 from training.flags import check_positive
@@ -46,7 +47,7 @@ class LanguageModelOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "num_layers", "hidden_dim", "num_steps", "init_scale")
-        check_dropout(self.dropout)
+        check_share(self, "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +114,16 @@ class ClassifierOptions:
     Attributes:
         hidden_dim: width of the hidden layer.
         dropout: share of the mean and of the hidden layer that a step leaves out.
+        word_dropout: share of the documents' words that a step leaves out.
     """
 
     hidden_dim: int = 300
-    dropout: float = 0.5
+    dropout: float = 0.7
+    word_dropout: float = 0.5
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden_dim")
-        check_dropout(self.dropout)
+        check_share(self, "dropout", "word_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +155,9 @@ def check_text_path(path: str) -> None:
         raise ConfigError(f"--data: {path} does not exist{reason}")
 
 
-def check_dropout(dropout: float) -> None:
-    """Raises ConfigError for a share that leaves nothing."""
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"--dropout: got {dropout}, want 0 or more and less than 1")
+def check_share(options: Any, *names: str) -> None:
+    """Raises ConfigError for a share to be left out that leaves nothing."""
+    for name in names:
+        if not 0 <= getattr(options, name) < 1:
+            got = f"--{name.replace('_', '-')}: got {getattr(options, name)}"
+            raise ConfigError(f"{got}, want 0 or more and less than 1")

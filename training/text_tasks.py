@@ -144,8 +144,8 @@ def perplexity(model: LanguageModel, rows_T: torch.Tensor) -> float:
 class TextClassificationTask:
     """Recipe text-classification.
 
-    Documents are shuffled anew in every epoch; a rank takes every world_size-th one of a step's. Those at the end that
-    fill no step are left out.
+    Documents are shuffled and thinned anew in every epoch; a rank takes every world_size-th one of a step's. Those at
+    the end that fill no step are left out.
     """
 
     chosen_by, lower_is_better, num_negatives = "accuracy", False, 0
@@ -181,7 +181,7 @@ class TextClassificationTask:
     def distribute(self, model: nn.Module) -> tuple[nn.Module, KeyedOptimizer]:
         """See `Task.distribute`."""
         rate = self.optimisation.learning_rate
-        return replicate(model, self.device, lambda weights: torch.optim.Adam(weights, rate))
+        return replicate(model, self.device, lambda weights: torch.optim.Adam(weights, rate, fused=True))
 
     def learning_rate(self, epoch: int) -> float | None:
         """See `Task.learning_rate`."""
@@ -190,10 +190,13 @@ class TextClassificationTask:
     def train_batches(self, epoch: int) -> Iterator[Labelled]:
         """See `Task.train_batches`."""
         train = self.documents.splits["train"]
-        order_N = np.random.default_rng([self.seed, epoch]).permutation(len(train.classes_B))
+        rng = np.random.default_rng([self.seed, epoch])
+        order_N = rng.permutation(len(train.classes_B))
+        mine_N = np.arange(dist.get_rank(), self.batch_size, dist.get_world_size())
         for step in range(self.num_steps):
-            of_step_N = order_N[step * self.batch_size : (step + 1) * self.batch_size]
-            yield train.take(of_step_N[dist.get_rank() :: dist.get_world_size()])
+            documents = train.take(order_N[step * self.batch_size : (step + 1) * self.batch_size])
+            kept_T = rng.random(len(documents.bag.rows_T)) >= self.options.word_dropout
+            yield documents.thinned(kept_T).take(mine_N)
 
     def loss(self, model: nn.Module, batch: Labelled, generator: torch.Generator) -> torch.Tensor:
         """See `Task.loss`: cross-entropy."""

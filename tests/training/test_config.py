@@ -120,6 +120,7 @@ def test_config_of_a_language_model_rejects_what_makes_no_sense(changes, message
     [
         ({"data": ""}, "--data is missing"),
         ({"dropout": -0.1}, "--dropout: got -0.1"),
+        ({"word-dropout": 1.5}, "--word-dropout: got 1.5, want 0 or more and less than 1"),
         ({"min-count": 0}, "--min-count: got 0, want more than 0"),
         ({"label-column": "text"}, "--label-column: got text, which is the text; want another column"),
     ],

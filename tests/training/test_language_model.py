@@ -242,6 +242,7 @@ def test_run_reports_the_perplexity_of_the_served_words(finished, text):
     assert table.manifest.kind == "dpq"
     assert table.manifest.shared_values
     assert metrics["tables"]["word"]["compression_ratio"] == pytest.approx(31 * 12 * 4 / (31 + 4 * 4 * 4))
+    assert metrics["paper_ratios"] == {"word": pytest.approx(32 * 31 * 12 / (31 * 3 * 2 + 32 * 4 * 4))}
 
 
 def test_run_chooses_the_epoch_of_the_lowest_perplexity_and_learns(finished):

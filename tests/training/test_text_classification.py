@@ -19,7 +19,7 @@ from training.recipes import RECIPES
 from training.text_tasks import TextClassificationTask
 
 CPU = torch.device("cpu")
-SIZES = {"embedding-dim": 12, "hidden-dim": 16, "batch-size": 32, "dropout": 0.0}
+SIZES = {"embedding-dim": 12, "hidden-dim": 16, "batch-size": 32, "dropout": 0.0, "word-dropout": 0.0}
 DPQ = {"num-subspaces": 6, "num-codes": 8}
 SMALL = [
     text for name, value in {**SIZES, "epochs": 4, "learning-rate": 0.02}.items() for text in (f"--{name}", str(value))
@@ -113,13 +113,27 @@ def test_an_epoch_holds_every_document_once_but_for_the_rest_in_an_order_of_its_
     assert orders[0] == orders[1] != orders[2]
 
 
+def test_word_dropout_leaves_out_words_of_each_document_alone(task_of):
+    """Other ones in every epoch."""
+    whole, *thinned = (next(task_of(word_dropout=share).train_batches(3)) for share in (0.0, 0.5, 0.5))
+    for thin, full in zip(bags_of(thinned[0]), bags_of(whole), strict=True):
+        rest = list(full)
+        assert all(rest.pop(rest.index(row)) == row for row in thin)
+    assert 0.35 < len(thinned[0].bag.rows_T) / len(whole.bag.rows_T) < 0.65
+    assert (thinned[0].bag.rows_T == thinned[1].bag.rows_T).all()
+    assert (thinned[0].classes_B == whole.classes_B).all()
+    task = task_of(word_dropout=0.5)
+    seen = [sum(len(batch.bag.rows_T) for batch in task.train_batches(epoch)) for epoch in (1, 2)]
+    assert seen[0] != seen[1]
+
+
 def test_ranks_share_out_the_documents_of_a_step(task_of, monkeypatch):
-    whole = next(task_of().train_batches(3))
+    whole = next(task_of(word_dropout=0.3).train_batches(3))
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
     parts = []
     for rank in range(4):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
-        parts.append(next(task_of().train_batches(3)))
+        parts.append(next(task_of(word_dropout=0.3).train_batches(3)))
     assert [len(part.classes_B) for part in parts] == [8] * 4
     for at in range(32):
         part, inside = parts[at % 4], at // 4
@@ -151,7 +165,7 @@ def metrics_of(folder):
 def finished(news, tmp_path_factory):
     """A run of DPQ-VQ on one rank, with dropout."""
     folder = tmp_path_factory.mktemp("topics") / "run"
-    arguments = ["--data", news, *SMALL, *QUANTIZED, "--embedding", "dpq-vq", "--dropout", 0.1]
+    arguments = ["--data", news, *SMALL, *QUANTIZED, "--embedding", "dpq-vq", "--dropout", 0.1, "--word-dropout", 0.1]
     assert run(*arguments, "--out", folder) == 0
     return arguments, folder
 
@@ -184,7 +198,7 @@ def test_run_chooses_the_epoch_of_the_highest_accuracy_and_learns(finished):
 
 
 def test_a_run_that_broke_off_ends_as_an_undisturbed_one(finished, tmp_path, monkeypatch):
-    """With dropout, Adam's moments and batch statistics."""
+    """With dropout of both kinds, Adam's moments and batch statistics."""
     arguments, undisturbed = finished
     loss, calls = TextClassificationTask.loss, []
 

@@ -42,6 +42,12 @@ class Labelled(NamedTuple):
         """Some documents, in the order given."""
         return Labelled(self.bag.take(order_N), self.classes_B[order_N])
 
+    def thinned(self, kept_T: NDArray[np.bool_]) -> Labelled:
+        """The same documents with some of their words."""
+        documents_T = np.repeat(np.arange(len(self.classes_B)), self.bag.lengths_B)
+        lengths_B = np.bincount(documents_T[kept_T], minlength=len(self.classes_B))
+        return Labelled(Bag(self.bag.rows_T[kept_T], lengths_B), self.classes_B)
+
 
 class Documents(NamedTuple):
     """The documents of each split.
