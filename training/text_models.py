@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from dpq_rec.nn import DPQEmbedding
 from training.text_options import ClassifierOptions, LanguageModelOptions
 
 State: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -23,7 +24,8 @@ _BLOCK_WORDS = 256  # whose scores of all words are held together, in evaluation
 class LanguageModel(nn.Module):
     """An LSTM that tells each word from the words before it (Zaremba et al., 2014, section 3).
 
-    Weights start uniform between plus and minus `init_scale`, the table's queries, keys and values too, biases at zero.
+    Weights start uniform between plus and minus `init_scale`, biases at zero. A DPQ table has scales of its own: where
+    queries start small and values large, codes change soon, and what the LSTM reads is more than noise.
     Shapes: T words that follow each other, of each of B texts that are read side by side; H hidden.
 
     Args:
@@ -43,10 +45,14 @@ class LanguageModel(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
         self.output = nn.Linear(hidden, num_words)
         for name, parameter in self.named_parameters():
+            nn.init.uniform_(parameter, -options.init_scale, options.init_scale)
             if "bias" in name.rpartition(".")[2]:
                 nn.init.zeros_(parameter)
-            else:
-                nn.init.uniform_(parameter, -options.init_scale, options.init_scale)
+        if isinstance(word, DPQEmbedding):
+            for parameter in word.queries.parameters():
+                nn.init.uniform_(parameter, -options.query_scale, options.query_scale)
+            for parameter in word.quantizers.parameters():
+                nn.init.uniform_(parameter, -options.value_scale, options.value_scale)
 
     def forward(self, words_TB: torch.Tensor, next_TB: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State]:
         """The loss: of each step the mean over the texts of -log p(next word), summed over the steps.

@@ -36,6 +36,8 @@ class LanguageModelOptions:
         hidden_dim: width of a layer.
         num_steps: words that a gradient goes back through.
         init_scale: weights start uniform between minus and plus this, biases at 0.
+        query_scale: the same of the queries of a DPQ table: the smaller, the sooner a step changes a code.
+        value_scale: the same of its keys and values.
         dropout: share of the inputs of each layer, and of the last one's outputs, that a step leaves out.
     """
 
@@ -43,10 +45,12 @@ class LanguageModelOptions:
     hidden_dim: int = 200
     num_steps: int = 20
     init_scale: float = 0.1
+    query_scale: float = 0.03
+    value_scale: float = 0.5
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_positive(self, "num_layers", "hidden_dim", "num_steps", "init_scale")
+        check_positive(self, "num_layers", "hidden_dim", "num_steps", "init_scale", "query_scale", "value_scale")
         check_share(self, "dropout")
 
 
@@ -59,6 +63,8 @@ class LanguageModelOptimisation:
         patience: stop after so many epochs without a better validation metric.
         batch_size: stretches of the text that are read side by side, shared out over the ranks.
         learning_rate: of the first epochs, for the loss summed over the steps.
+        value_rate: what the learning rate is multiplied by for keys and values of a DPQ table: each of them is part of
+            the vectors of many words, and gets the gradients of all.
         full_rate_epochs: epochs before the learning rate falls.
         rate_decay: each epoch after them takes the learning rate of the one before times this.
         clip_norm: the largest norm of the gradient of all weights together.
@@ -68,12 +74,14 @@ class LanguageModelOptimisation:
     patience: int = 13
     batch_size: int = 20
     learning_rate: float = 1.0
+    value_rate: float = 0.1
     full_rate_epochs: int = 4
     rate_decay: float = 0.5
     clip_norm: float = 5.0
 
     def __post_init__(self) -> None:
-        check_positive(self, "epochs", "patience", "batch_size", "learning_rate", "rate_decay", "clip_norm")
+        check_positive(self, "epochs", "patience", "batch_size")
+        check_positive(self, "learning_rate", "value_rate", "rate_decay", "clip_norm")
         if self.full_rate_epochs < 0:
             raise ConfigError(f"--full-rate-epochs: got {self.full_rate_epochs}, want 0 or more")
 

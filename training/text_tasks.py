@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from torch.nn import functional
 from torchrec.optim.keyed import KeyedOptimizer
 
 from dpq_rec import ConfigError, EmbeddingStore
-from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBag
+from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBag, Quantizer
 from dpq_rec.vocabulary import Vocabulary
 from training.config import RunConfig
 from training.data.batches import Bag
@@ -88,8 +89,11 @@ class LanguageModelTask:
 
     def distribute(self, model: nn.Module) -> tuple[nn.Module, KeyedOptimizer]:
         """See `Task.distribute`."""
-        rate = self.optimisation.learning_rate
-        clip_norm = self.optimisation.clip_norm
+        rate, clip_norm = self.optimisation.learning_rate, self.optimisation.clip_norm
+        for quantizer in (module for module in model.modules() if isinstance(module, Quantizer)):
+            for weight in filter(lambda weight: weight.requires_grad, quantizer.parameters()):
+                # A gradient times x is to SGD what a learning rate times x is.
+                weight.register_hook(partial(torch.mul, self.optimisation.value_rate))
         return replicate(model, self.device, lambda weights: torch.optim.SGD(weights, rate), clip_norm=clip_norm)
 
     def learning_rate(self, epoch: int) -> float | None:

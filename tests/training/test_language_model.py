@@ -141,14 +141,31 @@ def test_every_epoch_begins_without_a_state(task_of):
 
 
 def test_weights_start_uniform_and_biases_at_zero(task_of):
-    model = task_of(embedding="dpq-sx", init_scale=0.25, **DPQ).model()
+    scales = {"init_scale": 0.25, "query_scale": 0.0625, "value_scale": 1.0}
+    model = task_of(embedding="dpq-sx", **scales, **DPQ).model()
     for name, weight in model.named_parameters():
-        if "bias" in name:
-            assert not weight.any()
-        else:
-            assert 0.15 < weight.abs().max() <= 0.25, name
+        which = "query" if "queries" in name else "value" if "quantizers" in name else "init"
+        scale = 0 if "bias" in name else scales[f"{which}_scale"]
+        assert 0.6 * scale <= weight.abs().max() <= scale, name
     names = {name for name, _ in model.named_parameters()}
     assert {"word.quantizers.word.values_MKS", "word.quantizers.word.own_keys_MKS"} < names
+
+
+def test_keys_and_values_take_steps_of_their_own_rate(task_of):
+    steps = []
+    for rate in (1.0, 0.25):
+        task = task_of(embedding="dpq-sx", value_rate=rate, clip_norm=1e6, **DPQ)
+        torch.manual_seed(1)
+        model = task.model()
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        model, optimizer = task.distribute(model)
+        task.loss(model, next(task.train_batches(1)), torch.Generator()).backward()
+        optimizer.step()
+        steps.append({name: weight.detach() - before[name] for name, weight in model.named_parameters()})
+    for name, step in steps[0].items():
+        assert step.any(), name
+        want = 0.25 * step if "quantizers" in name else step
+        torch.testing.assert_close(steps[1][name], want, rtol=1e-3, atol=1e-7)
 
 
 def test_the_penalty_of_vq_counts_as_often_as_the_steps_that_a_loss_sums(task_of):
@@ -307,6 +324,7 @@ def test_options_train_together(text, tmp_path, options):
 def test_two_ranks_take_the_steps_of_one(text, tmp_path):
     """From small weights: larger ones learn so fast that the rounding of sums over ranks changes codes."""
     changes = ["--batch-size", 4, "--num-subspaces", 3, "--num-codes", 4, "--epochs", 2, "--init-scale", 0.1]
+    changes += ["--query-scale", 0.1, "--value-scale", 0.1]
     arguments = ["--data", text, *SMALL, *changes]
     assert run(*arguments, "--out", tmp_path / "one") == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training"]
