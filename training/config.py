@@ -153,22 +153,26 @@ class OptimisationOptions:
 
     Attributes:
         epochs: passes over the training split, at most.
-        patience: stop after so many epochs without a better validation metric.
+        patience: stop after so many epochs without a better validation metric; none goes on to the last one.
         batch_size: examples a rank takes per step; fewer where an epoch would have under 20 steps.
         optimizer: of plain tables and of queries, fused into the backward pass; adam wants CUDA.
-        learning_rate: of that optimizer; 0.1 suits the two Adagrads, 0.003 adam, more than 1 sgd.
+        learning_rate: of that optimizer; 0.1 suits the two Adagrads (0.2 where it falls), 0.003 adam, more than 1 sgd.
         dense_learning_rate: of all other weights, keys and values among them (Adam).
+        rate_decay: both rates stay, or fall linearly to 0 over all steps of all epochs.
     """
 
     epochs: int = 20
-    patience: int = 3
+    patience: int | None = 3
     batch_size: int = 4096
     optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam"] = "rowwise-adagrad"
     learning_rate: float = 0.1
     dense_learning_rate: float = 0.003
+    rate_decay: Literal["none", "linear"] = "none"
 
     def __post_init__(self) -> None:
-        check_positive(self, "epochs", "patience", "batch_size", "learning_rate", "dense_learning_rate")
+        check_positive(self, "epochs", "batch_size", "learning_rate", "dense_learning_rate")
+        if self.patience is not None:
+            check_positive(self, "patience")
 
 
 @dataclass(frozen=True, kw_only=True)

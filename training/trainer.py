@@ -32,10 +32,11 @@ from training.checkpoint import (
     finished_results,
     write_json,
 )
-from training.config import RunConfig
+from training.config import OptimisationOptions, RunConfig
 from training.evaluation.code_stats import code_stats
 from training.models import BY_CONFIGURATION, TableKind
 from training.parallel import add_up, choose_device, on_rank_0, process_group, stored
+from training.rates import Rates
 from training.results import Used, results
 from training.tasks import TASKS
 
@@ -86,6 +87,7 @@ class Run:
         self.tables = str(model.TABLES)
         torch.manual_seed(config.run.seed + self.rank)  # shards start anew, and two ranks' must not start alike
         self.model, self.optimizer = self.task.distribute(model)
+        self.rates = Rates(self.optimizer, self._falls_over())  # before a checkpoint is loaded, with the last step's
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, stored(self.model), self.optimizer, self.task.digest())
 
     def finish(self) -> dict[str, Any]:
@@ -97,9 +99,18 @@ class Run:
             start(self.model, seed=self.config.run.seed)
         limits = self.config.optimisation
         with Board(self.out / TENSORBOARD, progress.epoch * self.num_steps, is_writer=self.rank == 0) as board:
-            while progress.epoch < limits.epochs and progress.epoch - progress.best_epoch < limits.patience:
+            while progress.epoch < limits.epochs and progress.epoch - progress.best_epoch < self._patience():
                 self._epoch(progress, board)
         return self._leave(progress)
+
+    def _falls_over(self) -> int | None:
+        limits = self.config.optimisation
+        is_linear = isinstance(limits, OptimisationOptions) and limits.rate_decay == "linear"
+        return limits.epochs * self.num_steps if is_linear else None
+
+    def _patience(self) -> float:
+        patience = self.config.optimisation.patience
+        return math.inf if patience is None else patience
 
     def _epoch(self, progress: Progress, board: Board) -> None:
         progress.epoch += 1
@@ -133,9 +144,7 @@ class Run:
         seed = hash((self.config.run.seed, epoch, self.rank)) % 2**63
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # of dropout: a run that goes on draws as one that was not disturbed
-        rate = self.task.learning_rate(epoch)
-        for group in self.optimizer.param_groups if rate is not None else ():
-            group["lr"] = rate
+        rate, done = self.task.learning_rate(epoch), (epoch - 1) * self.num_steps
         self.model.train()
         total, shown = torch.zeros((), device=self.device), 0.0
         title = f"epoch {epoch}/{self.config.optimisation.epochs}"
@@ -143,6 +152,7 @@ class Run:
             self.task.train_batches(epoch), title, self.num_steps, disable=self.rank != 0, unit="step", file=sys.stderr
         )
         for step, batch in enumerate(bar, 1):
+            self.rates.set(done + step - 1, rate)
             self.optimizer.zero_grad()
             loss = self.task.loss(self.model, batch, generator)
             loss.backward()  # updates the tables too
@@ -151,7 +161,7 @@ class Run:
             if step % _SHOWN_STEPS == 0 and self.rank == 0:
                 mean, shown = (float(total) - shown) / _SHOWN_STEPS, float(total)
                 bar.set_postfix(loss=f"{mean:.4f}")
-                board.numbers("train", {"loss": mean}, (epoch - 1) * self.num_steps + step)
+                board.numbers("train", {"loss": mean}, done + step)
         (sum_of_losses,) = add_up([float(total)])
         if not math.isfinite(sum_of_losses):
             raise ConfigError(f"epoch {epoch}: the loss is {sum_of_losses}; try a lower --learning-rate")

@@ -84,6 +84,8 @@ def test_plain_tables_have_no_dpq_and_get_it_when_they_are_quantized():
         ({"embedding": "pq"}, "embedding.kind: got 'pq', want one of full, dpq-sx, dpq-vq"),
         ({"epochs": 0}, "--epochs: got 0, want more than 0"),
         ({"epochs": "many"}, "optimisation.epochs: got 'many', want a value of type int"),
+        ({"patience": 0}, "--patience: got 0, want more than 0"),
+        ({"rate-decay": "cosine"}, "optimisation.rate_decay: got 'cosine', want one of none, linear"),
         ({"seed": -1}, "--seed: got -1, want 0 or more"),
         ({"num-negatives": 5000}, "got 5000 negatives, a batch of 4096"),
         ({"num-subspaces": 7}, "num_subspaces: got 7, want a divisor"),
@@ -138,6 +140,15 @@ def test_groups_of_another_recipe_are_refused():
 def test_the_learning_rate_of_a_language_model_halves_after_four_epochs():
     rates = [RECIPES["language-model"](**HERE).optimisation.rate_of(epoch) for epoch in range(1, 8)]
     assert rates == [1, 1, 1, 1, 0.5, 0.25, 0.125]
+
+
+def test_rates_of_two_tower_fall_over_all_its_epochs_and_those_of_dlrm_stay():
+    falling, staying = (RECIPES[name](**HERE).optimisation for name in ("two-tower", "dlrm"))
+    assert (falling.rate_decay, falling.learning_rate, falling.patience) == ("linear", 0.2, None)
+    assert (staying.rate_decay, staying.learning_rate, staying.patience) == ("none", 0.02, 3)
+    again = parsed("two-tower --rate-decay none --patience 4").optimisation
+    assert (again.rate_decay, again.patience) == ("none", 4)
+    assert parsed("dlrm --rate-decay linear --patience none").optimisation.patience is None
 
 
 def test_config_rejects_an_option_that_it_does_not_know():
