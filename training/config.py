@@ -124,6 +124,8 @@ class EmbeddingOptions:
         embedding_dim: E, width of a vector.
         dpq: how tables are quantized; None where they are plain.
         start: keys and values begin uniformly, or as the k-means centroids of the queries they stand for.
+        full_epochs: the first so many epochs train without quantizing, as plain tables do; after them keys and values
+            begin as k-means centroids.
     """
 
     kind: Literal["full", "dpq-sx", "dpq-vq"] = field(default="dpq-vq", metadata={"flag": "embedding"})
@@ -133,6 +135,7 @@ class EmbeddingOptions:
         metadata={"renamed": {"method": "", "temperature": "dpq-temperature"}},
     )
     start: Literal["uniform", "kmeans"] = field(default="uniform", metadata={"flag": "start-from"})
+    full_epochs: int = 0
 
     def __post_init__(self) -> None:
         check_positive(self, "embedding_dim")
@@ -145,6 +148,18 @@ class EmbeddingOptions:
             )
         if self.dpq is not None:
             self.dpq.query_dim(self.embedding_dim)
+        self._check_full_epochs()
+
+    def _check_full_epochs(self) -> None:
+        if self.full_epochs < 0:
+            raise ConfigError(f"--full-epochs: got {self.full_epochs}, want 0 or more")
+        if self.full_epochs and self.dpq is None:
+            raise ConfigError(
+                f"--full-epochs: got {self.full_epochs} with --embedding full, whose epochs all are; leave it out"
+            )
+        if self.full_epochs and self.dpq is not None and self.dpq.query_dim(self.embedding_dim) != self.embedding_dim:
+            reason = "queries have to be as wide as vectors to take their place"
+            raise ConfigError(f"--full-epochs: got {self.full_epochs} with --key-dim {self.dpq.key_dim}: {reason}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +236,9 @@ class RunConfig:
         if not wanted or not all(isinstance(getattr(self, name), kind) for name, kind in wanted.items()):
             got = f"{self.recipe!r} with {', '.join(type(getattr(self, name)).__name__ for name in _GROUPS)}"
             raise ConfigError(f"recipe: got {got}; want one of {', '.join(MODEL_OPTIONS)} with its own options")
+        if self.embedding.full_epochs >= self.optimisation.epochs:
+            got = f"{self.embedding.full_epochs} of {self.optimisation.epochs} epochs"
+            raise ConfigError(f"--full-epochs: got {got}; want fewer than --epochs, or no table is ever quantized")
         if isinstance(self.model, TwoTowerOptions) and isinstance(self.data, DataOptions):
             self._check_two_tower(self.model, self.data)
 

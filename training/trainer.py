@@ -1,6 +1,7 @@
 """One run, whatever its recipe: a task -> epochs -> the best epoch's artifact -> metrics.json.
 
 Every epoch ends with a freeze, and its metrics are measured on the artifact: what is reported is what will be served.
+Epochs of a full phase, before tables are quantized, have nothing to freeze and no metrics.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore
-from dpq_rec.nn import start
 from training.board import TENSORBOARD, Board, summary_writer
 from training.checkpoint import (
     ARTIFACT,
@@ -36,6 +36,7 @@ from training.config import OptimisationOptions, RunConfig
 from training.evaluation.code_stats import code_stats
 from training.models import BY_CONFIGURATION, TableKind
 from training.parallel import add_up, choose_device, on_rank_0, process_group, stored
+from training.phases import enter
 from training.rates import Rates
 from training.results import Used, results
 from training.tasks import TASKS
@@ -95,11 +96,8 @@ class Run:
         progress = self.checkpoints.load_latest()
         if progress.epoch and self.rank == 0:
             _logger.info("going on after epoch %d of %s", progress.epoch, self.out)
-        if not progress.epoch and self.config.embedding.start == "kmeans":
-            start(self.model, seed=self.config.run.seed)
-        limits = self.config.optimisation
         with Board(self.out / TENSORBOARD, progress.epoch * self.num_steps, is_writer=self.rank == 0) as board:
-            while progress.epoch < limits.epochs and progress.epoch - progress.best_epoch < self._patience():
+            while progress.epoch < self.config.optimisation.epochs and not self._is_past_hope(progress):
                 self._epoch(progress, board)
         return self._leave(progress)
 
@@ -108,16 +106,34 @@ class Run:
         is_linear = isinstance(limits, OptimisationOptions) and limits.rate_decay == "linear"
         return limits.epochs * self.num_steps if is_linear else None
 
-    def _patience(self) -> float:
+    def _is_past_hope(self, progress: Progress) -> bool:
+        """Whether `patience` epochs that could be the best were none."""
         patience = self.config.optimisation.patience
-        return math.inf if patience is None else patience
+        best = max(progress.best_epoch, self.config.embedding.full_epochs)
+        return patience is not None and progress.epoch - best >= patience
 
     def _epoch(self, progress: Progress, board: Board) -> None:
         progress.epoch += 1
+        enter(self.model, self.optimizer, self.config, progress.epoch)
         began = time.monotonic()
         loss = self._train(progress.epoch, board)
         progress.train_seconds += time.monotonic() - began
         progress.examples += self.task.num_examples
+        if progress.epoch > self.config.embedding.full_epochs:
+            self._judge(progress, loss, board)
+        else:  # no codes yet, that could be frozen and measured
+            progress.history.append({"epoch": progress.epoch, "loss": loss, "codes": {}})
+            if self.rank == 0:
+                _logger.info("epoch %d: loss %.4f, not quantized", progress.epoch, loss)
+        board.flush()
+        progress.seconds += time.monotonic() - self.started
+        self.started = time.monotonic()
+        self.checkpoints.save(progress)
+        if self.rank == 0:  # after the checkpoint: a run that is killed goes on with what it names
+            self._remove_candidates(progress.epoch, progress.best_epoch)
+
+    def _judge(self, progress: Progress, loss: float, board: Board) -> None:
+        """Freeze what the epoch has made, and measure that."""
         candidate = self._candidate(progress.epoch)
         self._freeze(candidate)
         metrics = self.task.measure(candidate, "validation")
@@ -128,12 +144,6 @@ class Run:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             _logger.info("epoch %d: loss %.4f, validation %s", progress.epoch, loss, shown)
         board.numbers("validation", metrics, progress.epoch * self.num_steps)
-        board.flush()
-        progress.seconds += time.monotonic() - self.started
-        self.started = time.monotonic()
-        self.checkpoints.save(progress)
-        if self.rank == 0:  # after the checkpoint: a run that is killed goes on with what it names
-            self._remove_candidates(progress.epoch, progress.best_epoch)
 
     def _train(self, epoch: int, board: Board) -> float:
         """One pass over the training split; the mean loss over all ranks.

@@ -30,7 +30,7 @@ SMALL = [*SIZES, "--embedding-dim", "16", "--batch-size", "512"]
 QUICK = [*SMALL, "--num-negatives", "256", "--patience", "9", "--epochs", "3"]
 DPQ = ["--num-subspaces", "8", "--num-codes", "16"]
 KINDS = {kind: ["--embedding", kind, *([] if kind == "full" else DPQ)] for kind in ("full", "dpq-sx", "dpq-vq")}
-RUNNING = [*KINDS["dpq-vq"], "--ema-decay", "0.95", "--revive-after", "5", "--start-from", "kmeans", "--no-batch-norm"]
+RUNNING = [*KINDS["dpq-vq"], "--ema-decay", "0.95", "--revive-after", "5", "--full-epochs", "1", "--no-batch-norm"]
 CLICKS = ["--num-users", "500", "--num-items", "200", "--num-interactions", "12000", "--data", "synthetic"]
 
 
@@ -383,7 +383,7 @@ def wait_for(path, process):
 
 
 def test_a_run_whose_rank_is_killed_goes_on_and_ends_as_an_undisturbed_one(two_tower, tmp_path):
-    """With all that a quantizer holds: running means, and the steps since a code was used."""
+    """With all that a quantizer holds: running means, and the steps since a code was used; from a full phase on."""
     process = start("two-tower", *RUNNING, *QUICK, "--out", tmp_path / "run", restarts=1)
     wait_for(tmp_path / "run" / "checkpoints" / "epoch-0001", process)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
