@@ -44,7 +44,8 @@ def two_tower(data: str, out: str) -> RunConfig:
         data=DataOptions(path=data),
         model=TwoTowerOptions(),
         embedding=EmbeddingOptions(),
-        optimisation=OptimisationOptions(),
+        # Without patience: a run that ended early would never have learned at a low rate.
+        optimisation=OptimisationOptions(patience=None, learning_rate=0.2, rate_decay="linear"),
         run=RunOptions(out=out),
     )
 

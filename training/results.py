@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import resource
 import sys
@@ -38,7 +39,7 @@ def results(
         "num_negatives": used.num_negatives,
         "config": config.as_dict(),
         "metrics": dict(test),
-        "tables": {name: _sizes([table]) for name, table in store.tables.items()},
+        "tables": {name: {**_sizes([table]), "layout": _layout(table)} for name, table in store.tables.items()},
         "total": _sizes(store.tables.values()),
         "paper_ratios": {name: paper_ratio(table) for name, table in store.tables.items()},
         "examples_per_second": progress.examples / max(progress.train_seconds, 1e-9),
@@ -60,6 +61,13 @@ def paper_ratio(table: Table) -> float:
     code_bits = manifest.num_embeddings * manifest.layout.codes_per_row * math.log2(manifest.layout.num_codes)
     full_bits = 32 * manifest.num_embeddings * manifest.embedding_dim
     return full_bits / (code_bits + 8 * table.tensors["values"].nbytes)
+
+
+def _layout(table: Table) -> dict[str, Any] | None:
+    """How a table's codes and values are laid out, which may be each table's own; None where it is plain."""
+    if table.manifest.kind != "dpq":
+        return None
+    return {**dataclasses.asdict(table.manifest.layout), "values_dtype": table.tensors["values"].dtype.name}
 
 
 def _sizes(tables: Collection[Table]) -> dict[str, Any]:

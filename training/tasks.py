@@ -82,7 +82,7 @@ class Task(Protocol):
         """The model as the ranks train it together, and the optimizer of all its parameters."""
 
     def learning_rate(self, epoch: int) -> float | None:
-        """What the optimizer takes in an epoch; None where it keeps what it began with."""
+        """What all groups of the optimizer take in an epoch; None where each keeps to what it began with."""
 
     def train_batches(self, epoch: int) -> Iterator[Any]:
         """This rank's `num_steps` batches of an epoch."""

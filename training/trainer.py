@@ -1,6 +1,7 @@
 """One run, whatever its recipe: a task -> epochs -> the best epoch's artifact -> metrics.json.
 
 Every epoch ends with a freeze, and its metrics are measured on the artifact: what is reported is what will be served.
+Epochs of a full phase, before tables are quantized, have nothing to freeze and no metrics.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore
-from dpq_rec.nn import start
 from training.board import TENSORBOARD, Board, summary_writer
 from training.checkpoint import (
     ARTIFACT,
@@ -32,10 +32,12 @@ from training.checkpoint import (
     finished_results,
     write_json,
 )
-from training.config import RunConfig
+from training.config import OptimisationOptions, RunConfig
 from training.evaluation.code_stats import code_stats
 from training.models import BY_CONFIGURATION, TableKind
 from training.parallel import add_up, choose_device, on_rank_0, process_group, stored
+from training.phases import enter
+from training.rates import Rates
 from training.results import Used, results
 from training.tasks import TASKS
 
@@ -86,6 +88,7 @@ class Run:
         self.tables = str(model.TABLES)
         torch.manual_seed(config.run.seed + self.rank)  # shards start anew, and two ranks' must not start alike
         self.model, self.optimizer = self.task.distribute(model)
+        self.rates = Rates(self.optimizer, self._falls_over())  # before a checkpoint is loaded, with the last step's
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, stored(self.model), self.optimizer, self.task.digest())
 
     def finish(self) -> dict[str, Any]:
@@ -93,20 +96,44 @@ class Run:
         progress = self.checkpoints.load_latest()
         if progress.epoch and self.rank == 0:
             _logger.info("going on after epoch %d of %s", progress.epoch, self.out)
-        if not progress.epoch and self.config.embedding.start == "kmeans":
-            start(self.model, seed=self.config.run.seed)
-        limits = self.config.optimisation
         with Board(self.out / TENSORBOARD, progress.epoch * self.num_steps, is_writer=self.rank == 0) as board:
-            while progress.epoch < limits.epochs and progress.epoch - progress.best_epoch < limits.patience:
+            while progress.epoch < self.config.optimisation.epochs and not self._is_past_hope(progress):
                 self._epoch(progress, board)
         return self._leave(progress)
 
+    def _falls_over(self) -> int | None:
+        limits = self.config.optimisation
+        is_linear = isinstance(limits, OptimisationOptions) and limits.rate_decay == "linear"
+        return limits.epochs * self.num_steps if is_linear else None
+
+    def _is_past_hope(self, progress: Progress) -> bool:
+        """Whether `patience` epochs that could be the best were none."""
+        patience = self.config.optimisation.patience
+        best = max(progress.best_epoch, self.config.embedding.full_epochs)
+        return patience is not None and progress.epoch - best >= patience
+
     def _epoch(self, progress: Progress, board: Board) -> None:
         progress.epoch += 1
+        enter(self.model, self.optimizer, self.config, progress.epoch)
         began = time.monotonic()
         loss = self._train(progress.epoch, board)
         progress.train_seconds += time.monotonic() - began
         progress.examples += self.task.num_examples
+        if progress.epoch > self.config.embedding.full_epochs:
+            self._judge(progress, loss, board)
+        else:  # no codes yet, that could be frozen and measured
+            progress.history.append({"epoch": progress.epoch, "loss": loss, "codes": {}})
+            if self.rank == 0:
+                _logger.info("epoch %d: loss %.4f, not quantized", progress.epoch, loss)
+        board.flush()
+        progress.seconds += time.monotonic() - self.started
+        self.started = time.monotonic()
+        self.checkpoints.save(progress)
+        if self.rank == 0:  # after the checkpoint: a run that is killed goes on with what it names
+            self._remove_candidates(progress.epoch, progress.best_epoch)
+
+    def _judge(self, progress: Progress, loss: float, board: Board) -> None:
+        """Freeze what the epoch has made, and measure that."""
         candidate = self._candidate(progress.epoch)
         self._freeze(candidate)
         metrics = self.task.measure(candidate, "validation")
@@ -117,12 +144,6 @@ class Run:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             _logger.info("epoch %d: loss %.4f, validation %s", progress.epoch, loss, shown)
         board.numbers("validation", metrics, progress.epoch * self.num_steps)
-        board.flush()
-        progress.seconds += time.monotonic() - self.started
-        self.started = time.monotonic()
-        self.checkpoints.save(progress)
-        if self.rank == 0:  # after the checkpoint: a run that is killed goes on with what it names
-            self._remove_candidates(progress.epoch, progress.best_epoch)
 
     def _train(self, epoch: int, board: Board) -> float:
         """One pass over the training split; the mean loss over all ranks.
@@ -133,9 +154,7 @@ class Run:
         seed = hash((self.config.run.seed, epoch, self.rank)) % 2**63
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # of dropout: a run that goes on draws as one that was not disturbed
-        rate = self.task.learning_rate(epoch)
-        for group in self.optimizer.param_groups if rate is not None else ():
-            group["lr"] = rate
+        rate, done = self.task.learning_rate(epoch), (epoch - 1) * self.num_steps
         self.model.train()
         total, shown = torch.zeros((), device=self.device), 0.0
         title = f"epoch {epoch}/{self.config.optimisation.epochs}"
@@ -143,6 +162,7 @@ class Run:
             self.task.train_batches(epoch), title, self.num_steps, disable=self.rank != 0, unit="step", file=sys.stderr
         )
         for step, batch in enumerate(bar, 1):
+            self.rates.set(done + step - 1, rate)
             self.optimizer.zero_grad()
             loss = self.task.loss(self.model, batch, generator)
             loss.backward()  # updates the tables too
@@ -151,7 +171,7 @@ class Run:
             if step % _SHOWN_STEPS == 0 and self.rank == 0:
                 mean, shown = (float(total) - shown) / _SHOWN_STEPS, float(total)
                 bar.set_postfix(loss=f"{mean:.4f}")
-                board.numbers("train", {"loss": mean}, (epoch - 1) * self.num_steps + step)
+                board.numbers("train", {"loss": mean}, done + step)
         (sum_of_losses,) = add_up([float(total)])
         if not math.isfinite(sum_of_losses):
             raise ConfigError(f"epoch {epoch}: the loss is {sum_of_losses}; try a lower --learning-rate")

@@ -1,7 +1,7 @@
 """Training side of DPQ: the only place that imports torch and torchrec.
 
 `quantizer` (with `scores`, `choice`, `upkeep`, `kmeans`, `collectives` below it), `tables` (with `shards` below it),
-`embedding` and `collection`; then `replace`, `start` and `freeze`, which `find` the tables of a model.
+`embedding` and `collection`; then `replace`, `bypass`, `start` and `freeze`, which `find` the tables of a model.
 """
 
 try:
@@ -15,6 +15,7 @@ except ImportError as error:
         "train",
     ) from error
 
+from dpq_rec.nn.bypass import bypass
 from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection
 from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
 from dpq_rec.nn.find import subspace_constraints
@@ -30,6 +31,7 @@ __all__ = [
     "DPQEmbeddingCollection",
     "Quantized",
     "Quantizer",
+    "bypass",
     "freeze",
     "replace_embeddings",
     "start",

@@ -62,7 +62,8 @@ def freeze(
         progress: called on rank 0 with the rows of each chunk that was written.
 
     Raises:
-        ConfigError: the model holds no tables, or tables that cannot be frozen; a vocabulary that names a padding row.
+        ConfigError: the model holds no tables, or tables that cannot be frozen, bypassed ones among them; a vocabulary
+            that names a padding row.
         FileExistsError: the path exists.
     """
     found = find_tables(model, tables)
@@ -71,6 +72,9 @@ def freeze(
     for name, table in found.items():
         if table.quantizer is not None:
             check_cuts(name, table.weight_VQ, table.quantizer.config)
+            if table.quantizer.bypassed:
+                got = "queries that bypass its quantizer"
+                raise ConfigError(f"table {name!r}: got {got}; call bypass(model, enabled=False), and start, before")
     contents = {
         name: _contents(name, table, (vocabularies or {}).get(name) or _vocabulary(table))
         for name, table in found.items()

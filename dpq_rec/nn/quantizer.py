@@ -51,9 +51,14 @@ class Quantizer(nn.Module):
         config: method, D, K and the rest.
         device: of the parameters.
 
+    Attributes:
+        bypassed: whether tables hand out the queries themselves; see `dpq_rec.nn.bypass`.
+
     Raises:
         ConfigError: num_subspaces does not divide embedding_dim.
     """
+
+    bypassed = False
 
     def __init__(self, embedding_dim: int, config: DPQConfig, device: torch.device | None = None) -> None:
         super().__init__()

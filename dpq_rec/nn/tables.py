@@ -155,8 +155,14 @@ class DPQTables(nn.Module):
         return {name: asked[width][name].values() for width, names in self.names_by_width.items() for name in names}
 
     def _quantize(self, name: str, queries_NQ: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
+        quantizer = self.quantizer(name)
+        if quantizer.bypassed:
+            if not self.training:
+                return queries_NQ
+            self.penalties[name] = queries_NQ.new_zeros(())
+            return _Bypassed.apply(queries_NQ, *(weight for weight in quantizer.parameters() if weight.requires_grad))
         with torch.autocast(queries_NQ.device.type, enabled=False):  # half precision would choose other codes
-            quantized = self.quantizer(name)(queries_NQ, counts_N.to(queries_NQ.dtype))
+            quantized = quantizer(queries_NQ, counts_N.to(queries_NQ.dtype))
         if not self.training:
             return quantized.vectors_NE
         self.penalties[name] = quantized.penalty.detach()
@@ -195,6 +201,19 @@ def _distinct(rows_T: torch.Tensor, table: BaseEmbeddingConfig) -> _Distinct:
         got = f"ids from {int(rows_N[0])} to {int(rows_N[-1])}"
         raise IndexError(f"table {table.name!r}: got {got}, want 0 to {table.num_embeddings - 1}")
     return _Distinct(rows_N, counts_N, at_T)
+
+
+class _Bypassed(torch.autograd.Function):
+    """The queries as they are; backward, keys and values get gradients of zero, and none is missing to DDP."""
+
+    @staticmethod
+    def forward(ctx: Any, queries_NQ: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.like = [weight.detach() for weight in weights]
+        return queries_NQ.view_as(queries_NQ)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NQ: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradient_NQ, *(torch.zeros_like(weight) for weight in ctx.like)
 
 
 class _WithPenalty(torch.autograd.Function):

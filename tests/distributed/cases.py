@@ -23,6 +23,7 @@ class Case:
         optimizer: of the tables, in model.OPTIMIZERS.
         num_shards: of a table cut by columns, whatever the number of ranks.
         start: keys and values from the queries before training.
+        full_steps: steps before that, in which the quantizers are bypassed.
         weighted: bags are weighted sums.
         plain_items: the item table is not quantized.
         gaps: on odd steps the second half of the examples, all of the second of two ranks, has no user, on some no
@@ -37,6 +38,7 @@ class Case:
     optimizer: str = "rowwise_adagrad"
     num_shards: int = 2
     start: bool = False
+    full_steps: int = 0
     weighted: bool = False
     plain_items: bool = False
     gaps: bool = False
@@ -81,12 +83,16 @@ CASES = {
         atol=1e-4,  # a value may fall to the neighbouring fp16 number
     ),
     "sx-column_wise-cosine-tied-levels-started": Case(
-        config=default_config("sx", metric="cosine", tie_keys=True, num_levels=2), sharding="column_wise", start=True
+        config=default_config("sx", metric="cosine", tie_keys=True, num_levels=2),
+        sharding="column_wise",
+        start=True,
+        full_steps=3,
     ),
     "vq-row_wise-ema-levels-revival-started": Case(
         config=default_config("vq", ema_decay=0.9, num_levels=2, num_codes=32, revive_after=2),
         sharding="row_wise",
         start=True,
+        full_steps=3,
         apart=True,
     ),
     "sx-table_wise-shared-revival": Case(

@@ -41,6 +41,13 @@ def test_two_ranks_have_the_losses_and_penalties_of_one(runs, case):
     assert losses(runs, 1, case).shape == (NUM_STEPS, 1 + len(CASES[case].quantized))
 
 
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.full_steps])
+def test_two_ranks_bypass_quantizers_with_the_losses_of_one(runs, case):
+    one, two = (runs[size].report["cases"][case]["losses of full steps"] for size in (1, 2))
+    np.testing.assert_allclose(two, one, rtol=0, atol=CASES[case].atol)
+    assert np.shape(one) == (CASES[case].full_steps, 1 + len(CASES[case].quantized))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_end_with_the_weights_and_statistics_of_one(runs, case):
     for part in ("last", "queries"):

@@ -14,7 +14,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from dpq_rec import DPQConfig
-from dpq_rec.nn import DPQEmbeddingBagCollection, freeze, start
+from dpq_rec.nn import DPQEmbeddingBagCollection, bypass, freeze, start
 from tests.distributed import checks
 from tests.distributed.cases import CASES, NUM_STEPS, Case, default_config
 from tests.distributed.model import Model, batch, constraints, dense_optimizer, shard, shard_with_weights, train_step
@@ -33,12 +33,16 @@ def train(case, out):
     model = Model(case)
     wrapped = shard_with_weights(model, constraints(model))
     report = {"owners": checks.owners(model)}
+    if case.full_steps:
+        bypass(wrapped)
+        report["losses of full steps"] = _losses(model, wrapped, range(-case.full_steps, 0))
+        bypass(wrapped, enabled=False)
     if case.start:
         torch.manual_seed(dist.get_rank())  # what k-means does not place is random, and must come from one rank
         start(wrapped, seed=3)
         report["differing after start"] = checks.differing(model)
     saved = {"first": _quantizers(model)}
-    report["losses"] = _losses(model, wrapped)
+    report["losses"] = _losses(model, wrapped, range(NUM_STEPS))
     report["differing"] = checks.differing(model)
     saved |= {"last": _quantizers(model), "queries": checks.queries(model)}
     freeze(wrapped, out, version="of-a-test")
@@ -53,9 +57,9 @@ def _quantizers(model):
     return {name: tensor.clone() for name, tensor in model.tables.quantizers.state_dict().items()}
 
 
-def _losses(model, wrapped):
+def _losses(model, wrapped, steps):
     optimizer, world_size, losses = dense_optimizer(wrapped), dist.get_world_size(), []
-    for step in range(NUM_STEPS):
+    for step in steps:
         total = train_step(model, wrapped, optimizer, *batch(model.case, step, dist.get_rank(), world_size))
         dist.all_reduce(total)
         losses.append((total / world_size).tolist())
@@ -77,7 +81,7 @@ def built_on_meta(case):
     model = Model(case, device=torch.device("meta"))
     wrapped = shard(model, constraints(model))
     report = {"first": checks.of_all_ranks(checks.first_state(model)), "differing at first": checks.differing(model)}
-    return report | {"losses": _losses(model, wrapped), "differing": checks.differing(model)}
+    return report | {"losses": _losses(model, wrapped, range(NUM_STEPS)), "differing": checks.differing(model)}
 
 
 def memory_of_a_big_table(out):

@@ -30,7 +30,7 @@ SMALL = [*SIZES, "--embedding-dim", "16", "--batch-size", "512"]
 QUICK = [*SMALL, "--num-negatives", "256", "--patience", "9", "--epochs", "3"]
 DPQ = ["--num-subspaces", "8", "--num-codes", "16"]
 KINDS = {kind: ["--embedding", kind, *([] if kind == "full" else DPQ)] for kind in ("full", "dpq-sx", "dpq-vq")}
-RUNNING = [*KINDS["dpq-vq"], "--ema-decay", "0.95", "--revive-after", "5", "--start-from", "kmeans", "--no-batch-norm"]
+RUNNING = [*KINDS["dpq-vq"], "--ema-decay", "0.95", "--revive-after", "5", "--full-epochs", "1", "--no-batch-norm"]
 CLICKS = ["--num-users", "500", "--num-items", "200", "--num-interactions", "12000", "--data", "synthetic"]
 
 
@@ -97,7 +97,11 @@ def test_run_leaves_what_the_contract_names(finished):
     assert [metrics[name] for name in ("world_size", "batch_size", "num_negatives")] == [2, 512, 256]
     assert set(metrics["metrics"]) == {"recall@10", "ndcg@10", "recall@20", "ndcg@20"}
     sizes = {"num_embeddings", "embedding_dim", "full_bytes", "artifact_bytes", "vocabulary_bytes", "compression_ratio"}
-    assert all(set(table) == sizes for table in [*metrics["tables"].values(), metrics["total"]])
+    assert all(set(table) == {*sizes, "layout"} for table in metrics["tables"].values())
+    assert set(metrics["total"]) == sizes
+    layout = {"num_subspaces": 8, "num_codes": 16, "num_levels": 1, "values_dtype": "float32"}
+    layout = None if metrics["embedding"] == "full" else layout
+    assert [table["layout"] for table in metrics["tables"].values()] == [layout] * 2
     assert metrics["examples_per_second"] > 0
     assert metrics["seconds"] > 0
     assert load_file(finished / "model.safetensors")["temperature"] == np.float32(0.1)
@@ -383,7 +387,7 @@ def wait_for(path, process):
 
 
 def test_a_run_whose_rank_is_killed_goes_on_and_ends_as_an_undisturbed_one(two_tower, tmp_path):
-    """With all that a quantizer holds: running means, and the steps since a code was used."""
+    """With all that a quantizer holds: running means, and the steps since a code was used; from a full phase on."""
     process = start("two-tower", *RUNNING, *QUICK, "--out", tmp_path / "run", restarts=1)
     wait_for(tmp_path / "run" / "checkpoints" / "epoch-0001", process)
     os.kill(ranks_of(process)[1], signal.SIGKILL)

@@ -1,0 +1,87 @@
+"""Rates that fall step by step, in the fused optimizer of the tables and in the dense one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from training.config import OptimisationOptions
+from training.parallel import shard
+from training.rates import Rates
+
+CPU = torch.device("cpu")
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Summed(nn.Module):
+    """Sum of one row and of a dense weight: every gradient is 1."""
+
+    def __init__(self):
+        super().__init__()
+        config = EmbeddingBagConfig(name="t", num_embeddings=3, embedding_dim=4, feature_names=["t"])
+        self.tables = EmbeddingBagCollection(tables=[config])
+        self.dense = nn.Parameter(torch.zeros(2))
+
+    def forward(self, features):
+        return self.tables(features).values().sum() + self.dense.sum()
+
+
+def moves(falls_over, rate=None):
+    """By how much each step moves a number of a row, and a dense one."""
+    options = OptimisationOptions(optimizer="sgd", learning_rate=0.5, dense_learning_rate=0.01)
+    model, optimizer = shard(Summed(), options, CPU)
+    rates = Rates(optimizer, falls_over)
+    features = KeyedJaggedTensor(keys=["t"], values=torch.tensor([1]), lengths=torch.tensor([1]))
+    (weight,) = (w for name, w in model.state_dict().items() if name.endswith("t.weight"))
+    table_VE, dense_F = weight.local_shards()[0].tensor, model.state_dict()["dense"]
+    of_row, of_dense = [], []
+    for step in range(STEPS):
+        before = table_VE[1, 0].item(), dense_F[0].item()
+        rates.set(step, rate)
+        optimizer.zero_grad()
+        model(features).backward()
+        optimizer.step()
+        of_row.append(before[0] - table_VE[1, 0].item())
+        of_dense.append(before[1] - dense_F[0].item())
+    return of_row, of_dense
+
+
+def shares(falls_over, rate=None):
+    """Of what each step would move them by if rates stayed; Adam's moves are in proportion to its rate too."""
+    pairs = zip(moves(falls_over, rate), moves(None), strict=True)
+    return [[fallen / whole for fallen, whole in zip(*pair, strict=True)] for pair in pairs]
+
+
+def test_rates_of_tables_and_of_dense_weights_fall_linearly():
+    of_row, of_dense = shares(STEPS)
+    assert of_row == pytest.approx([1, 0.75, 0.5, 0.25], rel=1e-4)
+    assert of_dense == pytest.approx([1, 0.75, 0.5, 0.25], rel=1e-4)
+
+
+def test_rates_that_do_not_fall_are_those_of_the_options():
+    """SGD moves by its rate, the gradient being 1."""
+    assert moves(None)[0] == pytest.approx([0.5] * STEPS, rel=1e-4)
+
+
+def test_the_rate_of_an_epoch_takes_the_place_of_first_rates():
+    of_row, of_dense = shares(2 * STEPS, rate=0.2)
+    assert of_row == pytest.approx([0.4, 0.35, 0.3, 0.25], rel=1e-4)
+    assert of_dense == pytest.approx([20, 17.5, 15, 12.5], rel=1e-4)
+
+
+def test_rates_fall_from_the_first_ones_whatever_the_groups_hold_since():
+    """As after a checkpoint, which brings the rate of its last step."""
+    optimizer = shard(Summed(), OptimisationOptions(learning_rate=0.5), CPU)[1]
+    rates = Rates(optimizer, 10)
+    rates.set(9)
+    rates.set(5)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([0.0015, 0.25])

@@ -1,0 +1,72 @@
+"""A full phase, then a quantized one. In: model and optimizer, before an epoch. Out: the same, as the epoch wants them.
+
+In the first `--full-epochs` epochs vectors are the queries themselves: the tables learn as plain ones do. Then keys and
+values are placed by k-means of the queries, and quantized training goes on with the same queries and the same state of
+their optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.optim.keyed import KeyedOptimizer
+
+from dpq_rec.nn import Quantizer, bypass, start
+from dpq_rec.nn.find import find_tables
+from dpq_rec.nn.shards import shards_of
+from training.config import RunConfig, TwoTowerOptions
+
+_LEAST_LENGTH = 1e-12  # of a row: one of zeros stays as it is
+
+
+def enter(model: nn.Module, optimizer: KeyedOptimizer, config: RunConfig, epoch: int) -> None:
+    """Bring a model to where an epoch begins; every rank calls it, with a model as the epoch before has left it."""
+    options = config.embedding
+    if options.dpq is None:
+        return
+    if options.full_epochs:
+        bypass(model, enabled=epoch <= options.full_epochs)
+    if epoch != options.full_epochs + 1:
+        return
+    if options.full_epochs and isinstance(config.model, TwoTowerOptions) and config.model.similarity == "cosine":
+        to_unit_length(model, optimizer)
+    if options.full_epochs or options.start == "kmeans":
+        start(model, seed=config.run.seed)
+    if options.full_epochs:
+        begin_anew(model, optimizer)
+
+
+@torch.no_grad()
+def to_unit_length(model: nn.Module, optimizer: KeyedOptimizer) -> None:
+    """Give every query the length one, which a cosine cannot see but k-means can.
+
+    Cut to 1/n of its length, a row has a gradient n times as large. The squares that Adagrad has added up are
+    multiplied by n^4: a step is then 1/n as long as it was too. Of other optimizers the state stays as it is.
+    """
+    states: dict[str, Any] = optimizer.state_dict()["state"]
+    for name, table in find_tables(model).items():
+        squares = [
+            state[f"{name}.momentum1"]
+            for weight, state in states.items()
+            if weight.endswith(f".queries.{table.embedding_dim}.embeddings.{name}.weight")
+            and f"{name}.momentum1" in state
+        ]
+        mine = [shard.tensor for shard in shards_of(table.weight_VQ) if shard.tensor is not None]
+        for place, rows_NQ in enumerate(mine):
+            lengths_N1 = rows_NQ.norm(dim=1, keepdim=True).clamp(min=_LEAST_LENGTH)
+            rows_NQ.div_(lengths_N1)
+            for square in squares:
+                of_rows = square.local_shards()[place].tensor
+                of_rows.mul_(lengths_N1.view(-1, *[1] * (of_rows.dim() - 1)) ** 4)
+
+
+@torch.no_grad()
+def begin_anew(model: nn.Module, optimizer: KeyedOptimizer) -> None:
+    """Forget what the optimizer knows of keys and values: Adam, having seen nothing but zeros, would leap."""
+    quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+    placed = {id(weight) for quantizer in quantizers for weight in quantizer.parameters()}
+    for weight, state in optimizer.state.items():
+        for tensor in state.values() if id(weight) in placed else ():
+            tensor.zero_()
