@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from dpq_rec import ConfigError, DPQConfig
+from dpq_rec.sizing import choose_layout
 from training import flags
 from training.data.vocabularies import VocabularyPolicy
 from training.flags import check_positive
@@ -122,6 +123,8 @@ class EmbeddingOptions:
     Attributes:
         kind: plain tables, or DPQ by softmax (dpq-sx) or by centroids (dpq-vq).
         embedding_dim: E, width of a vector.
+        target_ratio: how many times smaller each table becomes, codes and values together: chooses num_subspaces,
+            num_codes and num_levels for each by its rows, and fp16 values; none leaves them as they are.
         dpq: how tables are quantized; None where they are plain.
         start: keys and values begin uniformly, or as the k-means centroids of the queries they stand for.
         full_epochs: the first so many epochs train without quantizing, as plain tables do; after them keys and values
@@ -130,6 +133,7 @@ class EmbeddingOptions:
 
     kind: Literal["full", "dpq-sx", "dpq-vq"] = field(default="dpq-vq", metadata={"flag": "embedding"})
     embedding_dim: int = 64
+    target_ratio: float | None = None
     dpq: DPQConfig | None = field(
         default_factory=lambda: DPQConfig(method="vq"),
         metadata={"renamed": {"method": "", "temperature": "dpq-temperature"}},
@@ -146,9 +150,36 @@ class EmbeddingOptions:
             raise ConfigError(
                 f"--start-from: got {self.start} with --embedding full: it has no keys and values; leave it out"
             )
-        if self.dpq is not None:
+        self._check_target_ratio()
+        if self.dpq is not None and self.target_ratio is None:
             self.dpq.query_dim(self.embedding_dim)
         self._check_full_epochs()
+
+    def dpq_of(self, name: str, num_embeddings: int) -> DPQConfig | None:
+        """How a table of so many rows is quantized; None where tables are plain.
+
+        Raises:
+            ConfigError: the table cannot become as small as target_ratio asks.
+        """
+        if self.dpq is None or self.target_ratio is None:
+            return self.dpq
+        try:
+            shared = self.dpq.share_subspaces
+            chosen = choose_layout(num_embeddings, self.embedding_dim, self.target_ratio, share_subspaces=shared)
+        except ConfigError as error:
+            raise ConfigError(f"table {name!r}: {error}") from error
+        return dataclasses.replace(self.dpq, **chosen)
+
+    def _check_target_ratio(self) -> None:
+        if self.target_ratio is None:
+            return
+        check_positive(self, "target_ratio")
+        if self.dpq is None:
+            reason = "with --embedding full, which has nothing to choose"
+            raise ConfigError(f"--target-ratio: got {self.target_ratio:g} {reason}; leave it out")
+        if self.dpq.key_dim is not None:
+            reason = "which has no levels to choose from"
+            raise ConfigError(f"--target-ratio: got {self.target_ratio:g} with --key-dim {self.dpq.key_dim}, {reason}")
 
     def _check_full_epochs(self) -> None:
         if self.full_epochs < 0:
@@ -157,7 +188,9 @@ class EmbeddingOptions:
             raise ConfigError(
                 f"--full-epochs: got {self.full_epochs} with --embedding full, whose epochs all are; leave it out"
             )
-        if self.full_epochs and self.dpq is not None and self.dpq.query_dim(self.embedding_dim) != self.embedding_dim:
+        if not self.full_epochs or self.dpq is None or self.dpq.key_dim is None:
+            return
+        if self.dpq.key_dim != self.dpq.subspace_dim(self.embedding_dim):
             reason = "queries have to be as wide as vectors to take their place"
             raise ConfigError(f"--full-epochs: got {self.full_epochs} with --key-dim {self.dpq.key_dim}: {reason}")
 
@@ -236,6 +269,9 @@ class RunConfig:
         if not wanted or not all(isinstance(getattr(self, name), kind) for name, kind in wanted.items()):
             got = f"{self.recipe!r} with {', '.join(type(getattr(self, name)).__name__ for name in _GROUPS)}"
             raise ConfigError(f"recipe: got {got}; want one of {', '.join(MODEL_OPTIONS)} with its own options")
+        if self.embedding.target_ratio is not None and not isinstance(self.data, DataOptions):
+            reason = f"{self.recipe} takes --num-subspaces, --num-codes and --num-levels"
+            raise ConfigError(f"--target-ratio: got {self.embedding.target_ratio:g}; {reason} instead")
         if self.embedding.full_epochs >= self.optimisation.epochs:
             got = f"{self.embedding.full_epochs} of {self.optimisation.epochs} epochs"
             raise ConfigError(f"--full-epochs: got {got}; want fewer than --epochs, or no table is ever quantized")

@@ -44,7 +44,8 @@ def make_tables(
     tables = bag_configs(features, num_embeddings, options)
     if options.dpq is None:
         return EmbeddingBagCollection(tables=tables, device=device)
-    return DPQEmbeddingBagCollection(tables, options.dpq, device=device)
+    configs = {name: options.dpq_of(name, num_embeddings[name]) for name in features}
+    return DPQEmbeddingBagCollection(tables, configs, device=device)
 
 
 def bag_configs(

@@ -68,6 +68,9 @@ def refuse_meaningless(options: Iterable[Option], values: Mapping[str, Any], fla
         wrong["num-negatives"] = "--negatives in-batch draws none"
     if negatives == "uniform":
         wrong["log-q"] = "with --negatives uniform all candidates are as likely, and it cancels out"
+    if values.get("target-ratio") is not None:
+        reason = "--target-ratio chooses it for each table by its rows"
+        wrong |= dict.fromkeys(("num-subspaces", "num-codes", "num-levels", "values-dtype"), reason)
     if values.get("full-epochs"):
         wrong["start-from"] = "after --full-epochs keys and values always begin as k-means centroids"
     for flag, reason in wrong.items():

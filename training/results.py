@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import sys
 from collections.abc import Collection, Mapping
@@ -37,7 +38,7 @@ def results(
         "num_negatives": used.num_negatives,
         "config": config.as_dict(),
         "metrics": dict(test),
-        "tables": {name: _sizes([table]) for name, table in store.tables.items()},
+        "tables": {name: {**_sizes([table]), "layout": _layout(table)} for name, table in store.tables.items()},
         "total": _sizes(store.tables.values()),
         "examples_per_second": progress.examples / max(progress.train_seconds, 1e-9),
         "seconds": progress.seconds,
@@ -45,6 +46,13 @@ def results(
         "peak_memory_bytes": peak_memory_bytes(used.device),
         "history": progress.history,
     }
+
+
+def _layout(table: Table) -> dict[str, Any] | None:
+    """How a table's codes and values are laid out, which may be each table's own; None where it is plain."""
+    if table.manifest.kind != "dpq":
+        return None
+    return {**dataclasses.asdict(table.manifest.layout), "values_dtype": table.tensors["values"].dtype.name}
 
 
 def _sizes(tables: Collection[Table]) -> dict[str, Any]:

@@ -94,6 +94,12 @@ def test_plain_tables_have_no_dpq_and_get_it_when_they_are_quantized():
         ({"embedding": "full", "num-codes": 8}, "--num-codes: --embedding full has plain tables"),
         ({"embedding": "full", "start-from": "kmeans"}, "--start-from: got kmeans with --embedding full"),
         ({"embedding": "full", "full-epochs": 2}, "--full-epochs: got 2 with --embedding full, whose epochs all are"),
+        ({"embedding": "full", "target-ratio": 20.0}, "--target-ratio: got 20 with --embedding full"),
+        ({"target-ratio": 0.0}, "--target-ratio: got 0.0, want more than 0"),
+        (
+            {"target-ratio": 20.0, "embedding": "dpq-sx", "key-dim": 2},
+            "--target-ratio: got 20 with --key-dim 2, which has no levels",
+        ),
         ({"full-epochs": -1}, "--full-epochs: got -1, want 0 or more"),
         ({"full-epochs": 20}, "--full-epochs: got 20 of 20 epochs; want fewer than --epochs"),
         (
@@ -156,6 +162,26 @@ def test_rates_of_two_tower_fall_over_all_its_epochs_and_those_of_dlrm_stay():
     again = parsed("two-tower --rate-decay none --patience 4").optimisation
     assert (again.rate_decay, again.patience) == ("none", 4)
     assert parsed("dlrm --rate-decay linear --patience none").optimisation.patience is None
+
+
+def test_target_ratio_gives_each_table_a_layout_and_leaves_the_rest():
+    options = parsed("two-tower --target-ratio 20 --value-gradient --embedding-dim 72").embedding  # of 16 no multiple
+    large, small = (options.dpq_of(name, rows) for name, rows in (("user_id", 1_000_000), ("item_id", 3000)))
+    assert large.num_codes > small.num_codes
+    assert [(each.value_gradient, each.values_dtype) for each in (large, small)] == [(True, "float16")] * 2
+    with pytest.raises(ConfigError, match=r"table 'segment': target_ratio: got 20 for a table of 9 rows of 72 numbers"):
+        options.dpq_of("segment", 9)
+
+
+def test_target_ratio_is_refused_where_the_rows_are_not_known_to_it():
+    with pytest.raises(ConfigError, match="--target-ratio: got 20; language-model takes --num-subspaces, --num-codes"):
+        parsed("language-model --target-ratio 20")
+
+
+def test_without_a_target_ratio_all_tables_have_the_same_layout():
+    options = parsed("two-tower --num-codes 9").embedding
+    assert options.dpq_of("user_id", 10) is options.dpq_of("item_id", 1_000_000) is options.dpq
+    assert parsed("two-tower --embedding full").embedding.dpq_of("user_id", 10) is None
 
 
 def test_config_rejects_an_option_that_it_does_not_know():
@@ -229,6 +255,9 @@ def test_options_that_several_other_recipes_have_are_refused_by_naming_them(monk
         ("two-tower --negatives in-batch --num-negatives 5", "--num-negatives: --negatives in-batch draws none"),
         ("two-tower --no-log-q", "--log-q: with --negatives uniform"),
         ("two-tower --negatives uniform --log-q", "--log-q: with --negatives uniform"),
+        ("two-tower --target-ratio 20 --num-subspaces 8", "--num-subspaces: --target-ratio chooses it for each table"),
+        ("two-tower --target-ratio 20 --num-codes 8", "--num-codes: --target-ratio chooses it for each table"),
+        ("dlrm --target-ratio 20 --num-levels 2", "--num-levels: --target-ratio chooses it for each table"),
         (
             "dlrm --full-epochs 2 --start-from uniform",
             "--start-from: after --full-epochs keys and values always begin as k-means centroids",

@@ -182,6 +182,29 @@ def test_run_that_goes_on_in_either_phase_ends_as_an_undisturbed_one(phased, tmp
     assert [one[name] == other[name] for name in ("metrics", "history", "best_epoch")] == [True] * 3
 
 
+def test_target_ratio_is_reached_by_each_table_with_a_layout_of_its_own(tmp_path):
+    assert run(tmp_path / "run", *SMALL, "--epochs", "2", "--full-epochs", "1", "--target-ratio", "8") == 0
+    tables, stored = metrics_of(tmp_path / "run")["tables"], verify(tmp_path / "run" / "artifact").tables
+    assert all(table["compression_ratio"] >= 8 for table in tables.values())
+    layouts = {name: table["layout"] for name, table in tables.items()}
+    assert layouts["user_id"] != layouts["item_id"]
+    for name, table in stored.items():
+        assert layouts[name] == {
+            "num_subspaces": table.manifest.num_subspaces,
+            "num_codes": table.manifest.num_codes,
+            "num_levels": table.manifest.num_levels,
+            "values_dtype": "float16",
+        }
+
+
+def test_table_too_small_for_the_target_ratio_is_named_before_training(tmp_path, capsys):
+    assert run(tmp_path / "run", *SMALL, "--target-ratio", "25") == 2
+    assert (
+        "training: table 'item_id': target_ratio: got 25 for a table of 60 rows of 8 numbers" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_patience_counts_quantized_epochs_alone(tmp_path):
     assert run(tmp_path / "run", *PHASED, "--patience", "1") == 0
     assert len(metrics_of(tmp_path / "run")["history"]) >= 3

@@ -97,7 +97,11 @@ def test_run_leaves_what_the_contract_names(finished):
     assert [metrics[name] for name in ("world_size", "batch_size", "num_negatives")] == [2, 512, 256]
     assert set(metrics["metrics"]) == {"recall@10", "ndcg@10", "recall@20", "ndcg@20"}
     sizes = {"num_embeddings", "embedding_dim", "full_bytes", "artifact_bytes", "vocabulary_bytes", "compression_ratio"}
-    assert all(set(table) == sizes for table in [*metrics["tables"].values(), metrics["total"]])
+    assert all(set(table) == {*sizes, "layout"} for table in metrics["tables"].values())
+    assert set(metrics["total"]) == sizes
+    layout = {"num_subspaces": 8, "num_codes": 16, "num_levels": 1, "values_dtype": "float32"}
+    layout = None if metrics["embedding"] == "full" else layout
+    assert [table["layout"] for table in metrics["tables"].values()] == [layout] * 2
     assert metrics["examples_per_second"] > 0
     assert metrics["seconds"] > 0
     assert load_file(finished / "model.safetensors")["temperature"] == np.float32(0.1)
