@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from dpq_rec import DPQConfig, EmbeddingStore
@@ -83,6 +83,7 @@ def test_layout_leaves_little_of_the_ratio_unused(num_embeddings, embedding_dim,
     assert ratio_of(num_embeddings, embedding_dim, False, changes) < 1.7 * ratio
 
 
+@example(num_embeddings=100, embedding_dim=64, shared=False, ratio=20.0)
 @given(**TABLES, ratio=st.floats(0.5, 300))
 def test_subspaces_are_wider_than_one_number_where_rows_are(num_embeddings, embedding_dim, shared, ratio):
     """A key of one number has two directions only: cosines could not tell it from others."""
