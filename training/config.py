@@ -269,9 +269,6 @@ class RunConfig:
         if not wanted or not all(isinstance(getattr(self, name), kind) for name, kind in wanted.items()):
             got = f"{self.recipe!r} with {', '.join(type(getattr(self, name)).__name__ for name in _GROUPS)}"
             raise ConfigError(f"recipe: got {got}; want one of {', '.join(MODEL_OPTIONS)} with its own options")
-        if self.embedding.target_ratio is not None and not isinstance(self.data, DataOptions):
-            reason = f"{self.recipe} takes --num-subspaces, --num-codes and --num-levels"
-            raise ConfigError(f"--target-ratio: got {self.embedding.target_ratio:g}; {reason} instead")
         if self.embedding.full_epochs >= self.optimisation.epochs:
             got = f"{self.embedding.full_epochs} of {self.optimisation.epochs} epochs"
             raise ConfigError(f"--full-epochs: got {got}; want fewer than --epochs, or no table is ever quantized")

@@ -78,7 +78,8 @@ class LanguageModelTask:
 
     def model(self) -> LanguageModel:
         """See `Task.model`."""
-        num_words, dim, dpq = len(self.text.words_V), self.embedding.embedding_dim, self.embedding.dpq
+        num_words, dim = len(self.text.words_V), self.embedding.embedding_dim
+        dpq = self.embedding.dpq_of(WORD, num_words)
         word = nn.Embedding(num_words, dim) if dpq is None else DPQEmbedding(num_words, dim, dpq, name=WORD)
         if isinstance(word, DPQEmbedding):
             word.penalty_scale = self.options.num_steps  # the loss is a sum over so many steps
@@ -172,7 +173,8 @@ class TextClassificationTask:
 
     def model(self) -> TextClassifier:
         """See `Task.model`."""
-        num_words, dim, dpq = len(self.documents.words_V), self.embedding.embedding_dim, self.embedding.dpq
+        num_words, dim = len(self.documents.words_V), self.embedding.embedding_dim
+        dpq = self.embedding.dpq_of(WORD, num_words)
         if dpq is not None:
             return self._around(DPQEmbeddingBag(num_words, dim, dpq, name=WORD))
         word = nn.EmbeddingBag(num_words, dim, mode="mean")

@@ -174,11 +174,6 @@ def test_target_ratio_gives_each_table_a_layout_and_leaves_the_rest():
         options.dpq_of("segment", 9)
 
 
-def test_target_ratio_is_refused_where_the_rows_are_not_known_to_it():
-    with pytest.raises(ConfigError, match="--target-ratio: got 20; language-model takes --num-subspaces, --num-codes"):
-        parsed("language-model --target-ratio 20")
-
-
 def test_without_a_target_ratio_all_tables_have_the_same_layout():
     options = parsed("two-tower --num-codes 9").embedding
     assert options.dpq_of("user_id", 10) is options.dpq_of("item_id", 1_000_000) is options.dpq

@@ -1,5 +1,6 @@
 """The language model's maths beside plain loops, and whole runs on a generated text."""
 
+import itertools
 import json
 import math
 import os
@@ -310,6 +311,7 @@ def test_a_run_that_broke_off_ends_as_an_undisturbed_one(finished, tmp_path, mon
     [
         "--embedding dpq-vq --num-subspaces 3 --num-codes 4 --ema-decay 0.9 --revive-after 5 --start-from kmeans",
         "--embedding dpq-vq --num-subspaces 2 --num-codes 4 --num-levels 2 --no-share-subspaces",
+        "--embedding dpq-vq --target-ratio 3 --full-epochs 1",
         "--embedding full --num-layers 1 --clip-norm 1",
     ],
 )
@@ -319,6 +321,8 @@ def test_options_train_together(text, tmp_path, options):
     assert metrics["metrics"]["perplexity"] < 25
     losses = [epoch["loss"] for epoch in metrics["history"]]
     assert losses[-1] < losses[0]
+    ratio = float(dict(itertools.pairwise(options.split())).get("--target-ratio", 1))
+    assert metrics["tables"]["word"]["compression_ratio"] >= ratio
 
 
 def test_two_ranks_take_the_steps_of_one(text, tmp_path):
