@@ -18,6 +18,7 @@ _ONLY_SX = {
     "tie_keys": "the keys of 'vq' are its values always",
     "key_dim": "the keys of 'vq' are its values, and so as wide",
     "temperature": "'vq' has no softmax",
+    "hard_values": "'vq' has no softmax",
 }
 _ONLY_VQ = {
     "penalty_weight": "'sx' has no penalty",
@@ -43,6 +44,8 @@ class DPQConfig:
         key_dim: "sx" only: width of a key, where keys are not as wide as values; a query is then D * key_dim wide.
         share_subspaces: the D groups share keys and values (DPQ paper, appendix E.2).
         temperature: "sx" only: divides the scores before the softmax of the backward pass (DPQ paper, eq. 4).
+        hard_values: "sx" only: a value is moved by the groups that chose it alone, as in the authors' program; else by
+            all groups, in proportion to its share of their softmax (DPQ paper, eq. 5).
         batch_norm: normalise the scores of each code over batch and subspaces, without scale and offset of its own
             (DPQ paper, appendix C). Spreads rows over the codes.
         penalty_weight: "vq" only: weight of the term that draws each value to the queries it stands for.
@@ -63,6 +66,7 @@ class DPQConfig:
     key_dim: int | None = None
     share_subspaces: bool = False
     temperature: float = 1.0
+    hard_values: bool = False
     batch_norm: bool = True
     penalty_weight: float = 1.0
     commitment_weight: float = 0.0

@@ -42,14 +42,22 @@ class Compared(NamedTuple):
     codes_ND: torch.Tensor
 
 
-def softmax_choice(compared: Compared, *, score: Score, temperature: float) -> torch.Tensor:
+def softmax_choice(compared: Compared, *, score: Score, temperature: float, hard_values: bool = False) -> torch.Tensor:
     """The values [N, D, S] of the codes, with the gradients of the mixture by softmax of the scores / temperature.
+
+    With hard values that is the gradient of queries and keys alone: the values have the gradient of the choice.
 
     Args:
         compared: queries, keys, values and the codes that were chosen.
         score: which score.
         temperature: of the softmax (DPQ paper, eq. 4).
+        hard_values: whether a value is moved by the groups that chose it alone.
     """
+    if hard_values:
+        fixed = compared._replace(values_DKS=compared.values_DKS.detach())
+        chosen_NDS = choose(compared.values_DKS, compared.codes_ND)
+        # The difference is exactly zero.
+        return softmax_choice(fixed, score=score, temperature=temperature) + (chosen_NDS - chosen_NDS.detach())
     affine = Affine(compared.affine.scale_K / temperature, compared.affine.shift_K / temperature)
     compared = compared._replace(affine=affine)
     queries_NDX = compared.queries_NDX

@@ -163,7 +163,12 @@ class Quantizer(nn.Module):
                 self._revive(number, rest_NDS.detach())
             level = self._compare(number, rest_NDS, counts_N)
             if self.config.method == "sx":
-                emitted_NDS = softmax_choice(level, score=self.score, temperature=self.config.temperature)
+                emitted_NDS = softmax_choice(
+                    level,
+                    score=self.score,
+                    temperature=self.config.temperature,
+                    hard_values=self.config.hard_values,
+                )
             else:
                 chosen_NDS = choose(level.values_DKS, level.codes_ND)
                 penalty = penalty + self._penalty(chosen_NDS, rest_NDS, counts_N)

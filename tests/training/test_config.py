@@ -46,7 +46,7 @@ def test_a_configuration_comes_back_from_json(recipe):
 def test_every_option_of_dpq_is_a_flag():
     sx = parsed(
         "two-tower --embedding dpq-sx --num-subspaces 8 --num-codes 7 --num-levels 2 --metric cosine --tie-keys "
-        "--share-subspaces --dpq-temperature 0.5 --no-batch-norm --revive-after 5 --values-dtype float16"
+        "--share-subspaces --dpq-temperature 0.5 --hard-values --no-batch-norm --revive-after 5 --values-dtype float16"
     ).embedding.dpq
     assert sx == DPQConfig(
         method="sx",
@@ -57,6 +57,7 @@ def test_every_option_of_dpq_is_a_flag():
         tie_keys=True,
         share_subspaces=True,
         temperature=0.5,
+        hard_values=True,
         batch_norm=False,
         revive_after=5,
         values_dtype="float16",

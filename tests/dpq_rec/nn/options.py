@@ -20,6 +20,14 @@ OPTIONS = {
         "share_subspaces": True,
         "values_dtype": "float16",
     },
+    "sx, hard values": {"method": "sx", "hard_values": True},
+    "sx, hard values, two levels, tied, shared": {
+        "method": "sx",
+        "hard_values": True,
+        "num_levels": 2,
+        "tie_keys": True,
+        "share_subspaces": True,
+    },
     "sx, warm, no batch norm": {"method": "sx", "temperature": 3.0, "batch_norm": False},
     "vq": {"method": "vq"},
     "vq, levels, committed, values by the task too": {

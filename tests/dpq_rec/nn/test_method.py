@@ -25,7 +25,7 @@ class Naive:
     """The method, a number at a time. `vectors` [N][E] and `codes` [N][M] are what it emits."""
 
     def __init__(self, config, queries, counts, values, keys):
-        self.config, self.counts = config, counts
+        self.config, self.counts, self.values = config, counts, values.copy()
         self.codes = np.zeros((len(queries), config.num_levels * D), int)
         self.vectors = np.zeros((len(queries), D, S))
         self.rests, self.chosen = [], []  # of each level
@@ -71,7 +71,9 @@ class Naive:
         for level in range(config.num_levels):
             rests = groups - taken if config.num_levels > 1 else groups
             if config.method == "sx":
-                soft += self.mixture(level, rests, values, keys)
+                soft += self.mixture(level, rests, self.values if config.hard_values else values, keys)
+                if config.hard_values:
+                    soft += self.emitted(level, values)
             else:
                 penalty += self.penalty(level, rests, values)
                 if config.value_gradient:
