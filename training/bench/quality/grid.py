@@ -82,7 +82,7 @@ STUDIES = (
         rows=(6040, 3416),
         epochs=24,
         metric="ndcg@10",
-        flags={"embedding-dim": 64, "learning-rate": 0.1, "dense-learning-rate": 0.003},
+        flags={"embedding-dim": 64, "learning-rate": 0.2, "dense-learning-rate": 0.001},
     ),
     Study(
         dataset="gowalla",
@@ -90,7 +90,7 @@ STUDIES = (
         rows=(29858, 40979),
         epochs=24,
         metric="ndcg@20",
-        flags={"embedding-dim": 64, "learning-rate": 0.1, "dense-learning-rate": 0.003},
+        flags={"embedding-dim": 64, "learning-rate": 0.2, "dense-learning-rate": 0.001},
     ),
     Study(
         dataset="movielens_100k",
@@ -124,6 +124,14 @@ _DPQ_LEVELS = {
     "movielens_1m": {20.0: _codes(8, 32, 2), 40.0: _codes(4, 16, 2)},
     "movielens_100k": {20.0: _codes(8, 8, 2), 40.0: _codes(8, 4, 2)},
 }
+_DPQ_WIDE = {
+    "gowalla": {20.0: _codes(1, 16, 22), 40.0: _codes(1, 16, 10)},
+    "movielens_1m": {20.0: _codes(4, 8, 7), 40.0: _codes(4, 8, 3)},
+    "movielens_100k": _DPQ_LEVELS["movielens_100k"],
+}
+# A full phase first; then values that the task's gradient moves, and nothing else.
+_WARM_VQ = {"full-epochs": 3, "value-gradient": True, "penalty-weight": 0.0, "batch-norm": False}
+_WARM_SX = {"full-epochs": 3, "metric": "euclidean", "hard-values": True, "batch-norm": False}
 _RATES = tuple(Trial(times={"learning-rate": factor}) for factor in (1, 0.5, 2, 4))
 # A tensor train has no tables: its cores move at the dense rate.
 _DENSE_RATES = tuple(Trial(times={"dense-learning-rate": factor}) for factor in (1, 0.1, 0.3, 3))
@@ -137,18 +145,18 @@ METHODS: dict[str, Method] = {
         kind="dpq",
         trials=(
             Trial(sizes=_DPQ_PLAIN),
-            Trial(sizes=_DPQ_LEVELS),
-            Trial(sizes=_DPQ_PLAIN, flags={"start-from": "kmeans", "value-gradient": True}),
-            Trial(sizes=_DPQ_LEVELS, flags={"start-from": "kmeans", "value-gradient": True}),
+            Trial(sizes=_DPQ_LEVELS, flags=_WARM_VQ),
+            Trial(sizes=_DPQ_LEVELS, flags=_WARM_VQ, times={"learning-rate": 2}),
+            Trial(sizes=_DPQ_WIDE, flags=_WARM_VQ, times={"learning-rate": 4}),
         ),
     ),
     "dpq-sx": Method(
         kind="dpq",
         trials=(
             Trial(sizes=_DPQ_PLAIN),
-            Trial(sizes=_DPQ_LEVELS),
-            Trial(sizes=_DPQ_PLAIN, flags={"start-from": "kmeans", "metric": "euclidean"}),
-            Trial(sizes=_DPQ_LEVELS, flags={"start-from": "kmeans", "metric": "euclidean"}),
+            Trial(sizes=_DPQ_PLAIN, flags=_WARM_SX),
+            Trial(sizes=_DPQ_LEVELS, flags=_WARM_SX),
+            Trial(sizes=_DPQ_LEVELS, flags=_WARM_SX, times={"learning-rate": 2}),
         ),
     ),
     "low-dim": Method(kind="trained", trials=_RATES),
