@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dpq_rec.nn import bypass
 from tests.distributed.cases import CASES, NUM_STEPS, Case, default_config
 from tests.distributed.checks import queries
 from tests.distributed.model import (
@@ -60,26 +61,38 @@ FORMULAS = {"sgd": sgd, "adagrad": adagrad, "rowwise_adagrad": rowwise_adagrad, 
 
 
 def by_formula(case, device="cpu", quantizers=None):
-    """Losses and penalties, and the queries at the end; from these keys and values, where they are given."""
+    """Losses and penalties, and the queries at the end; from these keys and values after any full steps, if given."""
     torch.manual_seed(0)
     model = Model(case).to(device)
-    if quantizers is not None:
-        model.tables.quantizers.load_state_dict(quantizers)
-    formula, settings = FORMULAS[case.optimizer], OPTIMIZERS[case.optimizer][1]
     tables = [p for part in (model.tables.queries, model.tables.plain) for p in part.parameters()]
     num_parts = case.num_shards if case.sharding == "column_wise" else 1
-    states, optimizer, losses = [{} for _ in range(num_parts * len(tables))], dense_optimizer(model), []
-    for step in range(NUM_STEPS):
+    states = [{} for _ in range(num_parts * len(tables))]
+    if case.full_steps:
+        bypass(model)
+        steps_by_formula(model, tables, states, range(-case.full_steps, 0))
+        bypass(model, enabled=False)
+    if quantizers is not None:
+        model.tables.quantizers.load_state_dict(quantizers)
+    return steps_by_formula(model, tables, states, range(NUM_STEPS)), queries(model)
+
+
+def steps_by_formula(model, tables, states, steps):
+    """Losses and penalties of each step; tables, and the statistics of each of their shards, are changed."""
+    case, num_parts = model.case, len(states) // len(tables)
+    formula, settings = FORMULAS[case.optimizer], OPTIMIZERS[case.optimizer][1]
+    optimizer, losses = dense_optimizer(model), []
+    for step in steps:
         features, labels_B = batch(case, step, 0, 1)
         for table in tables:
             table.grad = None
+        device = tables[0].device
         losses.append(train_step(model, model, optimizer, features.to(device), labels_B.to(device)).tolist())
         with torch.no_grad():
             parts = [part for table in tables for part in table.chunk(num_parts, 1)]
             gradients = [part for table in tables for part in table.grad.chunk(num_parts, 1)]
             for part, gradient, state in zip(parts, gradients, states, strict=True):
                 formula(part, gradient, state, step, **settings)
-    return losses, queries(model)
+    return losses
 
 
 @pytest.mark.parametrize("name", PLAIN)
