@@ -53,6 +53,18 @@ class CodeLayout:
         """W = ceil(M * b / 8)."""
         return -(-self.codes_per_row * self.code_bits // 8)
 
+    def table_bytes(self, shape: tuple[int, int], value_bytes: int, *, share_subspaces: bool = False) -> int:
+        """Packed codes and values of a table as an artifact holds them.
+
+        Args:
+            shape: V and E.
+            value_bytes: of one number: 4 in fp32, 2 in fp16.
+            share_subspaces: whether the subspaces share their values.
+        """
+        num_embeddings, embedding_dim = shape
+        width = embedding_dim // self.num_subspaces if share_subspaces else embedding_dim
+        return num_embeddings * self.row_bytes + value_bytes * self.num_levels * self.num_codes * width
+
 
 def pack_codes(codes_NM: NDArray[np.integer], layout: CodeLayout) -> NDArray[np.uint8]:
     """Packed codes [N, W] of codes [N, M] (any integer dtype).

@@ -35,9 +35,9 @@ class _Table(NamedTuple):
 
     def ratio(self, layout: CodeLayout) -> float:
         """Bytes of the fp32 table to those of codes and values."""
-        numbers = self.embedding_dim // layout.num_subspaces if self.share_subspaces else self.embedding_dim
-        values = _VALUE_BYTES * layout.num_levels * layout.num_codes * numbers
-        return 4 * self.num_embeddings * self.embedding_dim / (self.num_embeddings * layout.row_bytes + values)
+        shape = (self.num_embeddings, self.embedding_dim)
+        num_bytes = layout.table_bytes(shape, _VALUE_BYTES, share_subspaces=self.share_subspaces)
+        return 4 * self.num_embeddings * self.embedding_dim / num_bytes
 
 
 def choose_layout(

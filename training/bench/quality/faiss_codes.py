@@ -39,9 +39,8 @@ class FaissCodes:
 
     def num_bytes(self, num_embeddings: int, embedding_dim: int) -> int:
         """Packed codes, centroids, and the rotation of `opq`."""
-        values = self.layout.num_levels * self.layout.num_codes * embedding_dim
         rotation = embedding_dim**2 if self.kind == "opq" else 0
-        return num_embeddings * self.layout.row_bytes + FLOAT_BYTES * (values + rotation)
+        return self.layout.table_bytes((num_embeddings, embedding_dim), FLOAT_BYTES) + FLOAT_BYTES * rotation
 
     def fit(self, vectors_VE: NDArray[np.float32]) -> Stored:
         """See `FaissCodes`."""

@@ -45,11 +45,8 @@ class Reconstruction:
 
     def num_bytes(self, num_embeddings: int, embedding_dim: int) -> int:
         """Packed codes and values."""
-        layout, config = self.config.layout, self.config
-        groups = layout.num_levels * (1 if config.share_subspaces else layout.num_subspaces)
-        width = config.subspace_dim(embedding_dim)
-        value_bytes = np.dtype(config.values_dtype).itemsize
-        return num_embeddings * layout.row_bytes + value_bytes * groups * layout.num_codes * width
+        shape, value_bytes = (num_embeddings, embedding_dim), np.dtype(self.config.values_dtype).itemsize
+        return self.config.layout.table_bytes(shape, value_bytes, share_subspaces=self.config.share_subspaces)
 
     def fit(self, vectors_VE: NDArray[np.float32]) -> Stored:
         """See the module."""
