@@ -38,8 +38,8 @@ class Progress:
     Attributes:
         data: digest of what is trained on.
         epoch: epochs that are done.
-        best_epoch: the one with the best validation metric, 0 before the first.
-        best_metric: that metric; None before the first.
+        best_epoch: the one with the best validation metric, 0 before the first; the last one where none is measured.
+        best_metric: that metric; None before the first, and where none is measured.
         train_seconds: time spent on training steps alone.
         seconds: time spent on everything, before this process too.
         examples: examples trained on, over all ranks.
@@ -55,10 +55,13 @@ class Progress:
     examples: int = 0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def note(self, metric: float, *, lower_is_better: bool) -> None:
-        """Call the epoch that is done the best, where its validation metric says so; of equal ones the first is."""
+    def note(self, metric: float | None, *, lower_is_better: bool) -> None:
+        """Call the epoch that is done the best, where its validation metric says so, or where it has none.
+
+        Of equal ones the first is.
+        """
         best = self.best_metric
-        if best is None or (metric < best if lower_is_better else metric > best):
+        if metric is None or best is None or (metric < best if lower_is_better else metric > best):
             self.best_epoch, self.best_metric = self.epoch, metric
 
 

@@ -40,6 +40,8 @@ class DataOptions:
         path: Parquet file or folder with user_id and item_id; or 'synthetic', which generates a population.
         features: more columns to learn from: numbers are dense, strings and lists are categorical.
         vocabulary: how ids of users and items get rows; categorical features have a row for each value.
+        refit: train on the training and validation splits together, for all epochs, and keep the last one; --patience,
+            which needs validation metrics, then has no effect.
         num_users: users that 'synthetic' generates.
         num_items: items that 'synthetic' generates.
         num_interactions: interactions that 'synthetic' generates; for dlrm with label, price (a number), segment (a
@@ -50,6 +52,7 @@ class DataOptions:
     path: str = field(metadata={"flag": "data"})
     features: tuple[str, ...] = ()
     vocabulary: VocabularyPolicy = field(default_factory=VocabularyPolicy, metadata={"renamed": {"kind": "vocabulary"}})
+    refit: bool = False
     num_users: int = 100_000
     num_items: int = 20_000
     num_interactions: int = 2_000_000
@@ -282,6 +285,11 @@ class RunConfig:
         if model.negatives != "in-batch" and model.num_negatives > self.optimisation.batch_size:
             got = f"{model.num_negatives} negatives, a batch of {self.optimisation.batch_size}"
             raise ConfigError(f"--num-negatives: got {got}; want at most as many as the batch")
+
+    @property
+    def is_refit(self) -> bool:
+        """Whether the validation split trains, so that no epoch is chosen by it and the last one is kept."""
+        return isinstance(self.data, DataOptions) and self.data.refit
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting, as metrics.json holds it."""
