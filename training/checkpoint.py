@@ -89,8 +89,11 @@ def claim_folder(config: RunConfig, world_size: int) -> IO[str]:
     wanted = {**config.as_dict(), "world_size": world_size}
     found = json.loads((out / CONFIG).read_text()) if (out / CONFIG).is_file() else wanted
     here, there = dict(_settings(json.loads(json.dumps(wanted)))), dict(_settings(found))
-    names = [name for name in {**here, **there} if name not in _MAY_CHANGE and here.get(name) != there.get(name)]
-    differing = [f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names]
+    # What is off or empty may have been no option yet when the run began.
+    names = [name for name in {**here, **there} if (here.get(name) or None) != (there.get(name) or None)]
+    differing = [
+        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names if name not in _MAY_CHANGE
+    ]
     has_trained = find_checkpoints(out / CHECKPOINTS) or (out / METRICS).exists() or (out / ARTIFACT).exists()
     if differing and has_trained:
         claim.close()

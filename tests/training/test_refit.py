@@ -1,6 +1,7 @@
 """Runs that train on the validation split too, beside runs on data whose validation rows were training rows before."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -145,6 +146,17 @@ def test_refit_that_goes_on_ends_as_an_undisturbed_one(chosen, refitted, tmp_pat
     one, other = metrics_of(refitted), metrics_of(tmp_path / "run")
     assert [one[name] == other[name] for name in ("metrics", "history", "best_epoch")] == [True] * 3
     assert bytes_left(refitted) == bytes_left(tmp_path / "run")
+
+
+def test_run_from_before_the_option_goes_on_and_is_no_refit(chosen, tmp_path, capsys):
+    folder = shutil.copytree(chosen, tmp_path / "run")
+    content = json.loads((folder / "config.json").read_text())
+    del content["data"]["refit"]
+    (folder / "config.json").write_text(json.dumps(content))
+    arguments = ["--config", chosen / "metrics.json", "--out", folder]
+    assert run(*arguments, "--refit") == 2
+    assert "belongs to another run (data.refit: None there, True here)" in capsys.readouterr().err
+    assert run(*arguments) == 0
 
 
 def test_refit_takes_data_without_validation_rows_and_needs_test_rows(tmp_path, capsys):
