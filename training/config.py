@@ -208,7 +208,9 @@ class OptimisationOptions:
         batch_size: examples a rank takes per step; fewer where an epoch would have under 20 steps.
         optimizer: of plain tables and of queries, fused into the backward pass; adam wants CUDA.
         learning_rate: of that optimizer; 0.1 suits the two Adagrads (0.2 where it falls), 0.003 adam, more than 1 sgd.
-        dense_learning_rate: of all other weights, keys and values among them (Adam).
+        dense_learning_rate: of all other weights (Adam).
+        value_rate: what dense_learning_rate is multiplied by for keys and values of DPQ tables. Adam's steps are as
+            long as its rate, and values of late residual levels are short: 0.03 suits levels that k-means has placed.
         rate_decay: both rates stay, or fall linearly to 0 over all steps of all epochs.
     """
 
@@ -218,10 +220,11 @@ class OptimisationOptions:
     optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam"] = "rowwise-adagrad"
     learning_rate: float = 0.1
     dense_learning_rate: float = 0.003
+    value_rate: float = 1.0
     rate_decay: Literal["none", "linear"] = "none"
 
     def __post_init__(self) -> None:
-        check_positive(self, "epochs", "batch_size", "learning_rate", "dense_learning_rate")
+        check_positive(self, "epochs", "batch_size", "learning_rate", "dense_learning_rate", "value_rate")
         if self.patience is not None:
             check_positive(self, "patience")
 

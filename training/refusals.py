@@ -73,6 +73,8 @@ def refuse_meaningless(options: Iterable[Option], values: Mapping[str, Any], fla
         wrong |= dict.fromkeys(("num-subspaces", "num-codes", "num-levels", "values-dtype"), reason)
     if values.get("refit"):
         wrong["patience"] = "with --refit the validation split trains, and no run ends before --epochs"
+    if values.get("embedding") == "full":
+        wrong["value-rate"] = "plain tables have no keys and values"
     if values.get("full-epochs"):
         wrong["start-from"] = "after --full-epochs keys and values always begin as k-means centroids"
     for flag, reason in wrong.items():
