@@ -3,6 +3,11 @@
     manifest.json                 written last
     tables/TABLE.safetensors      `packed_codes` and `values`, or `vectors`; and the vocabulary's tensors
 
+A table with tiers, of kind "dpq-tiers", is as one of kind "dpq", but for this: its entry has `tiers`, the `rows` and
+`num_levels` of each in the order of rows, and each tier has packed codes of its own, `packed_codes` the first, and
+`packed_codes.1` and so on the others, as wide as its levels want. `num_levels` and `row_bytes` are the first tier's. As
+values stand level by level, those of a tier are the first of all.
+
 `write_artifact` writes beside the target and renames, so that a reader sees the whole artifact or none. `open_artifact`
 checks the structure and takes no time that grows with the tables; `verify` reads every byte.
 """
@@ -11,25 +16,28 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.codes import CodeLayout, find_damaged_row
+from dpq_rec.codes import CodeLayout, Tier, find_damaged_row
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError
 from dpq_rec.files import renamed_into, replace_file, write_file
 from dpq_rec.tensorfile import Stream, map_tensors, sha256_of, write_tensors
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
 
 FORMAT, FORMAT_VERSION = "dpq-rec", 1
+DPQ, DPQ_TIERS, DENSE = "dpq", "dpq-tiers", "dense"  # kinds of tables
 MANIFEST = "manifest.json"
 PRODUCER = "dpq_rec 0.1.0"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -46,8 +54,9 @@ class TableContents:
         embedding_dim: E.
         vocabulary: the map from ids to rows.
         chunks: the rows in order, in pieces of any size: packed codes [N, W] (uint8), or vectors [N, E] (float32) of a
-            dense table.
-        layout: how the codes of a row are laid out; None is a dense table.
+            dense table. No piece holds rows of two tiers.
+        layout: how the codes of a row are laid out, of the first tier where there are several; None is a dense table.
+        tiers: of the rows, where there are several.
         values: float32 or float16 [L*D, K, S], or [L, K, S] where the subspaces share them; None for a dense table.
         features: the names under which a model looks the table up.
     """
@@ -59,6 +68,7 @@ class TableContents:
     layout: CodeLayout | None = None
     values: NDArray[Any] | None = None
     features: tuple[str, ...] = ()
+    tiers: tuple[Tier, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,11 +89,32 @@ class TableManifest:
     shared_values: bool
     features: tuple[str, ...]
     vocabulary: Mapping[str, Any]
+    tiers: tuple[Mapping[str, int], ...] = ()
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether rows are stored as codes, with tiers or without."""
+        return self.kind in (DPQ, DPQ_TIERS)
 
     @property
     def layout(self) -> CodeLayout:
-        """How the codes of a row are laid out."""
+        """How the codes of a row are laid out; of a row of the first tier, where there are tiers."""
         return CodeLayout(num_subspaces=self.num_subspaces, num_codes=self.num_codes, num_levels=self.num_levels)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As manifest.json holds it: only a table with tiers has `tiers`."""
+        entry = dataclasses.asdict(self)
+        if not self.tiers:
+            del entry["tiers"]
+        return entry
+
+
+class PackedTier(NamedTuple):
+    """Rows that have as many levels, from first_row on, and their packed codes (uint8, mapped)."""
+
+    first_row: int
+    layout: CodeLayout
+    packed_VW: NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,10 +126,26 @@ class Table:
     tensors: Mapping[str, NDArray[Any]]
     vocabulary: Vocabulary
 
+    @functools.cached_property
+    def tiers(self) -> tuple[PackedTier, ...]:
+        """The packed codes in the order of rows: one tier of all rows in a table of kind "dpq"; none where dense."""
+        if not self.manifest.has_codes:
+            return ()
+        return tuple(
+            PackedTier(tier.first_row, tier.layout, self.tensors[_codes_name(at)])
+            for at, tier in enumerate(_tiers(self.manifest))
+        )
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of packed codes as they lie on disk."""
+        return sum(tier.packed_VW.nbytes for tier in self.tiers)
+
     @property
     def artifact_bytes(self) -> int:
         """Bytes of packed codes and values, or of the vectors, as they lie on disk."""
-        return sum(self.tensors[name].nbytes for name in ("packed_codes", "values", "vectors") if name in self.tensors)
+        rest = (self.tensors[name].nbytes for name in ("values", "vectors") if name in self.tensors)
+        return self.packed_bytes + sum(rest)
 
     @property
     def vocabulary_bytes(self) -> int:
@@ -172,7 +219,7 @@ def write_artifact(
             "version": version,
             "created_at": now.isoformat(timespec="seconds"),
             "producer": PRODUCER,
-            "tables": {name: dataclasses.asdict(_write_table(folder, name, t)) for name, t in tables.items()},
+            "tables": {name: _write_table(folder, name, t).as_dict() for name, t in tables.items()},
         }
         write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return target
@@ -195,14 +242,14 @@ def _write_table(folder: Path, name: str, contents: TableContents) -> TableManif
             got = "nothing" if values is None else f"{values.dtype} {values.shape}"
             raise ConfigError(f"table {name!r}: values: got {got}, want float32 or float16 in one of {shapes}")
         tensors["values"] = values
-        tensors["packed_codes"] = Stream(np.uint8, (rows, layout.row_bytes), contents.chunks)
+        tensors |= _packed_streams(contents, layout)
     file = f"tables/{name}.safetensors"
     written = write_tensors(folder / file, tensors)
     return TableManifest(
         file=file,
         bytes=written.num_bytes,
         sha256=written.sha256,
-        kind="dpq" if layout else "dense",
+        kind=DENSE if layout is None else DPQ_TIERS if contents.tiers else DPQ,
         num_embeddings=rows,
         embedding_dim=dim,
         num_subspaces=layout.num_subspaces if layout else 0,
@@ -213,7 +260,44 @@ def _write_table(folder: Path, name: str, contents: TableContents) -> TableManif
         shared_values=bool(layout and values is not None and values.shape != _value_shapes(layout, dim)[0]),
         features=contents.features,
         vocabulary={"kind": contents.vocabulary.kind},
+        tiers=tuple({"rows": tier.num_rows, "num_levels": tier.layout.num_levels} for tier in contents.tiers),
     )
+
+
+def _packed_streams(contents: TableContents, layout: CodeLayout) -> dict[str, Stream]:
+    """The packed codes by tier; they are written in this order, each taking its rows from the same chunks."""
+    if not contents.tiers:
+        return {_codes_name(0): Stream(np.uint8, (contents.num_embeddings, layout.row_bytes), contents.chunks)}
+    chunks = iter(contents.chunks)
+    streams = {
+        _codes_name(at): Stream(np.uint8, (tier.num_rows, tier.layout.row_bytes), _rows_of(chunks, tier.num_rows))
+        for at, tier in enumerate(contents.tiers[:-1])
+    }
+    last = contents.tiers[-1]
+    return {**streams, _codes_name(len(streams)): Stream(np.uint8, (last.num_rows, last.layout.row_bytes), chunks)}
+
+
+def _rows_of(chunks: Iterator[NDArray[Any]], num_rows: int) -> Iterator[NDArray[Any]]:
+    while num_rows > 0:
+        chunk = next(chunks, None)
+        if chunk is None:  # too few rows, as whoever counts them will say
+            return
+        num_rows -= len(chunk)
+        yield chunk
+
+
+def _codes_name(tier: int) -> str:
+    return f"packed_codes.{tier}" if tier else "packed_codes"
+
+
+def _tiers(manifest: TableManifest) -> tuple[Tier, ...]:
+    """The tiers that a manifest names, or one of all rows."""
+    tiers, first_row = [], 0
+    for tier in manifest.tiers or [{"rows": manifest.num_embeddings, "num_levels": manifest.num_levels}]:
+        layout = dataclasses.replace(manifest.layout, num_levels=tier["num_levels"])
+        tiers.append(Tier(first_row, tier["rows"], layout))
+        first_row += tier["rows"]
+    return tuple(tiers)
 
 
 def _value_shapes(layout: CodeLayout, embedding_dim: int) -> list[tuple[int, ...]]:
@@ -252,11 +336,15 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
 def _open_table(folder: Path, name: str, entry: dict[str, Any]) -> Table:
     known = {field.name for field in dataclasses.fields(TableManifest)}
     fields: dict[str, Any] = {k: v for k, v in entry.items() if k in known}
-    manifest = TableManifest(**{**fields, "features": tuple(fields["features"])})
-    if manifest.kind not in ("dpq", "dense"):
-        raise ArtifactError(f"table {name!r}: got kind {manifest.kind!r}, this version reads dpq and dense")
+    tiers = tuple(fields["tiers"]) if fields["kind"] == DPQ_TIERS else ()
+    manifest = TableManifest(**{**fields, "features": tuple(fields["features"]), "tiers": tiers})
+    if manifest.kind not in (DPQ, DPQ_TIERS, DENSE):
+        wanted = f"{DPQ}, {DPQ_TIERS} and {DENSE}"
+        raise ArtifactError(f"table {name!r}: got kind {manifest.kind!r}, this version reads {wanted}")
     if not all(type(fields[size]) is int and fields[size] >= 0 for size in _SIZES):
         raise DamagedArtifactError(f"table {name!r}: the manifest's sizes are no counts: {manifest}")
+    if manifest.kind == DPQ_TIERS:
+        _check_tiers(name, manifest)
     path = folder / manifest.file
     if Path(manifest.file).is_absolute() or ".." in Path(manifest.file).parts:
         raise DamagedArtifactError(f"table {name!r}: file {manifest.file!r} lies outside the artifact")
@@ -275,7 +363,7 @@ def _check_table(name: str, manifest: TableManifest, tensors: Mapping[str, NDArr
     """The tensors are there, in the types and shapes that the manifest promises."""
     rows, dim = manifest.num_embeddings, manifest.embedding_dim
     wanted: dict[str, tuple[tuple[str, ...], list[tuple[int, ...]]]] = {"vectors": (("float32",), [(rows, dim)])}
-    if manifest.kind == "dpq":
+    if manifest.has_codes:
         layout = manifest.layout
         if dim % layout.num_subspaces or (manifest.code_bits, manifest.row_bytes) != (
             layout.code_bits,
@@ -284,14 +372,29 @@ def _check_table(name: str, manifest: TableManifest, tensors: Mapping[str, NDArr
             raise DamagedArtifactError(f"table {name!r}: the manifest's sizes contradict each other: {manifest}")
         shapes = _value_shapes(layout, dim)
         wanted = {
-            "packed_codes": (("uint8",), [(rows, layout.row_bytes)]),
-            "values": (("float32", "float16"), shapes[1:] if manifest.shared_values else shapes[:1]),
+            _codes_name(at): (("uint8",), [(tier.num_rows, tier.layout.row_bytes)])
+            for at, tier in enumerate(_tiers(manifest))
         }
+        wanted["values"] = (("float32", "float16"), shapes[1:] if manifest.shared_values else shapes[:1])
     for tensor_name, (dtypes, shapes) in wanted.items():
         tensor = tensors.get(tensor_name)
         if tensor is None or str(tensor.dtype) not in dtypes or tensor.shape not in shapes:
             got = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
             raise DamagedArtifactError(f"table {name!r}: {tensor_name}: got {got}, want {dtypes} {shapes}")
+
+
+def _check_tiers(name: str, manifest: TableManifest) -> None:
+    """Tiers are counts of rows that add up to all, and of levels that fall from the table's own."""
+    counts = [(tier["rows"], tier["num_levels"]) for tier in manifest.tiers]
+    are_counts = all(type(rows) is type(levels) is int and rows >= 0 and levels >= 1 for rows, levels in counts)
+    levels = [levels for _, levels in counts]
+    if (
+        not are_counts
+        or sum(rows for rows, _ in counts) != manifest.num_embeddings
+        or levels[:1] != [manifest.num_levels]
+        or any(after >= before for before, after in itertools.pairwise(levels))
+    ):
+        raise DamagedArtifactError(f"table {name!r}: the manifest's tiers contradict its sizes: {manifest}")
 
 
 def verify(path: str | os.PathLike[str], progress: Callable[[int], object] = lambda num_bytes: None) -> Artifact:
@@ -315,18 +418,18 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int], object] = lam
             table.vocabulary.check(table.manifest.num_embeddings)
         except DamagedArtifactError as error:
             raise DamagedArtifactError(f"table {name!r}: {error}") from error
-        if table.manifest.kind == "dpq":
-            _check_codes(name, table, progress)
+        for tier in table.tiers:
+            _check_codes(name, tier, progress)
     return artifact
 
 
-def _check_codes(name: str, table: Table, progress: Callable[[int], object]) -> None:
-    packed_VW = table.tensors["packed_codes"]
-    for start in range(0, len(packed_VW), _CHECK_ROWS):
-        piece_NW = packed_VW[start : start + _CHECK_ROWS]
-        damaged = find_damaged_row(piece_NW, table.manifest.layout)
+def _check_codes(name: str, tier: PackedTier, progress: Callable[[int], object]) -> None:
+    for start in range(0, len(tier.packed_VW), _CHECK_ROWS):
+        piece_NW = tier.packed_VW[start : start + _CHECK_ROWS]
+        damaged = find_damaged_row(piece_NW, tier.layout)
         if damaged is not None:
-            raise DamagedArtifactError(f"table {name!r}: row {start + damaged} holds an impossible code or padding bit")
+            row = tier.first_row + start + damaged
+            raise DamagedArtifactError(f"table {name!r}: row {row} holds an impossible code or padding bit")
         progress(piece_NW.nbytes)
 
 

@@ -1,4 +1,4 @@
-"""How the rows of a table use its codes. In: a table of kind "dpq". Out: counts_MK, and what follows from them.
+"""How the rows of a table use its codes. In: a table that has codes. Out: counts_MK, and what follows from them.
 
 The packed codes are mapped and streamed in blocks: what is held grows with M * K, not with the rows.
 """
@@ -20,25 +20,30 @@ _BLOCK_CODES = 1 << 21  # unpacked at a time
 def blocks_of_codes(table: Table) -> Iterator[NDArray[np.uint16]]:
     """The codes [N, M] of all rows in order, in blocks of as many rows for every table of this layout.
 
+    No block holds rows of two tiers: M is what the rows of its tier have.
+
     Raises:
         DamagedArtifactError: a row holds a code of K or more.
     """
-    layout, packed_VW = table.manifest.layout, table.tensors["packed_codes"]
-    num_rows = max(1, _BLOCK_CODES // layout.codes_per_row)
-    for start in range(0, len(packed_VW), num_rows):
-        codes_NM = unpack_codes(packed_VW[start : start + num_rows], layout)
-        wrong_N = (codes_NM >= layout.num_codes).any(axis=1)
-        if wrong_N.any():
-            row = start + int(wrong_N.argmax())
-            raise DamagedArtifactError(f"table {table.name!r}: row {row} holds a code of {layout.num_codes} or more")
-        yield codes_NM
+    for tier in table.tiers:
+        layout = tier.layout
+        num_rows = max(1, _BLOCK_CODES // layout.codes_per_row)
+        for start in range(0, len(tier.packed_VW), num_rows):
+            codes_NM = unpack_codes(tier.packed_VW[start : start + num_rows], layout)
+            wrong_N = (codes_NM >= layout.num_codes).any(axis=1)
+            if wrong_N.any():
+                row = tier.first_row + start + int(wrong_N.argmax())
+                raise DamagedArtifactError(
+                    f"table {table.name!r}: row {row} holds a code of {layout.num_codes} or more"
+                )
+            yield codes_NM
 
 
 def count_codes(table: Table, progress: Callable[[int], object] = lambda num_rows: None) -> NDArray[np.int64]:
-    """How many rows have each code, counts_MK (int64); each subspace of each level adds up to V.
+    """How many rows have each code, counts_MK (int64); each subspace of each level adds up to the rows that have it.
 
     Args:
-        table: of kind "dpq".
+        table: that has codes.
         progress: called with the number of rows of each block.
 
     Raises:

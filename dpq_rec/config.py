@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from dpq_rec.codes import CodeLayout
+from dpq_rec.codes import CodeLayout, Tier, cut_into_tiers
 from dpq_rec.errors import ConfigError
 
 Metric = Literal["dot", "euclidean", "cosine"]
@@ -38,6 +38,9 @@ class DPQConfig:
         num_subspaces: D, groups a vector is split into; must divide every table's embedding_dim.
         num_codes: K, choices per group, 2 to 65,536.
         num_levels: L, residual levels: level l encodes what the levels before it left over; 1 is plain DPQ.
+        tiers: share of the rows and levels, such as (0.05, 32), (0.2, 16): rows from that share of the table on have
+            the first so many levels only. Rows have to be sorted by falling frequency, as training sorts them: the
+            rare ones at the end then take fewer bytes.
         metric: what "sx" compares queries and keys by: "dot" (unless given), "euclidean" (minus the squared distance)
             or "cosine". "vq" is Euclidean.
         tie_keys: "sx" only: keys are the values, as in "vq" (DPQ paper, table 12).
@@ -61,6 +64,7 @@ class DPQConfig:
     num_subspaces: int = 16
     num_codes: int = 32
     num_levels: int = 1
+    tiers: tuple[tuple[float, int], ...] = ()
     metric: Metric | None = None
     tie_keys: bool = False
     key_dim: int | None = None
@@ -87,6 +91,7 @@ class DPQConfig:
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name}: got {getattr(self, name)}, want a finite number")
         _ = self.layout  # checks num_subspaces, num_codes and num_levels
+        self._check_tiers()
         for name, reason in (_ONLY_VQ if self.method == "sx" else _ONLY_SX).items():
             self._refuse(name, f"method {self.method!r}", reason)
         if self.method == "vq" and self.metric not in (None, "euclidean"):
@@ -97,6 +102,17 @@ class DPQConfig:
             raise ConfigError(f"temperature: got {self.temperature}, want {_LEAST_TEMPERATURE} or more")
         if self.revive_after is not None and self.revive_after < 1:
             raise ConfigError(f"revive_after: got {self.revive_after}, want 1 batch or more")
+
+    def _check_tiers(self) -> None:
+        before_share, before_levels = 0.0, self.num_levels
+        for share, num_levels in self.tiers:
+            if not before_share < share < 1:
+                wanted = "shares of the rows between 0 and 1, each larger than the one before"
+                raise ConfigError(f"tiers: got {self.tiers}, want {wanted}")
+            if type(num_levels) is not int or not 1 <= num_levels < before_levels:
+                wanted = f"whole numbers of levels, from below num_levels {self.num_levels} down to 1, each smaller"
+                raise ConfigError(f"tiers: got {self.tiers}, want {wanted}")
+            before_share, before_levels = share, num_levels
 
     def _check_keys(self) -> None:
         if self.key_dim is None:
@@ -132,8 +148,12 @@ class DPQConfig:
 
     @property
     def layout(self) -> CodeLayout:
-        """How the codes of a row are laid out."""
+        """How the codes of a row are laid out; of a row of the first tier, where there are tiers."""
         return CodeLayout(num_subspaces=self.num_subspaces, num_codes=self.num_codes, num_levels=self.num_levels)
+
+    def tiers_of(self, num_embeddings: int) -> tuple[Tier, ...]:
+        """The tiers of a table of V rows, with the layout of each one's codes; one of all rows without `tiers`."""
+        return cut_into_tiers(self.layout, num_embeddings, self.tiers)
 
     @property
     def resolved_metric(self) -> Metric:

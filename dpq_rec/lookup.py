@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec import kernels
-from dpq_rec.artifact import Artifact, Table, open_artifact
+from dpq_rec.artifact import DPQ, DPQ_TIERS, Artifact, Table, open_artifact
 from dpq_rec.errors import ConfigError, DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
 
 MissingPolicy = Literal["zeros", "error"]
@@ -124,7 +124,7 @@ def decode_rows(table: Table, rows_N: NDArray[np.int64]) -> NDArray[np.float32]:
     Raises:
         DamagedArtifactError: a row outside the table, or an impossible code.
     """
-    if table.manifest.kind == "dpq":
+    if table.manifest.kind == DPQ:
         return kernels.decode(
             table.tensors["packed_codes"], table.tensors["values_fp32"], rows_N, table.manifest.layout
         )
@@ -135,5 +135,27 @@ def decode_rows(table: Table, rows_N: NDArray[np.int64]) -> NDArray[np.float32]:
             f"row {rows_N[outside_N][0]} is outside the table's {table.manifest.num_embeddings} rows"
         )
     vectors_NE = np.zeros((len(rows_N), table.manifest.embedding_dim), np.float32)
-    vectors_NE[present_N] = table.tensors["vectors"][rows_N[present_N]]
+    if table.manifest.kind == DPQ_TIERS:
+        _decode_tiers(table, rows_N, vectors_NE)
+    else:
+        vectors_NE[present_N] = table.tensors["vectors"][rows_N[present_N]]
     return vectors_NE
+
+
+def _decode_tiers(table: Table, rows_N: NDArray[np.int64], vectors_NE: NDArray[np.float32]) -> None:
+    """Put the vectors of rows that are not missing in their places, tier by tier."""
+    values_MKS = table.tensors["values_fp32"]
+    per_level = len(values_MKS) // table.manifest.num_levels
+    firsts = [tier.first_row for tier in table.tiers]
+    tier_N = np.searchsorted(firsts, rows_N, side="right") - 1  # -1 is what is missing
+    for at, tier in enumerate(table.tiers):
+        (here_P,) = (tier_N == at).nonzero()
+        if not len(here_P):
+            continue
+        values_of_tier = values_MKS[: tier.layout.num_levels * per_level]
+        try:
+            vectors_NE[here_P] = kernels.decode(
+                tier.packed_VW, values_of_tier, rows_N[here_P] - tier.first_row, tier.layout
+            )
+        except DamagedArtifactError as error:
+            raise DamagedArtifactError(f"of the rows from {tier.first_row} on, {error}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -29,6 +29,7 @@ from training.text_options import (
 )
 
 SYNTHETIC = "synthetic"
+_CHOSEN = {"num_subspaces", "num_codes", "num_levels", "tiers", "values_dtype"}  # with target_ratio
 METHODS: dict[str, Literal["sx", "vq"]] = {"dpq-sx": "sx", "dpq-vq": "vq"}
 
 
@@ -129,6 +130,8 @@ class EmbeddingOptions:
         target_ratio: how many times smaller each table becomes, codes and values together: chooses num_subspaces,
             num_codes and num_levels for each by its rows, and fp16 values; none leaves them as they are.
         dpq: how tables are quantized; None where they are plain.
+        per_table: DPQ options that some tables have otherwise, each as its own flag takes it, with blanks between them:
+            'item_id.num_levels=44 item_id.tiers=0.05:32,0.2:16'.
         start: keys and values begin uniformly, or as the k-means centroids of the queries they stand for.
         full_epochs: the first so many epochs train without quantizing, as plain tables do; after them keys and values
             begin as k-means centroids.
@@ -141,6 +144,7 @@ class EmbeddingOptions:
         default_factory=lambda: DPQConfig(method="vq"),
         metadata={"renamed": {"method": "", "temperature": "dpq-temperature"}},
     )
+    per_table: dict[str, dict[str, Any]] = field(default_factory=dict)
     start: Literal["uniform", "kmeans"] = field(default="uniform", metadata={"flag": "start-from"})
     full_epochs: int = 0
 
@@ -154,6 +158,7 @@ class EmbeddingOptions:
                 f"--start-from: got {self.start} with --embedding full: it has no keys and values; leave it out"
             )
         self._check_target_ratio()
+        self._check_per_table()
         if self.dpq is not None and self.target_ratio is None:
             self.dpq.query_dim(self.embedding_dim)
         self._check_full_epochs()
@@ -164,14 +169,45 @@ class EmbeddingOptions:
         Raises:
             ConfigError: the table cannot become as small as target_ratio asks.
         """
-        if self.dpq is None or self.target_ratio is None:
-            return self.dpq
+        if self.dpq is None:
+            return None
+        own = self.dpq
+        if name in self.per_table:
+            own = dataclasses.replace(own, **self.per_table[name])
+        if self.target_ratio is None:
+            return own
         try:
             shared = self.dpq.share_subspaces
             chosen = choose_layout(num_embeddings, self.embedding_dim, self.target_ratio, share_subspaces=shared)
         except ConfigError as error:
             raise ConfigError(f"table {name!r}: {error}") from error
-        return dataclasses.replace(self.dpq, **chosen)
+        return dataclasses.replace(own, **chosen)
+
+    def check_tables(self, names: Collection[str]) -> None:
+        """Raises ConfigError where per_table names a table that is none of a run's."""
+        if unknown := sorted(set(self.per_table) - set(names)):
+            raise ConfigError(f"--per-table: got table {', '.join(unknown)}; the tables: {', '.join(names)}")
+
+    def _check_per_table(self) -> None:
+        """Each table's options make sense, and have the types that a DPQConfig wants."""
+        if not self.per_table:
+            return
+        if self.dpq is None:
+            raise ConfigError("--per-table: --embedding full has plain tables, without such options; leave it out")
+        typed = {}
+        for table, changes in self.per_table.items():
+            where = f"--per-table: {table}."
+            if "method" in changes:
+                raise ConfigError(f"{where}method: --embedding says it for all tables; leave it out")
+            if self.target_ratio is not None and (chosen := sorted(_CHOSEN & set(changes))):
+                reason = "--target-ratio chooses it for each table by its rows"
+                raise ConfigError(f"{where}{chosen[0]}: {reason}; leave it out")
+            typed[table] = flags.changes(DPQConfig, changes, where)
+            try:
+                dataclasses.replace(self.dpq, **typed[table]).query_dim(self.embedding_dim)
+            except ConfigError as error:
+                raise ConfigError(f"{where}{error}") from error
+        object.__setattr__(self, "per_table", typed)  # as a flag gives it, and as JSON does
 
     def _check_target_ratio(self) -> None:
         if self.target_ratio is None:
@@ -183,6 +219,8 @@ class EmbeddingOptions:
         if self.dpq.key_dim is not None:
             reason = "which has no levels to choose from"
             raise ConfigError(f"--target-ratio: got {self.target_ratio:g} with --key-dim {self.dpq.key_dim}, {reason}")
+        if self.dpq.tiers:
+            raise ConfigError(f"--target-ratio: got {self.target_ratio:g} with --tiers; give --num-levels for them")
 
     def _check_full_epochs(self) -> None:
         if self.full_epochs < 0:
@@ -355,11 +393,13 @@ def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> RunC
     config: dict[str, Any] = copy.deepcopy(dict(content))
     by_flag = {option.flag: option for option in options_of(config["recipe"])}
     kind = changes.get("embedding", config["embedding"]["kind"])
-    of_dpq = [flag for flag in changes if by_flag[flag].path[1] == "dpq"]
+    of_dpq = [flag for flag in changes if by_flag[flag].path[1] == "dpq" or (flag == "per-table" and changes[flag])]
     if kind == "full" and of_dpq:
         raise ConfigError(f"--{of_dpq[0]}: --embedding full has plain tables, without such an option; leave it out")
     quantized = {**(config["embedding"]["dpq"] or {}), "method": METHODS.get(str(kind))}
     config["embedding"]["dpq"] = None if kind == "full" else quantized
+    if kind == "full":
+        config["embedding"]["per_table"] = {}
     for flag, value in changes.items():
         *above, name = by_flag[flag].path
         group = config

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import inspect
 import re
+import shlex
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -27,7 +28,8 @@ class Option(NamedTuple):
         group: description of the group that `--help` shows it in.
         path: where it stands in the configuration: ("embedding", "dpq", "num_codes").
         flag: its name on the command line, without dashes in front.
-        kind: its type: bool, int, float, str, a Literal, a tuple of these, or one of them or None.
+        kind: its type: bool, int, float, str, a Literal, a tuple of these or of tuples, or one of them or None; or
+            options of each of several tables: table -> option -> value.
         text: what it does.
     """
 
@@ -82,8 +84,7 @@ def describe(kind: type) -> dict[str, str]:
 def add_flag(parser: argparse._ArgumentGroup, option: Option, default: Any, *, required: bool = False) -> None:
     """A flag for an option; parsed, it stands under its `Option.flag`, and only where it was given."""
     inner = _without_none(option.kind)
-    shown = ",".join(map(str, default)) if isinstance(default, tuple | list) else default
-    shown = "none" if shown in (None, "") else shown
+    shown = shown_as_flag(default)
     text = option.text if required else f"{option.text.removesuffix('.')} (default: {shown})"
     common: dict[str, Any] = {
         "dest": option.flag,
@@ -96,8 +97,25 @@ def add_flag(parser: argparse._ArgumentGroup, option: Option, default: Any, *, r
     elif get_origin(inner) is Literal:
         parser.add_argument(f"--{option.flag}", choices=get_args(inner), **common)
     else:
-        metavar = "A,B,..." if get_origin(inner) is tuple else _METAVARS[inner]
-        parser.add_argument(f"--{option.flag}", type=_converter(option.kind), metavar=metavar, **common)
+        parser.add_argument(f"--{option.flag}", type=_converter(option.kind), metavar=_metavar(inner), **common)
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is dict:
+        return "TABLE.OPTION=VALUE ..."
+    if get_origin(kind) is tuple:
+        return "A:B,..." if get_origin(get_args(kind)[0]) is tuple else "A,B,..."
+    return _METAVARS[kind]
+
+
+def shown_as_flag(value: Any) -> str:
+    """A value as its flag takes it."""
+    if isinstance(value, Mapping):
+        changes = [(table, name, each) for table, options in value.items() for name, each in options.items()]
+        value = " ".join(f"{table}.{name}={'' if each == () else shown_as_flag(each)}" for table, name, each in changes)
+    elif isinstance(value, tuple | list):
+        value = ",".join(":".join(map(str, part)) if isinstance(part, tuple | list) else str(part) for part in value)
+    return "none" if value in (None, "") else str(value)
 
 
 def _converter(kind: Any) -> Callable[[str], Any]:
@@ -105,15 +123,56 @@ def _converter(kind: Any) -> Callable[[str], Any]:
     inner = _without_none(kind)
 
     def convert(text: str) -> Any:
-        if text == "none" and inner is not kind:
-            return None
-        if get_origin(inner) is tuple:
-            return tuple(get_args(inner)[0](part) for part in text.split(",") if part)
-        return inner(text)
+        return from_text(kind, text)
 
     named = get_args(inner)[0] if get_origin(inner) is tuple else inner
-    convert.__name__ = named.__name__  # argparse names it where the text is wrong
+    named = get_args(named)[0] if get_origin(named) is tuple else named
+    convert.__name__ = getattr(named, "__name__", "value")  # argparse names it where the text is wrong
     return convert
+
+
+def from_text(kind: Any, text: str) -> Any:
+    """An option's value of a flag's text: parts of a tuple stand between commas, and parts of those between colons.
+
+    Raises:
+        ValueError: the text is none of the kind.
+    """
+    inner = _without_none(kind)
+    if text == "none" and inner is not kind:
+        return None
+    if get_origin(inner) is dict:
+        return _changes_from_text(text)
+    if get_origin(inner) is Literal:
+        return text
+    if inner is bool:
+        if text not in ("true", "false"):
+            raise ValueError(text)
+        return text == "true"
+    if get_origin(inner) is not tuple:
+        return inner(text)
+    each = get_args(inner)[0]
+    parts = [part for part in text.split(",") if part]
+    if get_origin(each) is not tuple:
+        return tuple(each(part) for part in parts)
+    return tuple(
+        tuple(kind(piece) for kind, piece in zip(get_args(each), part.split(":"), strict=True)) for part in parts
+    )
+
+
+def _changes_from_text(text: str) -> dict[str, dict[str, str]]:
+    """Table -> option -> text, of `TABLE.OPTION=VALUE TABLE.OPTION=VALUE ...`; quotes hold a name with blanks together.
+
+    Raises:
+        ValueError: something else.
+    """
+    changes: dict[str, dict[str, str]] = {}
+    for entry in shlex.split(text):
+        place, found, value = entry.partition("=")
+        table, _, option = place.rpartition(".")
+        if not (found and table and option):
+            raise argparse.ArgumentTypeError(f"got {entry!r}, want TABLE.OPTION=VALUE")
+        changes.setdefault(table, {})[option.replace("-", "_")] = value
+    return changes
 
 
 def build(kind: type[T], content: Mapping[str, Any], where: str = "") -> T:
@@ -129,6 +188,25 @@ def build(kind: type[T], content: Mapping[str, Any], where: str = "") -> T:
     return kind(**{name: _value(hints[name], value, f"{where}{name}") for name, value in content.items()})
 
 
+def changes(kind: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values of some fields of a dataclass, of JSON, or of text as their flags take it.
+
+    Raises:
+        ConfigError: a name that is no field, or a value of another type.
+    """
+    hints, read = get_type_hints(kind), {}
+    for name, value in given.items():
+        if name not in hints:
+            raise ConfigError(f"{where}{name}: there is no such option; want some of {', '.join(hints)}")
+        try:
+            typed = from_text(hints[name], value) if isinstance(value, str) else value
+        except ValueError as error:
+            wanted = f"what --{name.replace('_', '-')} takes"
+            raise ConfigError(f"{where}{name}: got {value!r}, want {wanted}") from error
+        read[name] = _value(hints[name], typed, f"{where}{name}")
+    return read
+
+
 def _value(kind: Any, value: Any, where: str) -> Any:
     inner = _without_none(kind)
     if value is None and inner is not kind:
@@ -136,7 +214,15 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(inner) and isinstance(inner, type) and isinstance(value, Mapping):
         return build(inner, value, f"{where}.")
     if get_origin(inner) is tuple and isinstance(value, list | tuple):
-        return tuple(_value(get_args(inner)[0], part, where) for part in value)
+        kinds = get_args(inner)
+        kinds = (kinds[0],) * len(value) if kinds[-1] is Ellipsis else kinds
+        if len(kinds) != len(value):
+            raise ConfigError(f"{where}: got {value!r}, want {len(kinds)} values")
+        return tuple(_value(kind, part, where) for kind, part in zip(kinds, value, strict=True))
+    if get_origin(inner) is dict and isinstance(value, Mapping):
+        return {name: _value(get_args(inner)[1], each, f"{where}.{name}") for name, each in value.items()}
+    if inner is Any:
+        return value
     if get_origin(inner) is Literal:
         if value not in get_args(inner):
             raise ConfigError(f"{where}: got {value!r}, want one of {', '.join(map(str, get_args(inner)))}")

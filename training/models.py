@@ -44,6 +44,7 @@ def make_tables(
     tables = bag_configs(features, num_embeddings, options)
     if options.dpq is None:
         return EmbeddingBagCollection(tables=tables, device=device)
+    options.check_tables(features)
     configs = {name: options.dpq_of(name, num_embeddings[name]) for name in features}
     return DPQEmbeddingBagCollection(tables, configs, device=device)
 

@@ -56,18 +56,20 @@ def paper_ratio(table: Table) -> float:
     A row's bits are not filled up to whole bytes here, as they are on disk, and log2 K is not rounded up.
     """
     manifest = table.manifest
-    if manifest.kind != "dpq":
+    if not manifest.has_codes:
         return 1.0
-    code_bits = manifest.num_embeddings * manifest.layout.codes_per_row * math.log2(manifest.layout.num_codes)
+    num_codes = sum(len(tier.packed_VW) * tier.layout.codes_per_row for tier in table.tiers)
+    code_bits = num_codes * math.log2(manifest.num_codes)
     full_bits = 32 * manifest.num_embeddings * manifest.embedding_dim
     return full_bits / (code_bits + 8 * table.tensors["values"].nbytes)
 
 
 def _layout(table: Table) -> dict[str, Any] | None:
     """How a table's codes and values are laid out, which may be each table's own; None where it is plain."""
-    if table.manifest.kind != "dpq":
+    if not table.manifest.has_codes:
         return None
-    return {**dataclasses.asdict(table.manifest.layout), "values_dtype": table.tensors["values"].dtype.name}
+    found = {**dataclasses.asdict(table.manifest.layout), "values_dtype": table.tensors["values"].dtype.name}
+    return {**found, "tiers": table.manifest.tiers} if table.manifest.tiers else found
 
 
 def _sizes(tables: Collection[Table]) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class LanguageModelTask:
     def model(self) -> LanguageModel:
         """See `Task.model`."""
         num_words, dim = len(self.text.words_V), self.embedding.embedding_dim
+        self.embedding.check_tables([WORD])
         dpq = self.embedding.dpq_of(WORD, num_words)
         word = nn.Embedding(num_words, dim) if dpq is None else DPQEmbedding(num_words, dim, dpq, name=WORD)
         if isinstance(word, DPQEmbedding):
@@ -174,6 +175,7 @@ class TextClassificationTask:
     def model(self) -> TextClassifier:
         """See `Task.model`."""
         num_words, dim = len(self.documents.words_V), self.embedding.embedding_dim
+        self.embedding.check_tables([WORD])
         dpq = self.embedding.dpq_of(WORD, num_words)
         if dpq is not None:
             return self._around(DPQEmbeddingBag(num_words, dim, dpq, name=WORD))

@@ -207,7 +207,7 @@ class Run:
         earlier = EmbeddingStore.open(before).tables if before.exists() else {}
         counted = {}
         for name, table in EmbeddingStore.open(self._candidate(epoch) / "artifact").tables.items():
-            if table.manifest.kind == "dpq":
+            if table.manifest.has_codes:
                 stats = code_stats(table, earlier.get(name))
                 board.codes(name, table.manifest.layout, stats, epoch * self.num_steps)
                 counted[name] = stats.as_dict()

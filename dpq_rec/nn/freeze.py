@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dpq_rec.artifact import TableContents, write_artifact
-from dpq_rec.codes import CodeLayout, pack_codes, unpack_codes
+from dpq_rec.codes import CodeLayout, Tier, pack_codes, unpack_codes
 from dpq_rec.errors import ConfigError, DpqRecError
 from dpq_rec.nn.collectives import rank, world_size
 from dpq_rec.nn.find import TrainedTable, find_tables
@@ -146,8 +146,11 @@ def _check_padding(name: str, table: TrainedTable, vocabulary: Vocabulary) -> No
 
 
 def _contents(name: str, table: TrainedTable, vocabulary: Vocabulary) -> TableContents:
-    quantizer = table.quantizer
-    stored = _StoredVectors(table) if quantizer is None else _StoredCodes(quantizer)
+    quantizer, num_rows = table.quantizer, table.num_embeddings
+    tiers = () if quantizer is None else quantizer.config.tiers_of(num_rows)
+    stored: dict[int, _Stored] = {0: _StoredVectors(table)}
+    if quantizer is not None:
+        stored = {tier.first_row: _StoredCodes(quantizer, tier) for tier in tiers if tier.num_rows}
     return TableContents(
         num_embeddings=table.num_embeddings,
         embedding_dim=table.embedding_dim,
@@ -156,6 +159,7 @@ def _contents(name: str, table: TrainedTable, vocabulary: Vocabulary) -> TableCo
         layout=quantizer.config.layout if quantizer else None,
         values=_stored_values(name, quantizer) if quantizer else None,
         features=table.features,
+        tiers=tiers if len(tiers) > 1 else (),
     )
 
 
@@ -177,8 +181,8 @@ class _Stored(Protocol):
     def width(self, shard: Shard) -> int:
         """Of the shard's part of a row."""
 
-    def part(self, shard: Shard, rows_NQ: torch.Tensor) -> NDArray[Any]:
-        """The shard's part of some rows."""
+    def part(self, shard: Shard, rows_NQ: torch.Tensor, first_row: int) -> NDArray[Any]:
+        """The shard's part of some rows, of the table's from the first on."""
 
     def whole(self, shards: list[Shard], parts: list[NDArray[Any]]) -> NDArray[Any]:
         """Rows from their parts, in the order of columns."""
@@ -195,7 +199,7 @@ class _StoredVectors:
     def width(self, shard: Shard) -> int:
         return shard.num_columns
 
-    def part(self, shard: Shard, rows_NQ: torch.Tensor) -> NDArray[Any]:
+    def part(self, shard: Shard, rows_NQ: torch.Tensor, first_row: int) -> NDArray[Any]:
         rows_NQ = rows_NQ.float()
         return (rows_NQ + _NO_MINUS_ZERO if self.pooled else rows_NQ).cpu().numpy()
 
@@ -204,12 +208,12 @@ class _StoredVectors:
 
 
 class _StoredCodes:
-    """Packed codes; a column shard's are those of its subspaces, packed by themselves."""
+    """Packed codes of a tier's rows; a column shard's are those of its subspaces, packed by themselves."""
 
     dtype = torch.uint8
 
-    def __init__(self, quantizer: Quantizer) -> None:
-        self.quantizer, self.layout = quantizer, quantizer.config.layout
+    def __init__(self, quantizer: Quantizer, tier: Tier) -> None:
+        self.quantizer, self.layout = quantizer, tier.layout
         self.key_width = quantizer.query_dim // quantizer.config.num_subspaces
 
     def _layout(self, shard: Shard) -> CodeLayout:
@@ -222,9 +226,11 @@ class _StoredCodes:
     def width(self, shard: Shard) -> int:
         return self._layout(shard).row_bytes
 
-    def part(self, shard: Shard, rows_NQ: torch.Tensor) -> NDArray[Any]:
-        codes_NM = self.quantizer.encode(rows_NQ.float(), shard.first_column // self.key_width)
-        return pack_codes(codes_NM.cpu().numpy(), self._layout(shard))
+    def part(self, shard: Shard, rows_NQ: torch.Tensor, first_row: int) -> NDArray[Any]:
+        rows_N = torch.arange(first_row, first_row + len(rows_NQ), device=rows_NQ.device)
+        codes_NM = self.quantizer.encode(rows_NQ.float(), shard.first_column // self.key_width, rows_N)
+        layout = self._layout(shard)
+        return pack_codes(codes_NM[:, : layout.codes_per_row].cpu().numpy(), layout)
 
     def whole(self, shards: list[Shard], parts: list[NDArray[Any]]) -> NDArray[Any]:
         if len(parts) == 1:
@@ -236,20 +242,29 @@ class _StoredCodes:
         return pack_codes(np.concatenate(by_level, 2).reshape(len(parts[0]), -1), self.layout)
 
 
-def _chunks_to_rank_0(shards: list[Shard], stored: _Stored) -> Iterator[NDArray[Any]]:
-    """All rows in order on rank 0; on another rank nothing, but running through it sends that rank's parts."""
+def _chunks_to_rank_0(shards: list[Shard], stored_from: Mapping[int, _Stored]) -> Iterator[NDArray[Any]]:
+    """All rows in order on rank 0; on another rank nothing, but running through it sends that rank's parts.
+
+    Args:
+        shards: of the table.
+        stored_from: row -> how rows are stored from there to the next such row; no chunk holds rows of both sides.
+    """
     for _, group in itertools.groupby(shards, lambda shard: shard.first_row):
         beside = list(group)  # the shards that hold the columns of the same rows
-        num_rows = beside[0].num_rows
-        for start in range(0, num_rows, _CHUNK_ROWS):
-            stop = min(start + _CHUNK_ROWS, num_rows)
-            parts = [_part_to_rank_0(shard, slice(start, stop), stored) for shard in beside]
-            if rank() == 0:
-                yield stored.whole(beside, [part for part in parts if part is not None])
+        first, end = beside[0].first_row, beside[0].first_row + beside[0].num_rows
+        for (begin, stored), until in zip(stored_from.items(), [*list(stored_from)[1:], end], strict=False):
+            last = min(until, end)
+            for start in range(max(begin, first), last, _CHUNK_ROWS):
+                rows = slice(start - first, min(start + _CHUNK_ROWS, last) - first)
+                parts = [_part_to_rank_0(shard, rows, stored) for shard in beside]
+                if rank() == 0:
+                    yield stored.whole(beside, [part for part in parts if part is not None])
 
 
 def _part_to_rank_0(shard: Shard, rows: slice, stored: _Stored) -> NDArray[Any] | None:
-    part = None if shard.tensor is None else stored.part(shard, shard.tensor.detach()[rows])
+    part = None
+    if shard.tensor is not None:
+        part = stored.part(shard, shard.tensor.detach()[rows], shard.first_row + rows.start)
     if shard.owner == 0 or world_size() == 1:
         return part
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

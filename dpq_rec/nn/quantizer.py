@@ -2,8 +2,9 @@
 
 A query is cut into D groups; in each group the nearest of K keys is chosen, and its value replaces the group (DPQ
 paper, eq. 1 and 2). With residual levels, level l chooses for what the query has left when the values of the levels
-before it are taken away, and a vector is the sum over levels. The choice has no gradient; the two methods put different
-ones in its place:
+before it are taken away, and a vector is the sum over levels. Where a table has tiers, rows from a boundary on have the
+first levels only: in ascending rows, a level is of those at the front. The choice has no gradient; the two methods put
+different ones in its place:
 
 * DPQ-SX: in the backward pass the choice is a softmax of the scores (eq. 5).
 * DPQ-VQ: the gradient of the vector is given to the query as it is (eq. 7). Keys are the values, and a penalty draws
@@ -16,20 +17,24 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dpq_rec.config import DPQConfig
+from dpq_rec.errors import ConfigError
 from dpq_rec.nn.choice import Compared, choose, softmax_choice
 from dpq_rec.nn.collectives import sum_over_ranks, world_size
 from dpq_rec.nn.kmeans import centroids, check_faiss
 from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
 from dpq_rec.nn.upkeep import Revival, RunningMeans, sums_by_code
 
+NO_CODE = -1
+
 
 class Quantized(NamedTuple):
     """What the quantizer makes of queries.
 
     Attributes:
-        codes_NM: the chosen codes (int64), level by level.
+        codes_NM: the chosen codes (int64), level by level; NO_CODE in levels that a row does not have.
         vectors_NE: their values; in training, gradients flow to queries, keys and values.
         penalty: scalar, to be minimised beside the loss (zero for DPQ-SX); averaged over ranks it is the mean over all
             occurrences on all ranks.
@@ -50,19 +55,30 @@ class Quantizer(nn.Module):
         embedding_dim: E.
         config: method, D, K and the rest.
         device: of the parameters.
+        num_embeddings: V; wanted where the config has tiers.
 
     Attributes:
         bypassed: whether tables hand out the queries themselves; see `dpq_rec.nn.bypass`.
 
     Raises:
-        ConfigError: num_subspaces does not divide embedding_dim.
+        ConfigError: num_subspaces does not divide embedding_dim; or tiers of a table of unknown size.
     """
 
     bypassed = False
 
-    def __init__(self, embedding_dim: int, config: DPQConfig, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        embedding_dim: int,
+        config: DPQConfig,
+        device: torch.device | None = None,
+        *,
+        num_embeddings: int | None = None,
+    ) -> None:
         super().__init__()
+        if config.tiers and num_embeddings is None:
+            raise ConfigError("num_embeddings: got none with tiers, which are shares of it; give the table's rows")
         self.config = config
+        self.tiers = config.tiers_of(num_embeddings or 0)
         self.query_dim = config.query_dim(embedding_dim)
         self.score: Score = "euclidean" if config.resolved_metric == "euclidean" else "dot"
         num_groups = config.num_levels * (1 if config.share_subspaces else config.num_subspaces)
@@ -91,7 +107,7 @@ class Quantizer(nn.Module):
                 keeper.reset_parameters()
 
     @torch.no_grad()
-    def start(self, queries_NQ: torch.Tensor, *, seed: int = 0) -> None:
+    def start(self, queries_NQ: torch.Tensor, rows_N: torch.Tensor | None = None, *, seed: int = 0) -> None:
         """Place keys and values by k-means of queries: each level's of what the levels before it left over.
 
         Keys become the centroids, and values the means of the queries that then choose them; values of another width
@@ -100,6 +116,7 @@ class Quantizer(nn.Module):
 
         Args:
             queries_NQ: a sample, one row at least.
+            rows_N: which rows these are, ascending; wanted where there are tiers. A level that none of them has stays.
             seed: of the clustering.
 
         Raises:
@@ -110,8 +127,9 @@ class Quantizer(nn.Module):
         was_training, rest_NDS = self.training, self._grouped(queries_NQ)
         self.train()  # for the sample's statistics of the scores
         try:
-            for number in range(self.config.num_levels):
-                rest_NDS = self._start_level(number, rest_NDS, seed + number)
+            for number, num_rows in enumerate(self._rows_by_level(len(queries_NQ), rows_N)):
+                if num_rows:
+                    rest_NDS = self._start_level(number, rest_NDS[:num_rows], seed + number)
         finally:
             self.train(was_training)
 
@@ -145,23 +163,34 @@ class Quantizer(nn.Module):
         rounded_MKS = values_MKS.detach().half().to(values_MKS.dtype)
         return rounded_MKS + (values_MKS - values_MKS.detach())
 
-    def forward(self, queries_NQ: torch.Tensor, counts_N: torch.Tensor | None = None) -> Quantized:
+    def forward(
+        self,
+        queries_NQ: torch.Tensor,
+        counts_N: torch.Tensor | None = None,
+        rows_N: torch.Tensor | None = None,
+    ) -> Quantized:
         """Codes and vectors of queries.
 
         Args:
             queries_NQ: raw vectors of distinct rows, [N, query_dim].
             counts_N: how often each row occurs in the batch; once each if not given. Weighs batch norm and penalty.
+            rows_N: which rows these are, ascending; wanted where there are tiers.
         """
         if not self.training:
-            codes_NM = self.encode(queries_NQ)
+            codes_NM = self.encode(queries_NQ, rows_N=rows_N)
             return Quantized(codes_NM, self.decode(codes_NM), queries_NQ.new_zeros(()))
         if counts_N is None:
             counts_N = queries_NQ.new_ones(len(queries_NQ))
-        rest_NDS, vectors_NDS, penalty, codes = self._grouped(queries_NQ), None, queries_NQ.new_zeros(()), []
-        for number in range(self.config.num_levels):
+        rest_NDS, vectors_NDS, penalty = self._grouped(queries_NQ), None, queries_NQ.new_zeros(())
+        codes: list[torch.Tensor] = []
+        done: list[torch.Tensor] = []  # vectors of rows that have no more levels, the last rows first
+        for number, num_rows in enumerate(self._rows_by_level(len(queries_NQ), rows_N)):
+            if vectors_NDS is not None and num_rows < len(vectors_NDS):
+                done.append(vectors_NDS[num_rows:])
+                rest_NDS, vectors_NDS = rest_NDS[:num_rows], vectors_NDS[:num_rows]
             if self.revival is not None:
                 self._revive(number, rest_NDS.detach())
-            level = self._compare(number, rest_NDS, counts_N)
+            level = self._compare(number, rest_NDS, counts_N[:num_rows])
             if self.config.method == "sx":
                 emitted_NDS = softmax_choice(
                     level,
@@ -173,41 +202,53 @@ class Quantizer(nn.Module):
                 chosen_NDS = choose(level.values_DKS, level.codes_ND)
                 penalty = penalty + self._penalty(chosen_NDS, rest_NDS, counts_N)
                 emitted_NDS = chosen_NDS if self.config.value_gradient else chosen_NDS.detach()
-            self._keep_up(number, level.codes_ND, rest_NDS.detach(), counts_N)
+            self._keep_up(number, level.codes_ND, rest_NDS.detach(), counts_N[:num_rows])
             codes.append(level.codes_ND)
             vectors_NDS = emitted_NDS if vectors_NDS is None else vectors_NDS + emitted_NDS
             if number + 1 < self.config.num_levels:
                 rest_NDS = rest_NDS - emitted_NDS.detach()
         assert vectors_NDS is not None, "there is one level at least"
-        vectors_NE = vectors_NDS.flatten(1)
+        vectors_NE = (torch.cat([vectors_NDS, *reversed(done)]) if done else vectors_NDS).flatten(1)
         if self.config.method == "vq":  # H = Q - sg(Q - T(Q)) (DPQ paper, eq. 7): the difference is exactly zero
             vectors_NE = vectors_NE + (queries_NQ - queries_NQ.detach())
-        return Quantized(torch.cat(codes, 1), vectors_NE, penalty)
+        return Quantized(_side_by_side(codes), vectors_NE, penalty)
 
     @torch.no_grad()
-    def encode(self, queries_NQ: torch.Tensor, first_subspace: int = 0) -> torch.Tensor:
-        """Codes [N, M] (int64) as in eval mode, level by level: what `freeze` stores.
+    def encode(
+        self, queries_NQ: torch.Tensor, first_subspace: int = 0, rows_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Codes [N, M] (int64) as in eval mode, level by level: what `freeze` stores. NO_CODE where a level is missing.
 
         Args:
             queries_NQ: queries, or the columns of them that hold some subspaces, from the first on: a column shard's.
             first_subspace: the subspace that the first column belongs to.
+            rows_N: which rows these are, ascending; wanted where there are tiers.
         """
         rest_NDS, codes = self._grouped(queries_NQ), []
         subspaces = slice(first_subspace, first_subspace + rest_NDS.shape[1])
-        for number in range(self.config.num_levels):
+        for number, num_rows in enumerate(self._rows_by_level(len(queries_NQ), rows_N)):
+            rest_NDS = rest_NDS[:num_rows]
             level = self._compare(number, rest_NDS, None, subspaces)
             codes.append(level.codes_ND)
             if number + 1 < self.config.num_levels:
                 rest_NDS = rest_NDS - choose(level.values_DKS, level.codes_ND)
-        return torch.cat(codes, 1)
+        return _side_by_side(codes)
 
     def decode(self, codes_NM: torch.Tensor) -> torch.Tensor:
-        """Vectors [N, E] of codes: each group is the sum of its levels' values, in order (DPQ paper, eq. 2)."""
+        """Vectors [N, E] of codes: each group is the sum of its levels' values, in order (DPQ paper, eq. 2).
+
+        Levels in which a row has NO_CODE add nothing to it.
+        """
         values_MKS = self.stored_values() + 0.0  # never minus zero, as an artifact holds none
         by_level = codes_NM.chunk(self.config.num_levels, 1)
         vectors_NDS = choose(self._of_level(values_MKS, 0), by_level[0])
         for number, codes_ND in enumerate(by_level[1:], 1):
-            vectors_NDS = vectors_NDS + choose(self._of_level(values_MKS, number), codes_ND)
+            if self.config.tiers:
+                (has_N,) = (codes_ND[:, 0] != NO_CODE).nonzero(as_tuple=True)
+                chosen_PDS = choose(self._of_level(values_MKS, number), codes_ND[has_N])
+                vectors_NDS = vectors_NDS.index_add(0, has_N, chosen_PDS)
+            else:
+                vectors_NDS = vectors_NDS + choose(self._of_level(values_MKS, number), codes_ND)
         return vectors_NDS.flatten(1)
 
     def _compare(
@@ -247,7 +288,10 @@ class Quantizer(nn.Module):
             return norm(queries_NDS, keys_DKS, counts_N)
 
     def _penalty(self, chosen_NDS: torch.Tensor, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
-        """|T(Q) - sg(Q)|^2 (DPQ paper, below eq. 7), and its mirror, which commits queries to their values."""
+        """|T(Q) - sg(Q)|^2 (DPQ paper, below eq. 7), and its mirror, which commits queries to their values.
+
+        Of the rows that have the level, over the occurrences of all: as if a level that a row lacks had no error.
+        """
         config = self.config
         draw = 0.0 if config.ema_decay is not None else config.penalty_weight
         if not (draw or config.commitment_weight):  # nothing to sum, here or over ranks
@@ -259,7 +303,7 @@ class Quantizer(nn.Module):
         # Ranks average their gradients, and so their losses: this rank's share is scaled so that the average over ranks
         # is the mean over all occurrences.
         occurrences = sum_over_ranks(counts_N.sum()).clamp(min=1)
-        return world_size() * (counts_N @ errors_N) / occurrences
+        return world_size() * (counts_N[: len(errors_N)] @ errors_N) / occurrences
 
     def _keep_up(self, number: int, codes_ND: torch.Tensor, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> None:
         """What moves by use rather than by gradients."""
@@ -291,6 +335,19 @@ class Quantizer(nn.Module):
         if self.running_means is not None:
             self.running_means.forget(group_P, code_P)
 
+    def _rows_by_level(self, num_rows: int, rows_N: torch.Tensor | None) -> list[int]:
+        """How many of some ascending rows, from the first on, have each level."""
+        counts = [num_rows] * self.config.num_levels
+        if not self.config.tiers:
+            return counts
+        if rows_N is None:
+            raise ConfigError("rows_N: got none with tiers, which are told by the row; give the rows, ascending")
+        firsts = torch.tensor([tier.first_row for tier in self.tiers[1:]], device=rows_N.device)
+        starts = torch.searchsorted(rows_N, firsts).tolist()
+        for start, tier in zip(reversed(starts), reversed(self.tiers[1:]), strict=True):
+            counts[tier.layout.num_levels :] = [start] * (len(counts) - tier.layout.num_levels)
+        return counts
+
     def _groups(self, number: int) -> slice:
         """A level's part of what is [M, K, ...]."""
         per_level = len(self.values_MKS) // self.config.num_levels
@@ -303,3 +360,12 @@ class Quantizer(nn.Module):
     def _grouped(self, queries_NQ: torch.Tensor) -> torch.Tensor:
         width = self.query_dim // self.config.num_subspaces
         return queries_NQ.view(len(queries_NQ), queries_NQ.shape[1] // width, width)
+
+
+def _side_by_side(codes: list[torch.Tensor]) -> torch.Tensor:
+    """Codes [N, M] of those of each level, filled up with NO_CODE where a level is of fewer rows than the first."""
+    filled = []
+    for codes_ND in codes:
+        missing = len(codes[0]) - len(codes_ND)
+        filled.append(functional.pad(codes_ND, (0, 0, 0, missing), value=NO_CODE) if missing else codes_ND)
+    return torch.cat(filled, 1)

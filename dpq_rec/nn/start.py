@@ -37,9 +37,10 @@ def start(model: nn.Module, *, num_samples: int = 1 << 16, seed: int = 0) -> Non
     for name, table in found:
         assert table.quantizer is not None, "the others were left out"
         check_cuts(name, table.weight_VQ, table.quantizer.config)
-        queries_NQ = rows_of(table.weight_VQ, _sample(table, num_samples, seed))
+        rows_N = _sample(table, num_samples, seed)
+        queries_NQ = rows_of(table.weight_VQ, rows_N)
         if len(queries_NQ):
-            table.quantizer.start(queries_NQ, seed=seed)
+            table.quantizer.start(queries_NQ, rows_N.to(queries_NQ.device), seed=seed)
         if world_size() > 1:
             for tensor in (*table.quantizer.parameters(), *table.quantizer.buffers()):
                 dist.broadcast(tensor.data, 0)

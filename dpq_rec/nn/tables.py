@@ -36,7 +36,7 @@ class Looked(NamedTuple):
 class _Distinct(NamedTuple):
     """The rows that a table is asked for, each once."""
 
-    rows_N: torch.Tensor
+    rows_N: torch.Tensor  # ascending
     counts_N: torch.Tensor  # occurrences of each
     at_T: torch.Tensor  # position in rows_N of each occurrence
 
@@ -86,7 +86,8 @@ class DPQTables(nn.Module):
                 raise ConfigError(f"table {table.name!r}: got data_type {table.data_type}, want FP32")
             if hasattr(self.quantizers, table.name) or not table.name or "." in table.name:
                 raise ConfigError(f"table {table.name!r}: want a name without dots that torch does not use itself")
-            quantizer = Quantizer(table.embedding_dim, configs[table.name], device)
+            rows = table.num_embeddings
+            quantizer = Quantizer(table.embedding_dim, configs[table.name], device, num_embeddings=rows)
             self.quantizers[table.name] = quantizer
             by_width.setdefault(str(quantizer.query_dim), []).append(_query_config(table, quantizer.query_dim))
         # TorchRec's EmbeddingCollection holds tables of one dimension.
@@ -139,7 +140,7 @@ class DPQTables(nn.Module):
             self._cuts_checked = True
         distinct = {table.name: _distinct(rows[table.name], table) for table in self.quantized_tables}
         return {
-            name: Looked(self._quantize(name, queries_NQ, distinct[name].counts_N), distinct[name].at_T)
+            name: Looked(self._quantize(name, queries_NQ, distinct[name]), distinct[name].at_T)
             for name, queries_NQ in self._look_up_queries(distinct).items()
         }
 
@@ -154,7 +155,7 @@ class DPQTables(nn.Module):
             asked[width] = collection(keyed)  # sharded collections answer later: ask all, then wait
         return {name: asked[width][name].values() for width, names in self.names_by_width.items() for name in names}
 
-    def _quantize(self, name: str, queries_NQ: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
+    def _quantize(self, name: str, queries_NQ: torch.Tensor, asked: _Distinct) -> torch.Tensor:
         quantizer = self.quantizer(name)
         if quantizer.bypassed:
             if not self.training:
@@ -162,7 +163,7 @@ class DPQTables(nn.Module):
             self.penalties[name] = queries_NQ.new_zeros(())
             return _Bypassed.apply(queries_NQ, *(weight for weight in quantizer.parameters() if weight.requires_grad))
         with torch.autocast(queries_NQ.device.type, enabled=False):  # half precision would choose other codes
-            quantized = quantizer(queries_NQ, counts_N.to(queries_NQ.dtype))
+            quantized = quantizer(queries_NQ, asked.counts_N.to(queries_NQ.dtype), asked.rows_N)
         if not self.training:
             return quantized.vectors_NE
         self.penalties[name] = quantized.penalty.detach()

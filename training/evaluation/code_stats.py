@@ -19,10 +19,10 @@ class CodeStats(NamedTuple):
 
     Attributes:
         used_codes_M: how many of the K codes some row has (int64).
-        perplexity_M: exp of the entropy of their use over all rows (float64): K where all are used alike, 1 where every
-            row has the same.
-        changed_M: share of rows whose code differs from the earlier artifact's (float64; DPQ paper, appendix D.2); None
-            without an earlier one.
+        perplexity_M: exp of the entropy of their use over all rows that have the level (float64): K where all are used
+            alike, 1 where every row has the same.
+        changed_M: share of these rows whose code differs from the earlier artifact's (float64; DPQ paper, appendix
+            D.2); None without an earlier one.
     """
 
     used_codes_M: NDArray[np.int64]
@@ -43,13 +43,15 @@ def code_stats(table: Table, earlier: Table | None = None) -> CodeStats:
     """Count the codes of all rows.
 
     Args:
-        table: of kind "dpq".
+        table: that has codes.
         earlier: the same table as it was before.
     """
     counts_MK = count_codes(table)
     changed_M = None
     if earlier is not None:
         pairs = zip(blocks_of_codes(table), blocks_of_codes(earlier), strict=True)
-        num_changed_M = sum((now_NM != before_NM).sum(0) for now_NM, before_NM in pairs)
-        changed_M = num_changed_M / table.manifest.num_embeddings
+        num_changed_M = np.zeros(len(counts_MK), np.int64)
+        for now_NM, before_NM in pairs:
+            num_changed_M[: now_NM.shape[1]] += (now_NM != before_NM).sum(0)
+        changed_M = num_changed_M / np.maximum(counts_MK.sum(1), 1)
     return CodeStats((counts_MK > 0).sum(1), perplexity(counts_MK), changed_M)

@@ -56,4 +56,26 @@ OPTIONS = {
         "share_subspaces": True,
         "commitment_weight": 0.25,
     },
+    "vq, three tiers, values by the task too": {
+        "method": "vq",
+        "num_levels": 5,
+        "tiers": ((0.2, 3), (0.5, 1)),
+        "value_gradient": True,
+        "commitment_weight": 0.25,
+    },
+    "vq, tiers, running means, shared, half": {
+        "method": "vq",
+        "num_levels": 3,
+        "tiers": ((0.1, 2),),
+        "ema_decay": 0.9,
+        "share_subspaces": True,
+        "values_dtype": "float16",
+    },
+    "sx, tiers, tied, cosine": {
+        "method": "sx",
+        "num_levels": 4,
+        "tiers": ((0.1, 3), (0.3, 2), (0.9, 1)),
+        "metric": "cosine",
+        "tie_keys": True,
+    },
 }

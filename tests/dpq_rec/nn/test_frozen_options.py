@@ -13,6 +13,7 @@ from torch import nn
 
 from dpq_rec import EmbeddingStore, verify
 from dpq_rec.nn import freeze
+from dpq_rec.nn.quantizer import NO_CODE
 from tests.dpq_rec.nn.modules import KINDS, batch, build, config, train, vectors
 from tests.dpq_rec.nn.options import OPTIONS
 
@@ -55,18 +56,31 @@ def test_artifact_of_any_option_is_what_its_manifest_says(name, kind, num_rows, 
     for table, entry in EmbeddingStore.open(path).tables.items():
         quantizer = module.quantizer("table" if table == "0" else table)
         chosen, manifest, file = quantizer.config, entry.manifest, load_file(path / entry.manifest.file)
-        assert (manifest.kind, manifest.num_subspaces, manifest.num_codes) == ("dpq", D, K)
-        assert (manifest.shared_values, manifest.num_levels) == (chosen.share_subspaces, chosen.num_levels)
+        assert (manifest.kind, manifest.num_codes) == ("dpq-tiers" if chosen.tiers else "dpq", K)
+        assert (manifest.num_subspaces, manifest.num_levels) == (D, chosen.num_levels)
+        assert manifest.shared_values == chosen.share_subspaces
         assert manifest.row_bytes == D * chosen.num_levels // 2  # 4 bits a code
         rounded = quantizer.values_MKS.detach().numpy().astype(chosen.values_dtype)
         assert file["values"].dtype == rounded.dtype
         assert np.array_equal(file["values"], rounded)
-        assert file["packed_codes"].shape == (50, manifest.row_bytes)
-        codes = quantizer.encode(module.query_weights()["table" if table == "0" else table])
+        assert len({name for name in file if name.startswith("packed_codes")}) == 1 + len(chosen.tiers)
+        codes = quantizer.encode(module.query_weights()["table" if table == "0" else table], rows_N=torch.arange(50))
         for row in range(50):
-            assert unpacked(file["packed_codes"][row]) == codes[row].tolist()
+            packed_W, num_codes = packed_row(file, chosen, row)
+            assert unpacked(packed_W) == codes[row, :num_codes].tolist()
+            assert codes[row, num_codes:].tolist() == [NO_CODE] * (D * chosen.num_levels - num_codes)
             want = quantizer.decode(codes[row : row + 1]).detach()[0]
-            assert decoded(file, codes[row].tolist(), manifest) == want.tolist()
+            assert decoded(file, codes[row, :num_codes].tolist(), manifest) == want.tolist()
+
+
+def packed_row(file, chosen, row):
+    """Packed codes of one of 50 rows, which may be of a tier of its own, and how many they are."""
+    starts = [0, *(round(50 * share) for share, _ in chosen.tiers), 50]
+    levels = [chosen.num_levels, *(num_levels for _, num_levels in chosen.tiers)]
+    tier = next(at for at in range(len(levels)) if row < starts[at + 1])
+    packed_VW = file[f"packed_codes.{tier}" if tier else "packed_codes"]
+    assert packed_VW.shape == (starts[tier + 1] - starts[tier], D * levels[tier] // 2)
+    return packed_VW[row - starts[tier]], D * levels[tier]
 
 
 def unpacked(row_W):
@@ -79,7 +93,7 @@ def decoded(file, codes_M, manifest):
     out = []
     for d in range(D):
         group_S = None
-        for level in range(manifest.num_levels):
+        for level in range(len(codes_M) // D):
             place = level if manifest.shared_values else level * D + d
             value_S = file["values"][place, codes_M[level * D + d]].astype(np.float32)
             group_S = value_S if group_S is None else group_S + value_S

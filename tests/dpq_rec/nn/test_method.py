@@ -13,10 +13,12 @@ import torch
 
 from dpq_rec import DPQConfig
 from dpq_rec.nn import Quantizer
+from dpq_rec.nn.quantizer import NO_CODE
 from tests.dpq_rec.nn.options import OPTIONS
 
 D, K, S = 3, 4, 2
 E, N = D * S, 7
+V, ROWS = 20, [1, 2, 4, 5, 9, 10, 19]  # a table's rows, and those of the queries: some of each tier
 EPSILON = 1e-5  # of batch norm, as the paper's authors have it
 combinations = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -35,6 +37,9 @@ class Naive:
             scores = self.scores(level, rests, values, keys)
             chosen = np.zeros((len(queries), D, S))
             for n, d in itertools.product(range(len(queries)), range(D)):
+                if not has_level(config, n, level):
+                    self.codes[n, level * D + d] = NO_CODE
+                    continue
                 code = max(range(K), key=lambda k: scores[n, d, k])
                 self.codes[n, level * D + d] = code
                 chosen[n, d] = values[self.group(level, d), code]
@@ -59,7 +64,8 @@ class Naive:
                 out[n, d, k] /= np.linalg.norm(query) * np.linalg.norm(key)
         if self.config.batch_norm:
             for k in range(K):
-                every = np.repeat(out[:, :, k], self.counts, axis=0)
+                has = [n for n in range(len(out)) if has_level(self.config, n, level)]
+                every = np.repeat(out[has, :, k], self.counts[has], axis=0)
                 out[:, :, k] = (out[:, :, k] - every.mean()) / np.sqrt(every.var() + EPSILON)
         return out
 
@@ -87,6 +93,8 @@ class Naive:
         out = np.zeros((len(rests), D, S))
         scores = self.scores(level, rests, values, keys)
         for n, d in itertools.product(range(len(rests)), range(D)):
+            if not has_level(self.config, n, level):
+                continue
             weights = np.exp(scores[n, d] / self.config.temperature)
             for k in range(K):
                 out[n, d] += weights[k] / weights.sum() * values[self.group(level, d), k]
@@ -95,13 +103,16 @@ class Naive:
     def emitted(self, level, values):
         out = np.zeros((len(self.codes), D, S))
         for n, d in itertools.product(range(len(out)), range(D)):
-            out[n, d] = values[self.group(level, d), self.codes[n, level * D + d]]
+            if has_level(self.config, n, level):
+                out[n, d] = values[self.group(level, d), self.codes[n, level * D + d]]
         return out
 
     def penalty(self, level, rests, values):
-        """|T(Q) - sg(Q)|^2 and |Q - sg(T(Q))|^2, mean over every occurrence and dimension."""
+        """|T(Q) - sg(Q)|^2 and |Q - sg(T(Q))|^2, mean over occurrences and dimensions; missing levels are zero."""
         config, total = self.config, 0.0
         for n, count in enumerate(self.counts):
+            if not has_level(config, n, level):
+                continue
             if config.ema_decay is None:
                 moved = self.emitted(level, values)[n]
                 total += config.penalty_weight * count * ((moved - self.rests[level][n]) ** 2).mean()
@@ -109,11 +120,17 @@ class Naive:
         return total / self.counts.sum()
 
 
+def has_level(config, n, level):
+    """Whether the row of a query has a level."""
+    share = ROWS[n] / V
+    return level < min((levels for start, levels in config.tiers if share >= start), default=config.num_levels)
+
+
 def problem(options):
     """A quantizer in double precision that has rounded its values already, and its parts as numpy arrays."""
     torch.manual_seed(1)
     config = DPQConfig(num_subspaces=D, num_codes=K, **options)
-    quantizer = Quantizer(E, config).double()
+    quantizer = Quantizer(E, config, num_embeddings=V).double()
     for parameter in quantizer.parameters():
         parameter.data.normal_()
     if config.values_dtype == "float16":
@@ -132,7 +149,7 @@ def parts(quantizer):
 def test_method_chooses_and_emits_what_the_loop_does(options):
     quantizer, queries, counts = problem(options)
     naive = Naive(quantizer.config, queries.numpy(), counts.numpy(), *parts(quantizer))
-    got = quantizer(queries, counts.double())
+    got = quantizer(queries, counts.double(), torch.tensor(ROWS))
     np.testing.assert_array_equal(got.codes_NM, naive.codes)
     np.testing.assert_allclose(got.vectors_NE.detach().numpy(), naive.vectors.reshape(N, E), rtol=0, atol=1e-12)
 
@@ -174,7 +191,7 @@ def central_differences(function, arguments, which, step=1e-6):
 
 def gradients(quantizer, queries, counts, weights):
     queries = queries.clone().requires_grad_()
-    quantized = quantizer(queries, counts)
+    quantized = quantizer(queries, counts, torch.tensor(ROWS))
     wanted = [queries, quantizer.values_MKS, quantizer.own_keys_MKS]
     asked = [t for t in wanted if t is not None and t.requires_grad]
     found = torch.autograd.grad((quantized.vectors_NE * weights).sum() + quantized.penalty, asked, allow_unused=True)
@@ -187,9 +204,9 @@ def test_eval_mode_emits_what_training_emits_with_the_same_statistics(options):
     """A first batch leaves its own statistics behind, so that eval mode chooses the same; here bit for bit."""
     quantizer, queries, counts = problem(options)
     values, _ = parts(quantizer)
-    trained = quantizer(queries, counts.double())
+    trained = quantizer(queries, counts.double(), torch.tensor(ROWS))
     quantizer.values_MKS.data = torch.from_numpy(values)  # running means have moved them
-    evaluated = quantizer.eval()(queries)
+    evaluated = quantizer.eval()(queries, rows_N=torch.tensor(ROWS))
     assert torch.equal(evaluated.codes_NM, trained.codes_NM)
     assert torch.equal(evaluated.vectors_NE, trained.vectors_NE.detach())
 
@@ -197,9 +214,10 @@ def test_eval_mode_emits_what_training_emits_with_the_same_statistics(options):
 @combinations
 def test_encode_of_some_subspaces_is_their_part_of_the_codes(options):
     quantizer, queries, counts = problem(options)
-    quantizer(queries, counts.double())
-    whole = quantizer.encode(queries).unflatten(1, (-1, D))
+    rows = torch.tensor(ROWS)
+    quantizer(queries, counts.double(), rows)
+    whole = quantizer.encode(queries, rows_N=rows).unflatten(1, (-1, D))
     width = quantizer.query_dim // D
     for first, last in [(0, 1), (1, 3), (2, 3)]:
-        some = quantizer.encode(queries[:, first * width : last * width], first).unflatten(1, (-1, last - first))
-        assert torch.equal(some, whole[:, :, first:last])
+        some = quantizer.encode(queries[:, first * width : last * width], first, rows)
+        assert torch.equal(some.unflatten(1, (-1, last - first)), whole[:, :, first:last])
