@@ -29,6 +29,7 @@ class Study:
         epochs: of a final run, at most.
         metric: that choices go by, on the validation split; the larger the better. Epochs are the trainer's choice.
         flags: of the trainer.
+        full_share: of the epochs, those that a DPQ with a full phase trains before it is quantized; one at least.
         ratios: at which methods that are trained are run.
         more_ratios: at which tables are compressed afterwards, too.
     """
@@ -39,6 +40,7 @@ class Study:
     epochs: int
     metric: str
     flags: Settings
+    full_share: float
     ratios: tuple[float, ...] = (20.0, 40.0)
     more_ratios: tuple[float, ...] = (10.0, 80.0)
 
@@ -50,12 +52,14 @@ class Trial:
     Attributes:
         flags: of the trainer.
         times: flag -> what the study's value of it is multiplied by.
+        has_full_phase: whether the study's share of the epochs comes before tables are quantized.
         settings: of the method itself.
         sizes: of DPQ: data set -> ratio -> the flags of a table that fits.
     """
 
     flags: Settings = dataclasses.field(default_factory=dict)
     times: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    has_full_phase: bool = False
     settings: Settings = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, Mapping[float, Settings]] = dataclasses.field(default_factory=dict)
 
@@ -83,6 +87,7 @@ STUDIES = (
         epochs=24,
         metric="ndcg@10",
         flags={"embedding-dim": 64, "learning-rate": 0.2, "dense-learning-rate": 0.001},
+        full_share=0.6,
     ),
     Study(
         dataset="gowalla",
@@ -91,6 +96,7 @@ STUDIES = (
         epochs=24,
         metric="ndcg@20",
         flags={"embedding-dim": 64, "learning-rate": 0.2, "dense-learning-rate": 0.001},
+        full_share=0.6,
     ),
     Study(
         dataset="movielens_100k",
@@ -104,34 +110,45 @@ STUDIES = (
             "learning-rate": 0.02,
             "dense-learning-rate": 0.001,
         },
+        full_share=1 / 6,  # full tables are best after three of twelve epochs
     ),
 )
 
 
-def _codes(num_subspaces: int, num_codes: int, num_levels: int = 1) -> Settings:
+def codes(num_subspaces: int, num_codes: int, num_levels: int = 1) -> Settings:
+    """D, K and L as flags, and fp16 values."""
     size = {"num-subspaces": num_subspaces, "num-codes": num_codes, "num-levels": num_levels}
     return {**size, "values-dtype": "float16"}
 
 
+def _tiers(num_levels: int, of_items: int, *rarer: tuple[float, int]) -> Settings:
+    """K=16 in one subspace: levels of users; of the most frequent items; of items from a share of the rows on."""
+    items = {"num_levels": of_items, "tiers": [list(tier) for tier in rarer]}
+    return {**codes(1, 16, num_levels), "per-table": {"item_id": items}}
+
+
 # Data set -> ratio -> D, K and L that keep within it, all tables together.
 _DPQ_PLAIN = {
-    "gowalla": {20.0: _codes(16, 64), 40.0: _codes(8, 64)},
-    "movielens_1m": {20.0: _codes(16, 32), 40.0: _codes(8, 32)},
-    "movielens_100k": {20.0: _codes(16, 16), 40.0: _codes(8, 8)},
+    "gowalla": {20.0: codes(16, 64), 40.0: codes(8, 64)},
+    "movielens_1m": {20.0: codes(16, 32), 40.0: codes(8, 32)},
+    "movielens_100k": {20.0: codes(16, 16), 40.0: codes(8, 8)},
 }
 _DPQ_LEVELS = {
-    "gowalla": {20.0: _codes(8, 64, 2), 40.0: _codes(4, 16, 3)},
-    "movielens_1m": {20.0: _codes(8, 32, 2), 40.0: _codes(4, 16, 2)},
-    "movielens_100k": {20.0: _codes(8, 8, 2), 40.0: _codes(8, 4, 2)},
+    "gowalla": {20.0: codes(8, 64, 2), 40.0: codes(4, 16, 3)},
+    "movielens_1m": {20.0: codes(8, 32, 2), 40.0: codes(4, 16, 2)},
+    "movielens_100k": {20.0: codes(8, 8, 2), 40.0: codes(8, 4, 2)},
 }
-_DPQ_WIDE = {
-    "gowalla": {20.0: _codes(1, 16, 22), 40.0: _codes(1, 16, 10)},
-    "movielens_1m": {20.0: _codes(4, 8, 7), 40.0: _codes(4, 8, 3)},
+_DPQ_TIERS = {
+    "gowalla": {
+        20.0: _tiers(22, 44, (0.05, 32), (0.2, 16)),
+        40.0: _tiers(11, 22, (0.05, 15), (0.2, 7)),
+    },
+    "movielens_1m": {20.0: codes(4, 8, 7), 40.0: codes(4, 8, 3)},
     "movielens_100k": _DPQ_LEVELS["movielens_100k"],
 }
-# A full phase first; then values that the task's gradient moves, and nothing else.
-_WARM_VQ = {"full-epochs": 3, "value-gradient": True, "penalty-weight": 0.0, "batch-norm": False}
-_WARM_SX = {"full-epochs": 3, "metric": "euclidean", "hard-values": True, "batch-norm": False}
+# A full phase first; then values that the task's gradient moves, and nothing else, in steps shorter than theirs are.
+_WARM_VQ = {"value-gradient": True, "penalty-weight": 0.0, "batch-norm": False, "value-rate": 0.1}
+_WARM_SX = {"metric": "euclidean", "hard-values": True, "batch-norm": False, "value-rate": 0.1}
 _RATES = tuple(Trial(times={"learning-rate": factor}) for factor in (1, 0.5, 2, 4))
 # A tensor train has no tables: its cores move at the dense rate.
 _DENSE_RATES = tuple(Trial(times={"dense-learning-rate": factor}) for factor in (1, 0.1, 0.3, 3))
@@ -145,18 +162,18 @@ METHODS: dict[str, Method] = {
         kind="dpq",
         trials=(
             Trial(sizes=_DPQ_PLAIN),
-            Trial(sizes=_DPQ_LEVELS, flags=_WARM_VQ),
-            Trial(sizes=_DPQ_LEVELS, flags=_WARM_VQ, times={"learning-rate": 2}),
-            Trial(sizes=_DPQ_WIDE, flags=_WARM_VQ, times={"learning-rate": 4}),
+            Trial(sizes=_DPQ_LEVELS, flags=_WARM_VQ, has_full_phase=True, times={"learning-rate": 4}),
+            Trial(sizes=_DPQ_TIERS, flags=_WARM_VQ, has_full_phase=True),
+            Trial(sizes=_DPQ_TIERS, flags=_WARM_VQ, has_full_phase=True, times={"learning-rate": 2}),
         ),
     ),
     "dpq-sx": Method(
         kind="dpq",
         trials=(
             Trial(sizes=_DPQ_PLAIN),
-            Trial(sizes=_DPQ_PLAIN, flags=_WARM_SX),
-            Trial(sizes=_DPQ_LEVELS, flags=_WARM_SX),
-            Trial(sizes=_DPQ_LEVELS, flags=_WARM_SX, times={"learning-rate": 2}),
+            Trial(sizes=_DPQ_PLAIN, flags=_WARM_SX, has_full_phase=True),
+            Trial(sizes=_DPQ_LEVELS, flags=_WARM_SX, has_full_phase=True),
+            Trial(sizes=_DPQ_LEVELS, flags=_WARM_SX, has_full_phase=True, times={"learning-rate": 4}),
         ),
     ),
     "low-dim": Method(kind="trained", trials=_RATES),

@@ -120,16 +120,18 @@ class _Planner:
             return
         size = trial.sizes[self.study.dataset][ratio] if method.kind == "dpq" and ratio is not None else {}
         epochs = self.study.epochs if stage == "final" else max(1, self.study.epochs // 2)
-        yield self._case(epochs=epochs, flags={**self._flags(trial), **size}, settings=trial.settings, **fields)
+        yield self._case(epochs=epochs, flags={**self._flags(trial, epochs), **size}, settings=trial.settings, **fields)
 
     def _has_size(self, name: str, trial: Trial, ratio: float) -> bool:
         if METHODS[name].kind == "dpq":
             return ratio in trial.sizes.get(self.study.dataset, {})
         return _fits(self.study.dataset, name, json.dumps(trial.settings), ratio)
 
-    def _flags(self, trial: Trial) -> dict[str, Any]:
-        multiplied = {flag: float(f"{self.study.flags[flag] * factor:.6g}") for flag, factor in trial.times.items()}
-        return {**multiplied, **trial.flags}
+    def _flags(self, trial: Trial, epochs: int) -> dict[str, Any]:
+        flags = {flag: float(f"{self.study.flags[flag] * factor:.6g}") for flag, factor in trial.times.items()}
+        if trial.has_full_phase:
+            flags["full-epochs"] = max(1, round(self.study.full_share * epochs))
+        return {**flags, **trial.flags}
 
     def _full(self, seed: int) -> Known | None:
         finals = self._of("full", "final")
@@ -209,9 +211,15 @@ class _Planner:
 
     def _sweep(self) -> Iterator[Case]:
         shape = itertools.product(grid.SWEEP_METHODS, grid.SWEEP_NUM_CODES, grid.SWEEP_NUM_SUBSPACES)
+        epochs = max(1, self.study.epochs // 2)
         for name, num_codes, num_subspaces in shape:
             trial = self._chosen(name, METHODS[name], grid.TUNING_RATIO)
             if trial is not None:
-                flags = {**self._flags(trial), "num-codes": num_codes, "num-subspaces": num_subspaces, "num-levels": 1}
+                flags = {
+                    **self._flags(trial, epochs),
+                    "num-codes": num_codes,
+                    "num-subspaces": num_subspaces,
+                    "num-levels": 1,
+                }
                 flags["values-dtype"] = "float16"
-                yield self._case(method=name, stage="sweep", epochs=max(1, self.study.epochs // 2), flags=flags)
+                yield self._case(method=name, stage="sweep", epochs=epochs, flags=flags)

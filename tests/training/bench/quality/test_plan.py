@@ -6,16 +6,16 @@ from collections import Counter
 
 import pytest
 
-from dpq_rec import DPQConfig
 from training.bench.quality import afterwards, baselines, grid
 from training.bench.quality.case import Case
 from training.bench.quality.grid import METHODS, STUDIES
 from training.bench.quality.plan import Known, plan
-from training.bench.quality.reconstruction import Reconstruction
+from training.config import with_changes
+from training.recipes import ANYWHERE, RECIPES
 
 STUDY = STUDIES[0]
 METRICS = {study.metric for study in STUDIES}
-ROWS = {study.dataset: study.rows for study in STUDIES}
+NAMES = ["user_id", "item_id"]
 
 
 def line_of(case, validation, test=0.5, num_bytes=None):
@@ -165,9 +165,16 @@ def test_every_method_of_the_grid_exists():
 
 @pytest.mark.parametrize("method", ["dpq-vq", "dpq-sx"])
 def test_dpq_sizes_keep_within_their_ratio_and_use_it(method):
-    for trial in METHODS[method].trials:
-        for dataset, by_ratio in trial.sizes.items():
-            for ratio, size in by_ratio.items():
-                config = DPQConfig(**{flag.replace("-", "_"): value for flag, value in size.items()})
-                taken = sum(Reconstruction(config).num_bytes(rows, 64) for rows in ROWS[dataset])
-                assert ratio <= 256 * sum(ROWS[dataset]) / taken < 1.4 * ratio, (dataset, ratio, size)
+    """Under the options that the trainer makes of them, table by table."""
+    for study in STUDIES:
+        for trial in METHODS[method].trials:
+            for ratio, size in trial.sizes[study.dataset].items():
+                flags = {**study.flags, **trial.flags, **size, "embedding": method}
+                options = with_changes(RECIPES[study.recipe](ANYWHERE, ANYWHERE).as_dict(), flags).embedding
+                tables = NAMES if study.recipe == "two-tower" else [str(number) for number in range(len(study.rows))]
+                taken = 0
+                for name, rows in zip(tables, study.rows, strict=True):
+                    config = options.dpq_of(name, rows)
+                    codes = sum(tier.num_rows * tier.layout.row_bytes for tier in config.tiers_of(rows))
+                    taken += codes + 2 * config.num_levels * config.num_codes * 64
+                assert ratio <= 256 * sum(study.rows) / taken < 1.4 * ratio, (study.dataset, ratio, size)
