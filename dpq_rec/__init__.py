@@ -18,7 +18,7 @@ Importing this package needs numpy alone. `dpq_rec.nn` imports torch; nothing el
 compares with it where it is installed.
 """
 
-from dpq_rec.artifact import Artifact, TableContents, open_artifact, publish, verify, write_artifact
+from dpq_rec.artifact import Artifact, TableContents, open_artifact, verify, write_artifact
 from dpq_rec.codes import CodeLayout, pack_codes, unpack_codes
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import (
@@ -32,6 +32,7 @@ from dpq_rec.errors import (
     UnknownTableError,
 )
 from dpq_rec.lookup import EmbeddingStore, Lookup
+from dpq_rec.store import publish
 from dpq_rec.vocabulary import IdentityVocabulary, Int64Vocabulary, ModuloVocabulary, StringVocabulary, Vocabulary
 
 __all__ = [
