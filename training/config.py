@@ -217,7 +217,7 @@ class EmbeddingOptions:
             reason = "which has no levels to choose from"
             raise ConfigError(f"--target-ratio: got {self.target_ratio:g} with --key-dim {self.dpq.key_dim}, {reason}")
         if self.dpq.tiers:
-            raise ConfigError(f"--target-ratio: got {self.target_ratio:g} with --tiers; give --num-levels for them")
+            raise ConfigError(f"--target-ratio: got {self.target_ratio:g} with --tiers, whose levels it would choose")
 
     def _check_full_epochs(self) -> None:
         if self.full_epochs < 0:

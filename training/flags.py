@@ -201,8 +201,7 @@ def changes(kind: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
         try:
             typed = from_text(hints[name], value) if isinstance(value, str) else value
         except ValueError as error:
-            wanted = f"what --{name.replace('_', '-')} takes"
-            raise ConfigError(f"{where}{name}: got {value!r}, want {wanted}") from error
+            raise ConfigError(f"{where}{name}: got {value!r}, want what its flag takes") from error
         read[name] = _value(hints[name], typed, f"{where}{name}")
     return read
 
