@@ -96,7 +96,7 @@ def codes_name(at: int) -> str:
 
 def packed_streams(tiers: Sequence[Tier], chunks: Iterable[NDArray[Any]]) -> dict[str, Stream]:
     """The packed codes by tensor, to be written in this order: each takes its rows from the same chunks."""
-    rest = iter(chunks)
+    rest = iter(chunks) if len(tiers) == 1 else (chunk for chunk in chunks if len(chunk))  # of no rows are of no tier
     return {
         codes_name(at): Stream(
             np.uint8,
