@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpq_rec import (
@@ -178,6 +178,7 @@ def test_a_table_without_tiers_has_none_in_its_manifest(tmp_path):
     assert "tiers" not in entry
 
 
+@settings(max_examples=40)
 @given(table=cases(), cuts=st.lists(st.integers(1, 60), max_size=4), seed=st.integers(0, 99))
 def test_rows_of_any_tiers_are_decoded_as_the_loop_does(tmp_path_factory, table, cuts, seed):
     path = write_artifact(tmp_path_factory.mktemp("tiers") / "a", {"t": table.contents(cuts)})
@@ -193,6 +194,7 @@ def test_rows_of_any_tiers_are_decoded_as_the_loop_does(tmp_path_factory, table,
     assert opened.artifact_bytes == packed + table.values.nbytes
 
 
+@settings(max_examples=40)
 @given(table=cases())
 def test_a_tier_is_a_table_of_the_first_levels_values(tmp_path_factory, table):
     tiers = cut_into_tiers(table.layout, len(table.codes_VM), table.shares)
