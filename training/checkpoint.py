@@ -38,8 +38,8 @@ class Progress:
     Attributes:
         data: digest of what is trained on.
         epoch: epochs that are done.
-        best_epoch: the one with the best validation metric, 0 before the first.
-        best_metric: that metric; None before the first.
+        best_epoch: the one with the best validation metric, 0 before the first; the last one where none is measured.
+        best_metric: that metric; None before the first, and where none is measured.
         train_seconds: time spent on training steps alone.
         seconds: time spent on everything, before this process too.
         examples: examples trained on, over all ranks.
@@ -55,10 +55,13 @@ class Progress:
     examples: int = 0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def note(self, metric: float, *, lower_is_better: bool) -> None:
-        """Call the epoch that is done the best, where its validation metric says so; of equal ones the first is."""
+    def note(self, metric: float | None, *, lower_is_better: bool) -> None:
+        """Call the epoch that is done the best, where its validation metric says so, or where it has none.
+
+        Of equal ones the first is.
+        """
         best = self.best_metric
-        if best is None or (metric < best if lower_is_better else metric > best):
+        if metric is None or best is None or (metric < best if lower_is_better else metric > best):
             self.best_epoch, self.best_metric = self.epoch, metric
 
 
@@ -86,8 +89,11 @@ def claim_folder(config: RunConfig, world_size: int) -> IO[str]:
     wanted = {**config.as_dict(), "world_size": world_size}
     found = json.loads((out / CONFIG).read_text()) if (out / CONFIG).is_file() else wanted
     here, there = dict(_settings(json.loads(json.dumps(wanted)))), dict(_settings(found))
-    names = [name for name in {**here, **there} if name not in _MAY_CHANGE and here.get(name) != there.get(name)]
-    differing = [f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names]
+    # What is off or empty may have been no option yet when the run began.
+    names = [name for name in {**here, **there} if (here.get(name) or None) != (there.get(name) or None)]
+    differing = [
+        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names if name not in _MAY_CHANGE
+    ]
     has_trained = find_checkpoints(out / CHECKPOINTS) or (out / METRICS).exists() or (out / ARTIFACT).exists()
     if differing and has_trained:
         claim.close()
@@ -102,7 +108,7 @@ def claim_folder(config: RunConfig, world_size: int) -> IO[str]:
 def _settings(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting under the name that says where it stands: data.num_users."""
     for name, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != "per_table":  # in it, off is something else than not there
             yield from _settings(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,6 +19,7 @@ from dpq_rec.sizing import choose_layout
 from training import flags
 from training.data.vocabularies import VocabularyPolicy
 from training.flags import check_positive
+from training.per_table import PerTable, checked, with_own
 from training.text_options import (
     ClassifierOptimisation,
     ClassifierOptions,
@@ -29,7 +30,6 @@ from training.text_options import (
 )
 
 SYNTHETIC = "synthetic"
-_CHOSEN = {"num_subspaces", "num_codes", "num_levels", "tiers", "values_dtype"}  # with target_ratio
 METHODS: dict[str, Literal["sx", "vq"]] = {"dpq-sx": "sx", "dpq-vq": "vq"}
 
 
@@ -41,6 +41,8 @@ class DataOptions:
         path: Parquet file or folder with user_id and item_id; or 'synthetic', which generates a population.
         features: more columns to learn from: numbers are dense, strings and lists are categorical.
         vocabulary: how ids of users and items get rows; categorical features have a row for each value.
+        refit: train on the training and validation splits together, for all epochs, and keep the last one; --patience,
+            which needs validation metrics, then has no effect.
         num_users: users that 'synthetic' generates.
         num_items: items that 'synthetic' generates.
         num_interactions: interactions that 'synthetic' generates; for dlrm with label, price (a number), segment (a
@@ -51,6 +53,7 @@ class DataOptions:
     path: str = field(metadata={"flag": "data"})
     features: tuple[str, ...] = ()
     vocabulary: VocabularyPolicy = field(default_factory=VocabularyPolicy, metadata={"renamed": {"kind": "vocabulary"}})
+    refit: bool = False
     num_users: int = 100_000
     num_items: int = 20_000
     num_interactions: int = 2_000_000
@@ -141,7 +144,7 @@ class EmbeddingOptions:
         default_factory=lambda: DPQConfig(method="vq"),
         metadata={"renamed": {"method": "", "temperature": "dpq-temperature"}},
     )
-    per_table: dict[str, dict[str, Any]] = field(default_factory=dict)
+    per_table: PerTable = field(default_factory=dict)
     start: Literal["uniform", "kmeans"] = field(default="uniform", metadata={"flag": "start-from"})
     full_epochs: int = 0
 
@@ -155,7 +158,8 @@ class EmbeddingOptions:
                 f"--start-from: got {self.start} with --embedding full: it has no keys and values; leave it out"
             )
         self._check_target_ratio()
-        self._check_per_table()
+        typed = checked(self.per_table, self.dpq, self.embedding_dim, self.target_ratio)
+        object.__setattr__(self, "per_table", typed)  # the same of a flag and of JSON
         if self.dpq is not None and self.target_ratio is None:
             self.dpq.query_dim(self.embedding_dim)
         self._check_full_epochs()
@@ -168,9 +172,7 @@ class EmbeddingOptions:
         """
         if self.dpq is None:
             return None
-        own = self.dpq
-        if name in self.per_table:
-            own = dataclasses.replace(own, **self.per_table[name])
+        own = with_own(self.dpq, self.per_table.get(name, {}))
         if self.target_ratio is None:
             return own
         try:
@@ -179,32 +181,6 @@ class EmbeddingOptions:
         except ConfigError as error:
             raise ConfigError(f"table {name!r}: {error}") from error
         return dataclasses.replace(own, **chosen)
-
-    def check_tables(self, names: Collection[str]) -> None:
-        """Raises ConfigError where per_table names a table that is none of a run's."""
-        if unknown := sorted(set(self.per_table) - set(names)):
-            raise ConfigError(f"--per-table: got table {', '.join(unknown)}; the tables: {', '.join(names)}")
-
-    def _check_per_table(self) -> None:
-        """Each table's options make sense, and have the types that a DPQConfig wants."""
-        if not self.per_table:
-            return
-        if self.dpq is None:
-            raise ConfigError("--per-table: --embedding full has plain tables, without such options; leave it out")
-        typed = {}
-        for table, changes in self.per_table.items():
-            where = f"--per-table: {table}."
-            if "method" in changes:
-                raise ConfigError(f"{where}method: --embedding says it for all tables; leave it out")
-            if self.target_ratio is not None and (chosen := sorted(_CHOSEN & set(changes))):
-                reason = "--target-ratio chooses it for each table by its rows"
-                raise ConfigError(f"{where}{chosen[0]}: {reason}; leave it out")
-            typed[table] = flags.changes(DPQConfig, changes, where)
-            try:
-                dataclasses.replace(self.dpq, **typed[table]).query_dim(self.embedding_dim)
-            except ConfigError as error:
-                raise ConfigError(f"{where}{error}") from error
-        object.__setattr__(self, "per_table", typed)  # as a flag gives it, and as JSON does
 
     def _check_target_ratio(self) -> None:
         if self.target_ratio is None:
@@ -243,7 +219,9 @@ class OptimisationOptions:
         batch_size: examples a rank takes per step; fewer where an epoch would have under 20 steps.
         optimizer: of plain tables and of queries, fused into the backward pass; adam wants CUDA.
         learning_rate: of that optimizer; 0.1 suits the two Adagrads (0.2 where it falls), 0.003 adam, more than 1 sgd.
-        dense_learning_rate: of all other weights, keys and values among them (Adam).
+        dense_learning_rate: of all other weights (Adam).
+        value_rate: what dense_learning_rate is multiplied by for keys and values of DPQ tables. Adam's steps are as
+            long as its rate, and values of late residual levels are short: 0.03 suits levels that k-means has placed.
         rate_decay: both rates stay, or fall linearly to 0 over all steps of all epochs.
     """
 
@@ -253,10 +231,11 @@ class OptimisationOptions:
     optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam"] = "rowwise-adagrad"
     learning_rate: float = 0.1
     dense_learning_rate: float = 0.003
+    value_rate: float = 1.0
     rate_decay: Literal["none", "linear"] = "none"
 
     def __post_init__(self) -> None:
-        check_positive(self, "epochs", "batch_size", "learning_rate", "dense_learning_rate")
+        check_positive(self, "epochs", "batch_size", "learning_rate", "dense_learning_rate", "value_rate")
         if self.patience is not None:
             check_positive(self, "patience")
 
@@ -320,6 +299,11 @@ class RunConfig:
         if model.negatives != "in-batch" and model.num_negatives > self.optimisation.batch_size:
             got = f"{model.num_negatives} negatives, a batch of {self.optimisation.batch_size}"
             raise ConfigError(f"--num-negatives: got {got}; want at most as many as the batch")
+
+    @property
+    def is_refit(self) -> bool:
+        """Whether the validation split trains, so that no epoch is chosen by it and the last one is kept."""
+        return isinstance(self.data, DataOptions) and self.data.refit
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting, as metrics.json holds it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -84,7 +85,8 @@ def shard(
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """The model under DistributedModelParallel, and the optimizer of all its parameters.
 
-    Tables and queries take the optimizer that the options name, fused into the backward pass; other parameters Adam.
+    Tables and queries take the optimizer that the options name, fused into the backward pass; other parameters Adam,
+    keys and values at a rate of their own.
     """
     fused, fixed = _FUSED[options.optimizer]
     collections = [m for m in model.modules() if isinstance(m, EmbeddingBagCollection | EmbeddingCollection)]
@@ -109,12 +111,25 @@ def shard(
     _start_alike(wrapped)
     trained = in_backward_optimizer_filter(wrapped.named_parameters())
     dense = {name: weight for name, weight in trained if weight.requires_grad}
+    placed = {id(w) for module in wrapped.modules() if isinstance(module, Quantizer) for w in module.parameters()}
+    values = {name: dense.pop(name) for name in list(dense) if id(dense[name]) in placed}
+    rate = options.dense_learning_rate
     optimizers: list[Any] = [("fused", wrapped.fused_optimizer)]
-    if dense:
-        adam = KeyedOptimizerWrapper(dense, lambda p: torch.optim.Adam(p, lr=options.dense_learning_rate))
-        adam.init_state()  # so that a checkpoint has a place to load its state into
-        optimizers.append(("dense", adam))
+    for name, weights, lr in (("dense", dense, rate), ("values", values, rate * options.value_rate)):
+        if weights:
+            optimizers.append((name, _keyed(weights, partial(torch.optim.Adam, lr=lr))))
     return wrapped, CombinedOptimizer(optimizers)
+
+
+def _keyed(weights: dict[str, Any], make: Callable[[list[torch.Tensor]], torch.optim.Optimizer]) -> KeyedOptimizer:
+    """An optimizer with a state already, so that a checkpoint has a place to load its own into."""
+    keyed = KeyedOptimizerWrapper(weights, make)
+    keyed.init_state()
+    for state in keyed.state.values():
+        if "step" in state:
+            state["step"].zero_()  # that was none
+    keyed.zero_grad()
+    return keyed
 
 
 def replicate(
@@ -134,15 +149,9 @@ def replicate(
     """
     model.to(device)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    keyed = KeyedOptimizerWrapper(trained, make_optimizer)
-    keyed.init_state()  # so that a checkpoint has a place to load its state into
-    for state in keyed.state.values():
-        if "step" in state:
-            state["step"].zero_()  # that was none
-    keyed.zero_grad()
-    optimizer: KeyedOptimizer = keyed
+    optimizer = _keyed(trained, make_optimizer)
     if clip_norm is not None:
-        optimizer = GradientClippingOptimizer(keyed, GradientClipping.NORM, clip_norm)
+        optimizer = GradientClippingOptimizer(optimizer, GradientClipping.NORM, clip_norm)
     if dist.get_world_size() == 1:
         return model, optimizer
     # Quantizers sum their statistics over ranks by themselves.

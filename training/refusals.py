@@ -72,6 +72,10 @@ def refuse_meaningless(options: Iterable[Option], values: Mapping[str, Any], fla
     if values.get("target-ratio") is not None:
         reason = "--target-ratio chooses it for each table by its rows"
         wrong |= dict.fromkeys(("num-subspaces", "num-codes", "num-levels", "tiers", "values-dtype"), reason)
+    if values.get("refit"):
+        wrong["patience"] = "with --refit the validation split trains, and no run ends before --epochs"
+    if values.get("embedding") == "full":
+        wrong["value-rate"] = "plain tables have no keys and values"
     if values.get("full-epochs"):
         wrong["start-from"] = "after --full-epochs keys and values always begin as k-means centroids"
     for flag, reason in wrong.items():

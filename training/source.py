@@ -64,20 +64,19 @@ def open_source(config: RunConfig) -> Source:
     """Open the data, or generate them, and count; every rank calls it.
 
     Raises:
-        ConfigError: the data cannot be read, lack a column, or have no validation or test rows; a feature's name can
-            name no table; labels of a split are all the same.
+        ConfigError: the data cannot be read, lack a column, or have no test rows or, unless they train, no validation
+            rows; a feature's name can name no table; labels of a split are all the same.
     """
     assert isinstance(config.data, DataOptions), "text has no source of interactions"
     data, path = config.data, Path(config.data.path)
     if data.path == SYNTHETIC:
         path = Path(config.run.out) / SYNTHETIC
         on_rank_0(lambda: generate(_population(config, data), path))
-    interactions = Interactions.open(path, features=data.features, label=config.recipe == "dlrm")
+    is_dlrm = config.recipe == "dlrm"
+    interactions = Interactions.open(path, features=data.features, label=is_dlrm, validation_trains=data.refit)
     _check_names(interactions.categorical_features)
     counts = interactions.count_splits()
-    if not (counts.validation and counts.test):
-        got = f"{counts.validation} validation and {counts.test} test rows"
-        raise ConfigError(f"data: got {got}, want some of each; without a column `split`, users need three rows")
+    _check_held_out(counts, is_refit=data.refit)
     if interactions.has_label:
         on_rank_0(lambda: _check_labels(interactions))
     columns = {}
@@ -105,6 +104,15 @@ def _check_names(features: Sequence[str]) -> None:
             raise ConfigError(f"features: got {name!r}, whose table is named so: want {wanted}; rename the column")
 
 
+def _check_held_out(counts: SplitCounts, *, is_refit: bool) -> None:
+    """Raises ConfigError where nothing is left to choose an epoch by, or to test on."""
+    if is_refit and not counts.test:
+        raise ConfigError("data: got no test rows, want some; without a column `split`, users need two rows")
+    if not is_refit and not (counts.validation and counts.test):
+        got = f"{counts.validation} validation and {counts.test} test rows"
+        raise ConfigError(f"data: got {got}, want some of each; without a column `split`, users need three rows")
+
+
 def _check_labels(interactions: Interactions) -> None:
     """One pass over the labels; raises ConfigError where a split has clicks alone, or none."""
     counts_SL = np.zeros((len(SplitCounts._fields), 2), np.int64)
@@ -112,6 +120,8 @@ def _check_labels(interactions: Interactions) -> None:
         labels_N = piece.numbers["label"].astype(np.int64)
         counts_SL += np.bincount(2 * piece.splits_N + labels_N, minlength=counts_SL.size).reshape(counts_SL.shape)
     for split, (zeros, ones) in zip(SplitCounts._fields, counts_SL.tolist(), strict=True):
+        if split == "validation" and interactions.validation_trains:
+            continue
         if not (zeros and ones):
             raise ConfigError(f"label: got {zeros} of 0 and {ones} of 1 in the {split} rows, want some of each")
 

@@ -1,7 +1,8 @@
 """One run, whatever its recipe: a task -> epochs -> the best epoch's artifact -> metrics.json.
 
 Every epoch ends with a freeze, and its metrics are measured on the artifact: what is reported is what will be served.
-Epochs of a full phase, before tables are quantized, have nothing to freeze and no metrics.
+Epochs of a full phase, before tables are quantized, have nothing to freeze and no metrics. A refit trains on the
+validation split too: no epoch is measured on it, and the last one counts as the best.
 """
 
 from __future__ import annotations
@@ -133,16 +134,18 @@ class Run:
             self._remove_candidates(progress.epoch, progress.best_epoch)
 
     def _judge(self, progress: Progress, loss: float, board: Board) -> None:
-        """Freeze what the epoch has made, and measure that."""
+        """Freeze what the epoch has made, and measure that, where validation rows are left to measure on."""
         candidate = self._candidate(progress.epoch)
         self._freeze(candidate)
-        metrics = self.task.measure(candidate, "validation")
+        is_refit = self.config.is_refit
+        metrics = {} if is_refit else self.task.measure(candidate, "validation")
         codes = self._count_codes(progress.epoch, board)
         progress.history.append({"epoch": progress.epoch, "loss": loss, **metrics, "codes": codes})
-        progress.note(metrics[self.task.chosen_by], lower_is_better=self.task.lower_is_better)
+        chosen_by = None if is_refit else metrics[self.task.chosen_by]
+        progress.note(chosen_by, lower_is_better=self.task.lower_is_better)
         if self.rank == 0:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            _logger.info("epoch %d: loss %.4f, validation %s", progress.epoch, loss, shown)
+            _logger.info("epoch %d: loss %.4f, %s", progress.epoch, loss, f"validation {shown}" if shown else "refit")
         board.numbers("validation", metrics, progress.epoch * self.num_steps)
 
     def _train(self, epoch: int, board: Board) -> float:

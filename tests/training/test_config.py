@@ -224,6 +224,7 @@ def test_config_rejects_an_option_that_it_does_not_know():
             "text-classification --optimizer adam",
             "--optimizer is an option of two-tower and dlrm: text-classification moves all its weights alike, by Adam",
         ),
+        ("language-model --refit", "--refit is an option of two-tower and dlrm, and language-model has none such"),
         ("text-classification --clip-norm 1", "--clip-norm is an option of language-model, and text-classification"),
     ],
 )
@@ -278,6 +279,11 @@ def test_options_that_several_other_recipes_have_are_refused_by_naming_them(monk
             "dlrm --full-epochs 2 --start-from uniform",
             "--start-from: after --full-epochs keys and values always begin as k-means centroids",
         ),
+        (
+            "two-tower --refit --patience 3",
+            "--patience: with --refit the validation split trains, and no run ends before",
+        ),
+        ("dlrm --refit --patience 3", "--patience: with --refit the validation split trains"),
         ("dlrm --vocabulary modulo --num-buckets 9 --min-count 1", "--min-count: with --vocabulary modulo"),
         ("dlrm --vocabulary modulo --num-buckets 9 --rare-buckets 3", "--rare-buckets: with --vocabulary modulo"),
     ],
@@ -341,6 +347,14 @@ def test_config_file_gives_the_configuration_of_another_run(earlier, recipe):
     again = parse([*recipe, "--config", path, "--out", "again", "--num-codes", "9"])
     want = with_changes(config.as_dict(), {"out": "again", "num-codes": 9})
     assert again == want
+
+
+def test_config_file_may_be_refitted_whatever_patience_it_had(tmp_path):
+    config = parsed("dlrm --patience 2")
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": config.as_dict()}))
+    refit = parse(["--config", str(tmp_path / "metrics.json"), "--refit", "--epochs", "4", "--out", "refit"])
+    assert refit == with_changes(config.as_dict(), {"refit": True, "epochs": 4, "out": "refit"})
+    assert [refit.is_refit, config.is_refit, parsed("language-model").is_refit] == [True, False, False]
 
 
 def test_config_file_of_another_recipe_is_refused(earlier):
@@ -407,6 +421,7 @@ def test_help_shows_every_option_of_the_recipe_with_its_default_and_no_other(rec
     assert all(option.text for option in options_of(recipe))
     assert f"(default: {RECIPES[recipe](**HERE).optimisation.learning_rate})" in shown
     assert ("--log-q" in shown) == (recipe == "two-tower")
+    assert ("--refit, --no-refit" in shown) == (recipe in ("two-tower", "dlrm"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

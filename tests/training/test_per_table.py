@@ -8,6 +8,7 @@ import pytest
 
 from dpq_rec import ConfigError, DPQConfig
 from training.__main__ import parse
+from training.checkpoint import claim_folder
 from training.config import with_changes
 from training.models import make_tables
 from training.recipes import RECIPES
@@ -88,3 +89,14 @@ def test_a_table_that_a_run_has_not_is_refused_with_those_it_has():
 def test_tiers_are_refused_where_they_mean_nothing(flags, message):
     with pytest.raises(ConfigError, match=message):
         parse(["two-tower", "--data=synthetic", "--out=run", "--tiers=0.5:1", *flags])
+
+
+@pytest.mark.parametrize("option", ["item_id.batch_norm=false", "item_id.tiers="])
+def test_a_folder_of_a_run_without_an_option_of_a_table_is_refused_to_one_with_it(option, tmp_path):
+    """Though what is off may be left out elsewhere."""
+    arguments = ["two-tower", "--data=synthetic", f"--out={tmp_path / 'run'}", "--num-levels=3", "--tiers=0.5:1"]
+    claim_folder(parse(arguments), 1).close()
+    (tmp_path / "run" / "metrics.json").touch()
+    claim_folder(parse(arguments), 1).close()
+    with pytest.raises(ConfigError, match=r"belongs to another run .embedding.per_table: {} there, {'item_id'"):
+        claim_folder(parse([*arguments, f"--per-table={option}"]), 1)

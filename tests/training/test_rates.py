@@ -7,6 +7,8 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from dpq_rec import DPQConfig
+from dpq_rec.nn import DPQEmbeddingBagCollection
 from training.config import OptimisationOptions
 from training.parallel import shard
 from training.rates import Rates
@@ -25,10 +27,10 @@ def one_rank():
 class Summed(nn.Module):
     """Sum of one row and of a dense weight: every gradient is 1."""
 
-    def __init__(self):
+    def __init__(self, tables=None):
         super().__init__()
         config = EmbeddingBagConfig(name="t", num_embeddings=3, embedding_dim=4, feature_names=["t"])
-        self.tables = EmbeddingBagCollection(tables=[config])
+        self.tables = tables or EmbeddingBagCollection(tables=[config])
         self.dense = nn.Parameter(torch.zeros(2))
 
     def forward(self, features):
@@ -85,3 +87,22 @@ def test_rates_fall_from_the_first_ones_whatever_the_groups_hold_since():
     rates.set(9)
     rates.set(5)
     assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([0.0015, 0.25])
+
+
+def test_keys_and_values_move_at_a_rate_of_their_own():
+    """Adam's first step is as long as its rate, wherever the gradient is not zero."""
+    tables = DPQEmbeddingBagCollection(
+        [EmbeddingBagConfig(name="t", num_embeddings=3, embedding_dim=4, feature_names=["t"])],
+        DPQConfig(method="vq", num_subspaces=1, num_codes=2, value_gradient=True, penalty_weight=0.0),
+    )
+    summed = Summed(tables)
+    options = OptimisationOptions(dense_learning_rate=0.02, value_rate=0.1)
+    model, optimizer = shard(summed, options, CPU)
+    weights = {name: weight for name, weight in model.named_parameters() if name.endswith(("values_MKS", "dense"))}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    features = KeyedJaggedTensor(keys=["t"], values=torch.tensor([1]), lengths=torch.tensor([1]))
+    optimizer.zero_grad()
+    model(features).backward()
+    optimizer.step()
+    longest = {name.rsplit(".")[-1]: (weight - before[name]).abs().max().item() for name, weight in weights.items()}
+    assert longest == pytest.approx({"dense": 0.02, "values_MKS": 0.002}, rel=1e-4)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dpq_rec.errors import ConfigError
 from training.data.columns import IdKind, Values, bags, empty_values, feature_kind, id_kind, numbers
 from training.data.files import IDS, DataFile, RowGroup, no_nulls, parquet_files, row_groups
-from training.data.splits import HeldOutRows, SplitCounts, checked_splits, hold_out_last
+from training.data.splits import TRAIN, VALIDATION, HeldOutRows, SplitCounts, checked_splits, hold_out_last
 
 _logger = logging.getLogger(__name__)
 _NO_FEATURES = ("user_id", "item_id", "split", "label")
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     """N rows that follow each other in the files, all splits among them.
 
     Attributes:
-        splits_N: TRAIN, VALIDATION or TEST (int8).
+        splits_N: TRAIN, VALIDATION or TEST (int8); no VALIDATION where those rows train.
         values: name of an id or a categorical feature -> its values, row after row.
         lengths: the same names -> how many values each row has (int64 [N]): ones for ids.
         numbers: name of a dense feature, or "label" -> float32 [N].
@@ -68,6 +68,7 @@ class Interactions:
         categorical_features: those of the features asked for that are strings or lists, in the order asked for.
         dense_features: those that are numbers.
         has_label: whether labels were asked for.
+        validation_trains: whether the rows of the validation split are rows of the training split.
     """
 
     def __init__(
@@ -78,16 +79,25 @@ class Interactions:
         dense_features: Sequence[str] = (),
         *,
         has_label: bool = False,
+        validation_trains: bool = False,
     ) -> None:
         self.row_groups = tuple(groups)
         self.num_rows = sum(group.num_rows for group in groups)
         self.id_kinds = MappingProxyType(dict(id_kinds))
         self.categorical_features = tuple(name for name in id_kinds if name not in IDS)
         self.dense_features, self.has_label = tuple(dense_features), has_label
+        self.validation_trains = validation_trains
         self._held_out = held_out
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, features: Sequence[str] = (), label: bool = False) -> Interactions:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        features: Sequence[str] = (),
+        label: bool = False,
+        validation_trains: bool = False,
+    ) -> Interactions:
         """Look at the files' columns; where none is named `split`, stream them once to find each user's last items.
 
         A folder is searched with its subfolders for *.parquet, names that start with . or _ left out. The order of
@@ -101,6 +111,7 @@ class Interactions:
             features: more columns. Numbers, integers and booleans among them, are dense; strings, and lists of strings
                 or of integers, are categorical.
             label: whether to read the column `label`, 0 or 1.
+            validation_trains: whether to count the validation split as training, everywhere, and have none.
 
         Raises:
             ConfigError: nothing at the path, no file with interactions, a file that is no Parquet, columns missing, of
@@ -127,7 +138,7 @@ class Interactions:
                 kinds[name] = kind
         groups = list(row_groups(used))
         held_out_rows = None if split else hold_out_last(groups, kinds["user_id"], timestamp)
-        return cls(groups, held_out_rows, kinds, dense, has_label=label)
+        return cls(groups, held_out_rows, kinds, dense, has_label=label, validation_trains=validation_trains)
 
     def scan(self, columns: Sequence[str], groups: Iterable[RowGroup] | None = None) -> Iterator[Piece]:
         """The columns asked for and the splits, in pieces of at most 262,144 rows.
@@ -148,13 +159,16 @@ class Interactions:
                     splits_N = checked_splits(batch, group.path)
                 else:
                     splits_N = self._held_out.splits(first_row, len(batch))
+                if self.validation_trains:
+                    splits_N = np.where(splits_N == VALIDATION, np.int8(TRAIN), splits_N)
                 yield self._piece(batch, columns, group.path, splits_N)
                 first_row += len(batch)
 
     def count_splits(self) -> SplitCounts:
         """Rows of each split. An epoch has train // (batch_size * world_size) batches on each rank."""
         if self._held_out is not None:
-            num_validation, num_test = map(len, self._held_out)
+            num_validation = 0 if self.validation_trains else len(self._held_out.validation_rows)
+            num_test = len(self._held_out.test_rows)
             return SplitCounts(self.num_rows - num_validation - num_test, num_validation, num_test)
         counts = np.zeros(3, np.int64)
         for piece in self.scan(()):

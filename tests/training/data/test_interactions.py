@@ -152,6 +152,16 @@ class TestOpen:
         for name in ("a", "b"):
             assert Interactions.open(tmp_path / f"{name}.parquet").count_splits() == (2, 1, 1)
 
+    @pytest.mark.parametrize("split", [{}, {"split": pa.array([0, 1, 2, 0, 1, 2, 0], pa.int8())}])
+    def test_lets_the_validation_split_train(self, tmp_path, split):
+        columns = {"user_id": [1, 1, 1, 2, 2, 2, 3], "item_id": [1, 2, 3, 1, 4, 5, 1]}
+        write(tmp_path / "a.parquet", {**columns, **split})
+        interactions = Interactions.open(tmp_path, validation_trains=True)
+        assert splits_of(interactions) == [TRAIN, TRAIN, TEST, TRAIN, TRAIN, TEST, TRAIN]
+        assert interactions.count_splits() == (5, 0, 2)
+        assert sorted(ids_by_row(interactions, "item_id")) == [1, 2, 4]
+        assert list_of(held_out(interactions, VALIDATION).items) == []
+
     def test_takes_narrower_integers(self, tmp_path):
         users = pa.array([1, 2**32 - 1], pa.uint32())
         write(tmp_path / "a.parquet", {"user_id": users, "item_id": pa.array([3, 4], pa.int32())})
