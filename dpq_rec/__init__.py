@@ -6,9 +6,10 @@ Read the modules in this order and you have read DPQ:
 2. `nn.quantizer`   queries -> codes -> vectors, and how gradients pass (the paper's equations)
 3. `nn.tables`      rows -> vectors; on it `nn.embedding` and `nn.collection` stand in for torch's and TorchRec's
 4. `nn.freeze`      every row's query is encoded once; codes and values are all that remain
-5. `codes`          codes <-> bytes
+5. `codes`          codes <-> bytes (`tiers`: rows that have fewer than others)
 6. `vocabulary`     ids -> rows (`strings` holds many of them in two arrays)
-7. `artifact`       the folder that is published (`tensorfile` is one of its files, `files` lets it appear whole)
+7. `artifact`       the folder that is published (`tensorfile` is one of its files, `files` lets it appear whole,
+                    `store` publishes it)
 8. `kernels`        the loops that must be fast, each beside the plain one it equals
 9. `lookup`         ids -> vectors, from the mapped artifact
 10. `code_use`      how rows use their codes; `report` shows it, and more, as a page
@@ -18,7 +19,7 @@ Importing this package needs numpy alone. `dpq_rec.nn` imports torch; nothing el
 compares with it where it is installed.
 """
 
-from dpq_rec.artifact import Artifact, TableContents, open_artifact, publish, verify, write_artifact
+from dpq_rec.artifact import Artifact, TableContents, open_artifact, verify, write_artifact
 from dpq_rec.codes import CodeLayout, pack_codes, unpack_codes
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import (
@@ -32,6 +33,7 @@ from dpq_rec.errors import (
     UnknownTableError,
 )
 from dpq_rec.lookup import EmbeddingStore, Lookup
+from dpq_rec.store import publish
 from dpq_rec.vocabulary import IdentityVocabulary, Int64Vocabulary, ModuloVocabulary, StringVocabulary, Vocabulary
 
 __all__ = [

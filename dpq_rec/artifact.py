@@ -17,30 +17,29 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import itertools
 import json
 import os
 import re
 import secrets
-import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.codes import CodeLayout, Tier, find_damaged_row
+from dpq_rec.codes import CodeLayout, find_damaged_row
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError
-from dpq_rec.files import renamed_into, replace_file, write_file
+from dpq_rec.files import renamed_into, write_file
 from dpq_rec.tensorfile import Stream, map_tensors, sha256_of, write_tensors
+from dpq_rec.tiers import PackedTier, Tier, as_entries, codes_name, cut_into_tiers, of_entries, packed_streams
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
 
 FORMAT, FORMAT_VERSION = "dpq-rec", 1
 DPQ, DPQ_TIERS, DENSE = "dpq", "dpq-tiers", "dense"  # kinds of tables
-MANIFEST = "manifest.json"
+MANIFEST, CURRENT = "manifest.json", "CURRENT"
 PRODUCER = "dpq_rec 0.1.0"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+VERSION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SIZES = ("num_embeddings", "embedding_dim", "num_subspaces", "num_levels", "num_codes", "code_bits", "row_bytes")
 _CHECK_ROWS = 1 << 16
 
@@ -101,20 +100,20 @@ class TableManifest:
         """How the codes of a row are laid out; of a row of the first tier, where there are tiers."""
         return CodeLayout(num_subspaces=self.num_subspaces, num_codes=self.num_codes, num_levels=self.num_levels)
 
+    def cut(self) -> tuple[Tier, ...]:
+        """The tiers of the rows; one of all rows, where there are none.
+
+        Raises:
+            DamagedArtifactError: `tiers` contradicts the sizes.
+        """
+        return of_entries(self.tiers, self.layout, self.num_embeddings, self.file)
+
     def as_dict(self) -> dict[str, Any]:
         """As manifest.json holds it: only a table with tiers has `tiers`."""
         entry = dataclasses.asdict(self)
         if not self.tiers:
             del entry["tiers"]
         return entry
-
-
-class PackedTier(NamedTuple):
-    """Rows that have as many levels, from first_row on, and their packed codes (uint8, mapped)."""
-
-    first_row: int
-    layout: CodeLayout
-    packed_VW: NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,8 +131,8 @@ class Table:
         if not self.manifest.has_codes:
             return ()
         return tuple(
-            PackedTier(tier.first_row, tier.layout, self.tensors[_codes_name(at)])
-            for at, tier in enumerate(_tiers(self.manifest))
+            PackedTier(tier.first_row, tier.layout, self.tensors[codes_name(at)])
+            for at, tier in enumerate(self.manifest.cut())
         )
 
     @property
@@ -209,7 +208,7 @@ def write_artifact(
     now = datetime.datetime.now(datetime.UTC)
     version = version or f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
     for what, name in [("version", version), *(("table name", name) for name in tables)]:
-        if not _NAME.fullmatch(name):
+        if not VERSION_NAME.fullmatch(name):
             raise ConfigError(f"{what}: got {name!r}, want letters, digits, '_', '-' and '.'")
     with renamed_into(target) as folder:
         (folder / "tables").mkdir()
@@ -242,7 +241,7 @@ def _write_table(folder: Path, name: str, contents: TableContents) -> TableManif
             got = "nothing" if values is None else f"{values.dtype} {values.shape}"
             raise ConfigError(f"table {name!r}: values: got {got}, want float32 or float16 in one of {shapes}")
         tensors["values"] = values
-        tensors |= _packed_streams(contents, layout)
+        tensors |= packed_streams(contents.tiers or cut_into_tiers(layout, rows), contents.chunks)
     file = f"tables/{name}.safetensors"
     written = write_tensors(folder / file, tensors)
     return TableManifest(
@@ -260,44 +259,8 @@ def _write_table(folder: Path, name: str, contents: TableContents) -> TableManif
         shared_values=bool(layout and values is not None and values.shape != _value_shapes(layout, dim)[0]),
         features=contents.features,
         vocabulary={"kind": contents.vocabulary.kind},
-        tiers=tuple({"rows": tier.num_rows, "num_levels": tier.layout.num_levels} for tier in contents.tiers),
+        tiers=as_entries(contents.tiers),
     )
-
-
-def _packed_streams(contents: TableContents, layout: CodeLayout) -> dict[str, Stream]:
-    """The packed codes by tier; they are written in this order, each taking its rows from the same chunks."""
-    if not contents.tiers:
-        return {_codes_name(0): Stream(np.uint8, (contents.num_embeddings, layout.row_bytes), contents.chunks)}
-    chunks = iter(contents.chunks)
-    streams = {
-        _codes_name(at): Stream(np.uint8, (tier.num_rows, tier.layout.row_bytes), _rows_of(chunks, tier.num_rows))
-        for at, tier in enumerate(contents.tiers[:-1])
-    }
-    last = contents.tiers[-1]
-    return {**streams, _codes_name(len(streams)): Stream(np.uint8, (last.num_rows, last.layout.row_bytes), chunks)}
-
-
-def _rows_of(chunks: Iterator[NDArray[Any]], num_rows: int) -> Iterator[NDArray[Any]]:
-    while num_rows > 0:
-        chunk = next(chunks, None)
-        if chunk is None:  # too few rows, as whoever counts them will say
-            return
-        num_rows -= len(chunk)
-        yield chunk
-
-
-def _codes_name(tier: int) -> str:
-    return f"packed_codes.{tier}" if tier else "packed_codes"
-
-
-def _tiers(manifest: TableManifest) -> tuple[Tier, ...]:
-    """The tiers that a manifest names, or one of all rows."""
-    tiers, first_row = [], 0
-    for tier in manifest.tiers or [{"rows": manifest.num_embeddings, "num_levels": manifest.num_levels}]:
-        layout = dataclasses.replace(manifest.layout, num_levels=tier["num_levels"])
-        tiers.append(Tier(first_row, tier["rows"], layout))
-        first_row += tier["rows"]
-    return tuple(tiers)
 
 
 def _value_shapes(layout: CodeLayout, embedding_dim: int) -> list[tuple[int, ...]]:
@@ -336,15 +299,14 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
 def _open_table(folder: Path, name: str, entry: dict[str, Any]) -> Table:
     known = {field.name for field in dataclasses.fields(TableManifest)}
     fields: dict[str, Any] = {k: v for k, v in entry.items() if k in known}
-    tiers = tuple(fields["tiers"]) if fields["kind"] == DPQ_TIERS else ()
-    manifest = TableManifest(**{**fields, "features": tuple(fields["features"]), "tiers": tiers})
+    fields["features"] = tuple(fields["features"])
+    fields["tiers"] = tuple(fields["tiers"]) if fields["kind"] == DPQ_TIERS else ()
+    manifest = TableManifest(**fields)
     if manifest.kind not in (DPQ, DPQ_TIERS, DENSE):
         wanted = f"{DPQ}, {DPQ_TIERS} and {DENSE}"
         raise ArtifactError(f"table {name!r}: got kind {manifest.kind!r}, this version reads {wanted}")
     if not all(type(fields[size]) is int and fields[size] >= 0 for size in _SIZES):
         raise DamagedArtifactError(f"table {name!r}: the manifest's sizes are no counts: {manifest}")
-    if manifest.kind == DPQ_TIERS:
-        _check_tiers(name, manifest)
     path = folder / manifest.file
     if Path(manifest.file).is_absolute() or ".." in Path(manifest.file).parts:
         raise DamagedArtifactError(f"table {name!r}: file {manifest.file!r} lies outside the artifact")
@@ -372,8 +334,8 @@ def _check_table(name: str, manifest: TableManifest, tensors: Mapping[str, NDArr
             raise DamagedArtifactError(f"table {name!r}: the manifest's sizes contradict each other: {manifest}")
         shapes = _value_shapes(layout, dim)
         wanted = {
-            _codes_name(at): (("uint8",), [(tier.num_rows, tier.layout.row_bytes)])
-            for at, tier in enumerate(_tiers(manifest))
+            codes_name(at): (("uint8",), [(tier.num_rows, tier.layout.row_bytes)])
+            for at, tier in enumerate(manifest.cut())
         }
         wanted["values"] = (("float32", "float16"), shapes[1:] if manifest.shared_values else shapes[:1])
     for tensor_name, (dtypes, shapes) in wanted.items():
@@ -381,20 +343,6 @@ def _check_table(name: str, manifest: TableManifest, tensors: Mapping[str, NDArr
         if tensor is None or str(tensor.dtype) not in dtypes or tensor.shape not in shapes:
             got = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
             raise DamagedArtifactError(f"table {name!r}: {tensor_name}: got {got}, want {dtypes} {shapes}")
-
-
-def _check_tiers(name: str, manifest: TableManifest) -> None:
-    """Tiers are counts of rows that add up to all, and of levels that fall from the table's own."""
-    counts = [(tier["rows"], tier["num_levels"]) for tier in manifest.tiers]
-    are_counts = all(type(rows) is type(levels) is int and rows >= 0 and levels >= 1 for rows, levels in counts)
-    levels = [levels for _, levels in counts]
-    if (
-        not are_counts
-        or sum(rows for rows, _ in counts) != manifest.num_embeddings
-        or levels[:1] != [manifest.num_levels]
-        or any(after >= before for before, after in itertools.pairwise(levels))
-    ):
-        raise DamagedArtifactError(f"table {name!r}: the manifest's tiers contradict its sizes: {manifest}")
 
 
 def verify(path: str | os.PathLike[str], progress: Callable[[int], object] = lambda num_bytes: None) -> Artifact:
@@ -433,9 +381,6 @@ def _check_codes(name: str, tier: PackedTier, progress: Callable[[int], object])
         progress(piece_NW.nbytes)
 
 
-# A store: a folder of published versions, and CURRENT
-
-
 def find_artifact(path: Path) -> Path:
     """The artifact's folder: the path itself, or what its CURRENT names where it is a store.
 
@@ -444,51 +389,10 @@ def find_artifact(path: Path) -> Path:
     """
     if (path / MANIFEST).is_file():
         return path
-    current = path / "CURRENT"
+    current = path / CURRENT
     if not current.is_file():
         raise ArtifactError(f"{path}: holds neither {MANIFEST} (an artifact) nor CURRENT (a store of artifacts)")
     version = current.read_text(errors="replace").removesuffix("\n")
-    if not _NAME.fullmatch(version) or not (path / version / MANIFEST).is_file():
+    if not VERSION_NAME.fullmatch(version) or not (path / version / MANIFEST).is_file():
         raise DamagedArtifactError(f"{current}: names {version!r}, which is not a version in this store")
     return path / version
-
-
-def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> Path:
-    """Verify an artifact, copy it into a store under its version and make it the current one.
-
-    A version that the store has already is made current again: a way back, and the end of a publish that was cut off.
-
-    Raises:
-        ArtifactError: as `verify`.
-        FileExistsError: the store has another artifact of that version, or this one is the current one already.
-    """
-    verified = verify(artifact)
-    target = Path(store) / verified.version
-    if not _NAME.fullmatch(verified.version):
-        raise ConfigError(f"version: got {verified.version!r}, want letters, digits, '_', '-' and '.'")
-    if target.exists():
-        _check_published(verified, target)
-    else:
-        _copy_into(target, verified)
-    replace_file(Path(store) / "CURRENT", f"{verified.version}\n")
-    return target
-
-
-def _check_published(verified: Artifact, target: Path) -> None:
-    if (target / MANIFEST).read_bytes() != (verified.path / MANIFEST).read_bytes():
-        raise FileExistsError(f"{target} holds another artifact of that version; give this one a version of its own")
-    current = target.with_name("CURRENT")
-    if current.is_file() and current.read_text(errors="replace").removesuffix("\n") == verified.version:
-        raise FileExistsError(f"{target} is the current version already; a version is published once")
-    verify(target)
-
-
-def _copy_into(target: Path, verified: Artifact) -> None:
-    with renamed_into(target) as folder:
-        for file in [*(table.manifest.file for table in verified.tables.values()), MANIFEST]:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(verified.path / file, folder / file)
-            descriptor = os.open(folder / file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        verify(folder)

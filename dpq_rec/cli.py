@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from dpq_rec.artifact import Artifact, Table, open_artifact, publish, sizes, verify
+from dpq_rec.artifact import Artifact, Table, open_artifact, sizes, verify
 from dpq_rec.errors import ConfigError, DamagedArtifactError, DpqRecError
 from dpq_rec.export import ExportConfig, export_table
 from dpq_rec.lookup import EmbeddingStore, ids_of_texts
 from dpq_rec.report import ReportConfig, num_report_steps, write_report
+from dpq_rec.store import publish
+from dpq_rec.tiers import shown_levels, shown_row_bytes
 
 OK, DAMAGED_OR_MISSING, USAGE = 0, 1, 2
 
@@ -161,12 +162,12 @@ def _publish(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     artifact = open_artifact(arguments.artifact)
     tables = artifact.tables.values()
-    packed_bytes = sum(table.tensors["packed_codes"].nbytes for table in tables if table.manifest.kind == "dpq")
+    packed_bytes = sum(table.packed_bytes for table in tables)
     with _progress_bar(sum(table.manifest.bytes for table in tables) + packed_bytes, "B", scale=True) as progress:
         verify(artifact.path, progress)
     for table in tables:
         checked = [f"sha256 of {table.manifest.bytes:,} bytes"]
-        if table.manifest.kind == "dpq":
+        if table.manifest.has_codes:
             checked.append(f"codes and padding bits of {table.manifest.num_embeddings:,} rows")
         checked.append(f"{table.vocabulary.kind} vocabulary")
         print(f"{table.name}: {', '.join(checked)}")
@@ -199,12 +200,12 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _values_type(table: Table) -> str:
-    return str(table.tensors["values" if table.manifest.kind == "dpq" else "vectors"].dtype)
+    return str(table.tensors["values" if table.manifest.has_codes else "vectors"].dtype)
 
 
 def _as_json(artifact: Artifact) -> dict[str, Any]:
     tables = {
-        name: {**dataclasses.asdict(table.manifest), "values_dtype": _values_type(table), **sizes([table])}
+        name: {**table.manifest.as_dict(), "values_dtype": _values_type(table), **sizes([table])}
         for name, table in artifact.tables.items()
     }
     return {
@@ -256,11 +257,11 @@ def _as_text(artifact: Artifact) -> str:
 def _table_line(table: Table) -> tuple[str, ...]:
     manifest = table.manifest
     values = f"{_values_type(table)}{', shared' if manifest.shared_values else ''}"
-    code_sizes = (manifest.num_subspaces, manifest.num_levels, manifest.num_codes, manifest.code_bits)
+    code_sizes = (str(manifest.num_subspaces), shown_levels(table.tiers), f"{manifest.num_codes:,}")
     return (
         *(table.name, manifest.kind, f"{manifest.num_embeddings:,}", str(manifest.embedding_dim)),
-        *((f"{size:,}" for size in code_sizes) if manifest.kind == "dpq" else "----"),
-        *(f"{manifest.row_bytes:,}", values, table.vocabulary.kind),
+        *((*code_sizes, str(manifest.code_bits)) if manifest.has_codes else "----"),
+        *(shown_row_bytes(table.tiers) or f"{manifest.row_bytes:,}", values, table.vocabulary.kind),
         *_size_cells(sizes([table])),
     )
 

@@ -60,18 +60,17 @@ def count_codes(table: Table, progress: Callable[[int], object] = lambda num_row
 
 def perplexity(counts_MK: NDArray[np.int64]) -> NDArray[np.float64]:
     """Exp of the entropy of use [M] (float64): K where all codes are used alike, 1 where all rows have the same."""
-    shares_MK = _shares(counts_MK)
+    shares_MK: NDArray[np.float64] = counts_MK / np.maximum(counts_MK.sum(1, keepdims=True), 1)
     logs_MK = np.log(shares_MK, where=shares_MK > 0, out=np.zeros_like(shares_MK))
     perplexity_M: NDArray[np.float64] = np.exp(-(shares_MK * logs_MK).sum(1))
     return perplexity_M
 
 
 def chance_of_agreement(counts_MK: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The chance [M] (float64) that two rows drawn at random, with replacement, have the same code."""
-    chance_M: NDArray[np.float64] = np.square(_shares(counts_MK)).sum(1)
+    """The chance [M] (float64) that two rows drawn at random, with replacement, have the same code.
+
+    Rows that lack the level agree with none.
+    """
+    num_rows = max(counts_MK.sum(1).max(initial=0), 1)  # all have level 0
+    chance_M: NDArray[np.float64] = np.square(counts_MK / num_rows).sum(1)
     return chance_M
-
-
-def _shares(counts_MK: NDArray[np.int64]) -> NDArray[np.float64]:
-    shares_MK: NDArray[np.float64] = counts_MK / np.maximum(counts_MK.sum(1, keepdims=True), 1)
-    return shares_MK

@@ -2,16 +2,11 @@
 
 A row's M = L*D codes are one string of bits: code m is bits m*b to m*b+b-1, least significant bit first, bit 0 being
 the least significant bit of byte 0; the last byte is filled up with zeros.
-
-Where rows are sorted by falling frequency, a table may have tiers: the rows of a later one have fewer levels, and so
-fewer codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,37 +64,6 @@ class CodeLayout:
         num_embeddings, embedding_dim = shape
         width = embedding_dim // self.num_subspaces if share_subspaces else embedding_dim
         return num_embeddings * self.row_bytes + value_bytes * self.num_levels * self.num_codes * width
-
-
-class Tier(NamedTuple):
-    """Rows of a table that have as many levels.
-
-    Attributes:
-        first_row: where they begin.
-        num_rows: how many they are; maybe none.
-        layout: of their codes.
-    """
-
-    first_row: int
-    num_rows: int
-    layout: CodeLayout
-
-
-def cut_into_tiers(
-    layout: CodeLayout, num_embeddings: int, shares: Sequence[tuple[float, int]] = ()
-) -> tuple[Tier, ...]:
-    """The tiers of a table, in the order of rows; one of all rows where no share is given.
-
-    Args:
-        layout: of the first tier.
-        num_embeddings: V.
-        shares: share and levels, by rising share: rows from round(share * V) on have only so many levels.
-    """
-    starts = [0, *(round(share * num_embeddings) for share, _ in shares), num_embeddings]
-    layouts = [layout, *(replace(layout, num_levels=num_levels) for _, num_levels in shares)]
-    return tuple(
-        Tier(first, stop - first, of_tier) for first, stop, of_tier in zip(starts, starts[1:], layouts, strict=False)
-    )
 
 
 def pack_codes(codes_NM: NDArray[np.integer], layout: CodeLayout) -> NDArray[np.uint8]:

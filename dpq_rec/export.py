@@ -1,8 +1,9 @@
 """A table to Parquet. In: a table of an opened artifact. Out: a folder of part-00000.parquet, part-00001.parquet, ...
 
-Columns: `id` (int64, or string), and `vector` (list<float32> or list<halffloat>) or `codes` (list<uint16>); ascending
-rows. Ids that share a row get a line each; a row without an id gets none. Parts are ranges of rows, decoded and written
-a small batch at a time: the memory this takes does not grow with the table. The only module that imports pyarrow.
+Columns: `id` (int64, or string), and `vector` (list<float32> or list<halffloat>) or `codes` (list<uint16>, fewer in a
+tier of fewer levels); ascending rows. Ids that share a row get a line each; a row without an id gets none. Parts are
+ranges of rows, decoded and written a small batch at a time: the memory this takes does not grow with the table. The
+only module that imports pyarrow.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dpq_rec.codes import find_damaged_row, unpack_codes
 from dpq_rec.errors import ConfigError, DamagedArtifactError, MissingDependencyError
 from dpq_rec.files import renamed_into
 from dpq_rec.lookup import VectorType, decode_rows
+from dpq_rec.tiers import by_tier
 
 _BATCH_BYTES = 1 << 24  # of a row group's vectors, or of its ids where they are longer
 
@@ -31,7 +33,7 @@ class ExportConfig:
 
     Attributes:
         dtype: of the vectors.
-        codes: the codes [L*D] of each row instead of its vector.
+        codes: the codes [L*D] of each row, L being its tier's, instead of its vector.
         rows_per_part: rows of the table whose ids stand in one file.
     """
 
@@ -79,7 +81,7 @@ def export_table(
     target = Path(out)
     if target.exists():
         raise FileExistsError(f"{target} exists; an export goes into a folder of its own: name another one")
-    if config.codes and table.manifest.kind != "dpq":
+    if config.codes and not table.manifest.has_codes:
         raise ConfigError(f"table {table.name!r} is {table.manifest.kind} and has no codes: export its vectors instead")
     pyarrow, parquet = import_pyarrow()
     column = _Column(pyarrow, table, config)
@@ -132,21 +134,28 @@ class _Column:
         ids_N, rows_N = self.table.vocabulary.ids_of_rows(start, stop)
         for begin in range(0, len(ids_N), self.rows_per_batch):
             batch = slice(begin, begin + self.rows_per_batch)
-            items_NX = self._items(rows_N[batch])
-            num_items, width = items_NX.shape
-            offsets = np.arange(num_items + 1, dtype=np.int32) * np.int32(width)
-            lists = self.pyarrow.ListArray.from_arrays(offsets, items_NX.reshape(-1), type=self.schema.field(1).type)
+            parts = self._codes(rows_N[batch]) if self.config.codes else [self._vectors(rows_N[batch])]
+            widths_N = np.concatenate([np.full(len(items_PX), items_PX.shape[1]) for items_PX in parts])
+            offsets = np.concatenate([[0], widths_N.cumsum()]).astype(np.int32)
+            items_T = np.concatenate([items_PX.reshape(-1) for items_PX in parts])
+            lists = self.pyarrow.ListArray.from_arrays(offsets, items_T, type=self.schema.field(1).type)
             columns = [self.pyarrow.array(ids_N[batch], self.schema.field(0).type), lists]
             yield self.pyarrow.record_batch(columns, schema=self.schema), int(rows_N[batch][-1])
 
-    def _items(self, rows_N: NDArray[np.int64]) -> NDArray[Any]:
-        """Vectors [N, E], or codes [N, M] (uint16), of rows."""
-        if not self.config.codes:
-            return decode_rows(self.table, rows_N).astype(self.config.dtype, copy=False)
-        packed_NW, layout = self.table.tensors["packed_codes"][rows_N], self.table.manifest.layout
-        damaged = find_damaged_row(packed_NW, layout)
-        if damaged is not None:
-            raise DamagedArtifactError(
-                f"table {self.table.name!r}: row {rows_N[damaged]} holds an impossible code or padding bit"
-            )
-        return unpack_codes(packed_NW, layout)
+    def _vectors(self, rows_N: NDArray[np.int64]) -> NDArray[Any]:
+        """Vectors [N, E] of rows."""
+        return decode_rows(self.table, rows_N).astype(self.config.dtype, copy=False)
+
+    def _codes(self, rows_N: NDArray[np.int64]) -> list[NDArray[np.uint16]]:
+        """Codes [P, M] of ascending rows, tier by tier."""
+        parts = []
+        for tier, here_P in by_tier(self.table.tiers, rows_N):
+            rows_P = rows_N[here_P]
+            packed_PW = tier.packed_VW[rows_P - tier.first_row]
+            damaged = find_damaged_row(packed_PW, tier.layout)
+            if damaged is not None:
+                raise DamagedArtifactError(
+                    f"table {self.table.name!r}: row {rows_P[damaged]} holds an impossible code or padding bit"
+                )
+            parts.append(unpack_codes(packed_PW, tier.layout))
+        return parts

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dpq_rec import kernels
 from dpq_rec.artifact import DPQ, DPQ_TIERS, Artifact, Table, open_artifact
 from dpq_rec.errors import ConfigError, DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
+from dpq_rec.tiers import by_tier
 
 MissingPolicy = Literal["zeros", "error"]
 VectorType = Literal["float32", "float16"]
@@ -146,12 +147,7 @@ def _decode_tiers(table: Table, rows_N: NDArray[np.int64], vectors_NE: NDArray[n
     """Put the vectors of rows that are not missing in their places, tier by tier."""
     values_MKS = table.tensors["values_fp32"]
     per_level = len(values_MKS) // table.manifest.num_levels
-    firsts = [tier.first_row for tier in table.tiers]
-    tier_N = np.searchsorted(firsts, rows_N, side="right") - 1  # -1 is what is missing
-    for at, tier in enumerate(table.tiers):
-        (here_P,) = (tier_N == at).nonzero()
-        if not len(here_P):
-            continue
+    for tier, here_P in by_tier(table.tiers, rows_N):
         values_of_tier = values_MKS[: tier.layout.num_levels * per_level]
         try:
             vectors_NE[here_P] = kernels.decode(

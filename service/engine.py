@@ -76,7 +76,7 @@ class TableInfo:
         name: the table's name.
         dim: width of its vectors.
         num_embeddings: rows.
-        kind: "dpq" (compressed) or "dense".
+        kind: "dpq" (compressed), "dpq-tiers" (likewise, rare rows to fewer bytes) or "dense".
         vocabulary: the kind of ids: "int64", "identity", "modulo" or "string".
         features: the names under which a model looks the table up.
         artifact_bytes: packed codes and values, or vectors, as they lie on disk.

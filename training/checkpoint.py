@@ -108,7 +108,7 @@ def claim_folder(config: RunConfig, world_size: int) -> IO[str]:
 def _settings(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting under the name that says where it stands: data.num_users."""
     for name, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != "per_table":  # in it, off is something else than not there
             yield from _settings(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value

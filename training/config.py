@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,6 +19,7 @@ from dpq_rec.sizing import choose_layout
 from training import flags
 from training.data.vocabularies import VocabularyPolicy
 from training.flags import check_positive
+from training.per_table import PerTable, checked, with_own
 from training.text_options import (
     ClassifierOptimisation,
     ClassifierOptions,
@@ -29,7 +30,6 @@ from training.text_options import (
 )
 
 SYNTHETIC = "synthetic"
-_CHOSEN = {"num_subspaces", "num_codes", "num_levels", "tiers", "values_dtype"}  # with target_ratio
 METHODS: dict[str, Literal["sx", "vq"]] = {"dpq-sx": "sx", "dpq-vq": "vq"}
 
 
@@ -144,7 +144,7 @@ class EmbeddingOptions:
         default_factory=lambda: DPQConfig(method="vq"),
         metadata={"renamed": {"method": "", "temperature": "dpq-temperature"}},
     )
-    per_table: dict[str, dict[str, Any]] = field(default_factory=dict)
+    per_table: PerTable = field(default_factory=dict)
     start: Literal["uniform", "kmeans"] = field(default="uniform", metadata={"flag": "start-from"})
     full_epochs: int = 0
 
@@ -158,7 +158,8 @@ class EmbeddingOptions:
                 f"--start-from: got {self.start} with --embedding full: it has no keys and values; leave it out"
             )
         self._check_target_ratio()
-        self._check_per_table()
+        typed = checked(self.per_table, self.dpq, self.embedding_dim, self.target_ratio)
+        object.__setattr__(self, "per_table", typed)  # the same of a flag and of JSON
         if self.dpq is not None and self.target_ratio is None:
             self.dpq.query_dim(self.embedding_dim)
         self._check_full_epochs()
@@ -171,9 +172,7 @@ class EmbeddingOptions:
         """
         if self.dpq is None:
             return None
-        own = self.dpq
-        if name in self.per_table:
-            own = dataclasses.replace(own, **self.per_table[name])
+        own = with_own(self.dpq, self.per_table.get(name, {}))
         if self.target_ratio is None:
             return own
         try:
@@ -182,32 +181,6 @@ class EmbeddingOptions:
         except ConfigError as error:
             raise ConfigError(f"table {name!r}: {error}") from error
         return dataclasses.replace(own, **chosen)
-
-    def check_tables(self, names: Collection[str]) -> None:
-        """Raises ConfigError where per_table names a table that is none of a run's."""
-        if unknown := sorted(set(self.per_table) - set(names)):
-            raise ConfigError(f"--per-table: got table {', '.join(unknown)}; the tables: {', '.join(names)}")
-
-    def _check_per_table(self) -> None:
-        """Each table's options make sense, and have the types that a DPQConfig wants."""
-        if not self.per_table:
-            return
-        if self.dpq is None:
-            raise ConfigError("--per-table: --embedding full has plain tables, without such options; leave it out")
-        typed = {}
-        for table, changes in self.per_table.items():
-            where = f"--per-table: {table}."
-            if "method" in changes:
-                raise ConfigError(f"{where}method: --embedding says it for all tables; leave it out")
-            if self.target_ratio is not None and (chosen := sorted(_CHOSEN & set(changes))):
-                reason = "--target-ratio chooses it for each table by its rows"
-                raise ConfigError(f"{where}{chosen[0]}: {reason}; leave it out")
-            typed[table] = flags.changes(DPQConfig, changes, where)
-            try:
-                dataclasses.replace(self.dpq, **typed[table]).query_dim(self.embedding_dim)
-            except ConfigError as error:
-                raise ConfigError(f"{where}{error}") from error
-        object.__setattr__(self, "per_table", typed)  # as a flag gives it, and as JSON does
 
     def _check_target_ratio(self) -> None:
         if self.target_ratio is None:
@@ -220,7 +193,7 @@ class EmbeddingOptions:
             reason = "which has no levels to choose from"
             raise ConfigError(f"--target-ratio: got {self.target_ratio:g} with --key-dim {self.dpq.key_dim}, {reason}")
         if self.dpq.tiers:
-            raise ConfigError(f"--target-ratio: got {self.target_ratio:g} with --tiers; give --num-levels for them")
+            raise ConfigError(f"--target-ratio: got {self.target_ratio:g} with --tiers, whose levels it would choose")
 
     def _check_full_epochs(self) -> None:
         if self.full_epochs < 0:

@@ -111,11 +111,17 @@ def _metavar(kind: Any) -> str:
 def shown_as_flag(value: Any) -> str:
     """A value as its flag takes it."""
     if isinstance(value, Mapping):
-        changes = [(table, name, each) for table, options in value.items() for name, each in options.items()]
-        value = " ".join(f"{table}.{name}={'' if each == () else shown_as_flag(each)}" for table, name, each in changes)
-    elif isinstance(value, tuple | list):
+        changes = [(f"{table}.{name}", each) for table, options in value.items() for name, each in options.items()]
+        return " ".join(shlex.quote(place) + "=" + _shown_in_table(each) for place, each in changes) or "none"
+    if isinstance(value, tuple | list):
         value = ",".join(":".join(map(str, part)) if isinstance(part, tuple | list) else str(part) for part in value)
     return "none" if value in (None, "") else str(value)
+
+
+def _shown_in_table(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value in ((), []) else shown_as_flag(value)
 
 
 def _converter(kind: Any) -> Callable[[str], Any]:
@@ -201,8 +207,7 @@ def changes(kind: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
         try:
             typed = from_text(hints[name], value) if isinstance(value, str) else value
         except ValueError as error:
-            wanted = f"what --{name.replace('_', '-')} takes"
-            raise ConfigError(f"{where}{name}: got {value!r}, want {wanted}") from error
+            raise ConfigError(f"{where}{name}: got {value!r}, want what its flag takes") from error
         read[name] = _value(hints[name], typed, f"{where}{name}")
     return read
 

@@ -19,6 +19,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from dpq_rec.nn import DPQEmbeddingBagCollection, freeze
 from training.config import DLRMOptions, EmbeddingOptions, TwoTowerOptions
+from training.per_table import check_tables
 
 USER, ITEM, NEGATIVE = "user_id", "item_id", "negative_item_id"
 _META = torch.device("meta")
@@ -44,7 +45,7 @@ def make_tables(
     tables = bag_configs(features, num_embeddings, options)
     if options.dpq is None:
         return EmbeddingBagCollection(tables=tables, device=device)
-    options.check_tables(features)
+    check_tables(options.per_table, features)
     configs = {name: options.dpq_of(name, num_embeddings[name]) for name in features}
     return DPQEmbeddingBagCollection(tables, configs, device=device)
 

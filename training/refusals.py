@@ -63,6 +63,7 @@ def refuse_meaningless(options: Iterable[Option], values: Mapping[str, Any], fla
     if values.get("vocabulary") == "modulo":
         reason = "with --vocabulary modulo all ids share --num-buckets rows"
         wrong |= dict.fromkeys(("min-count", "rare-buckets"), reason)
+        wrong["tiers"] = "with --vocabulary modulo rows are not sorted by frequency"
     negatives = values.get("negatives")
     if negatives == "in-batch":
         wrong["num-negatives"] = "--negatives in-batch draws none"
@@ -70,7 +71,7 @@ def refuse_meaningless(options: Iterable[Option], values: Mapping[str, Any], fla
         wrong["log-q"] = "with --negatives uniform all candidates are as likely, and it cancels out"
     if values.get("target-ratio") is not None:
         reason = "--target-ratio chooses it for each table by its rows"
-        wrong |= dict.fromkeys(("num-subspaces", "num-codes", "num-levels", "values-dtype"), reason)
+        wrong |= dict.fromkeys(("num-subspaces", "num-codes", "num-levels", "tiers", "values-dtype"), reason)
     if values.get("refit"):
         wrong["patience"] = "with --refit the validation split trains, and no run ends before --epochs"
     if values.get("embedding") == "full":

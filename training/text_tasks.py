@@ -29,6 +29,7 @@ from training.data.documents import Labelled, read_documents
 from training.data.text import read_text
 from training.evaluation.served import ServedEmbedding, ServedEmbeddingBag
 from training.parallel import add_up, replicate
+from training.per_table import check_tables
 from training.text_models import LanguageModel, State, TextClassifier
 from training.text_options import (
     ClassifierOptimisation,
@@ -79,7 +80,7 @@ class LanguageModelTask:
     def model(self) -> LanguageModel:
         """See `Task.model`."""
         num_words, dim = len(self.text.words_V), self.embedding.embedding_dim
-        self.embedding.check_tables([WORD])
+        check_tables(self.embedding.per_table, [WORD])
         dpq = self.embedding.dpq_of(WORD, num_words)
         word = nn.Embedding(num_words, dim) if dpq is None else DPQEmbedding(num_words, dim, dpq, name=WORD)
         if isinstance(word, DPQEmbedding):
@@ -175,7 +176,7 @@ class TextClassificationTask:
     def model(self) -> TextClassifier:
         """See `Task.model`."""
         num_words, dim = len(self.documents.words_V), self.embedding.embedding_dim
-        self.embedding.check_tables([WORD])
+        check_tables(self.embedding.per_table, [WORD])
         dpq = self.embedding.dpq_of(WORD, num_words)
         if dpq is not None:
             return self._around(DPQEmbeddingBag(num_words, dim, dpq, name=WORD))

@@ -18,6 +18,7 @@ from dpq_rec.report.names import Id
 from dpq_rec.report.neighbours import nearest_rows, telling_rows
 from dpq_rec.report.spectrum import Spectrum, spectrum
 from dpq_rec.tensorfile import PADDING
+from dpq_rec.tiers import by_tier, codes_name
 
 NUM_NEIGHBOURS = 8
 _NUM_CHOSEN = 5
@@ -36,10 +37,12 @@ class CodeUse(NamedTuple):
 
         A decoded row is a row of one-hot codes times the values. The one-hot codes of each of the M groups add up to 1,
         so that together they have a rank of 1 + the sum over groups of (used codes - 1) at most: a little less than
-        the K * D that theorem 1 of the DPQ paper counts.
+        the K * D that theorem 1 of the DPQ paper counts. With tiers they add up to 1 in rows that have the level: the 1
+        is there once for each number of rows that have one.
         """
         used_M = (self.counts_MK > 0).sum(1)
-        return int(min(embedding_dim, 1 + np.maximum(used_M - 1, 0).sum())) if used_M.any() else 0
+        num_sums = len(np.unique(self.counts_MK.sum(1)[used_M > 0]))
+        return int(min(embedding_dim, num_sums + np.maximum(used_M - 1, 0).sum()))
 
 
 class Member(NamedTuple):
@@ -84,10 +87,11 @@ class TableFacts:
     def byte_parts(self) -> Mapping[str, int]:
         """What the table's file holds, and how many bytes each takes: they add up to the file."""
         tensors, vocabulary = self.table.tensors, self.table.vocabulary.tensors()
-        named = {"packed codes": "packed_codes", "values": "values", "vectors": "vectors"}
-        parts = {what: tensors[name].nbytes for what, name in named.items() if name in tensors}
+        parts = {"packed codes": self.table.packed_bytes}
+        parts |= {name: tensors[name].nbytes for name in ("values", "vectors") if name in tensors}
         parts["vocabulary"] = self.table.vocabulary_bytes
-        known = {*named.values(), *vocabulary, PADDING, "values_fp32"}  # values_fp32: in memory alone
+        packed = {codes_name(at) for at in range(len(self.table.tiers))}
+        known = {*packed, "values", "vectors", *vocabulary, PADDING, "values_fp32"}  # values_fp32: in memory alone
         parts["other tensors"] = sum(tensor.nbytes for name, tensor in tensors.items() if name not in known)
         parts["header, padding"] = self.table.manifest.bytes - sum(parts.values())
         return {what: num_bytes for what, num_bytes in parts.items() if num_bytes}
@@ -100,7 +104,7 @@ class TableFacts:
 
 def num_steps(table: Table) -> int:
     """How many rows `measure` tells its progress, in all."""
-    return table.manifest.num_embeddings * (2 if table.manifest.kind == "dpq" else 1)
+    return table.manifest.num_embeddings * (2 if table.manifest.has_codes else 1)
 
 
 def measure(
@@ -118,7 +122,7 @@ def measure(
         IdTypeError: ids of another type than the vocabulary's.
     """
     code_use = None
-    if table.manifest.kind == "dpq":
+    if table.manifest.has_codes:
         counts_MK = count_codes(table, progress)
         code_use = CodeUse(counts_MK, perplexity(counts_MK), chance_of_agreement(counts_MK))
     chosen = list(zip(ids, table.vocabulary.rows(list(ids)).tolist(), strict=True)) if ids else _telling(table)
@@ -163,6 +167,8 @@ def _neighbourhoods(
 
 
 def _codes_of_row(table: Table, row: int) -> NDArray[np.uint16] | None:
-    if table.manifest.kind != "dpq":
+    if not table.manifest.has_codes:
         return None
-    return np.asarray(unpack_codes(table.tensors["packed_codes"][row : row + 1], table.manifest.layout)[0])
+    tier = next(tier for tier, _ in by_tier(table.tiers, np.array([row])))
+    at = row - tier.first_row
+    return np.asarray(unpack_codes(tier.packed_VW[at : at + 1], tier.layout)[0])

@@ -258,7 +258,7 @@ def _epochs(
 
 def code_strip(codes_M: NDArray[np.uint16], chosen_M: NDArray[np.uint16], num_codes: int) -> Markup:
     """A row's codes, coloured where they are the chosen row's; numbers where there is room (DPQ paper, table 8)."""
-    same_M = codes_M == chosen_M
+    same_M = same_codes(codes_M, chosen_M)
     cell = 7 * len(str(num_codes - 1)) + 6
     if len(codes_M) * cell > _MOST_STRIP:
         cells = [_plain_cells(same_M)]
@@ -273,6 +273,12 @@ def code_strip(codes_M: NDArray[np.uint16], chosen_M: NDArray[np.uint16], num_co
     return element(
         "svg", *cells, viewBox=box, preserveAspectRatio=ratio, role="img", aria_label=label, style=style, class_=class_
     )
+
+
+def same_codes(codes_M: NDArray[np.uint16], chosen_M: NDArray[np.uint16]) -> NDArray[np.bool_]:
+    """Which of a row's codes [M] are the chosen row's, which may have fewer levels or more."""
+    both = min(len(codes_M), len(chosen_M))
+    return np.pad(codes_M[:both] == chosen_M[:both], (0, len(codes_M) - both))
 
 
 def _cell(m: int, width: int, code: int, *, same: bool) -> Markup:

@@ -76,7 +76,7 @@ def read_run(folder: Path, tables: Mapping[str, Table]) -> RunHistory:
         codes = {
             name: _code_history(history, name, table.manifest.layout.codes_per_row)
             for name, table in tables.items()
-            if any(name in epoch.get("codes", {}) for epoch in history) and table.manifest.kind == "dpq"
+            if any(name in epoch.get("codes", {}) for epoch in history) and table.manifest.has_codes
         }
         return RunHistory(
             path=path,

@@ -11,6 +11,7 @@ from dpq_rec.report.markup import Markup, byte_text, element, from_data, percent
 from dpq_rec.report.names import Id, Names
 from dpq_rec.report.section import chips, most_rank, section
 from dpq_rec.report.style import STYLE
+from dpq_rec.tiers import shown_levels, shown_row_bytes
 
 # Forbids scripts and everything from elsewhere, should a way be found to smuggle it in.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -78,7 +79,7 @@ def _heading(artifact: Artifact, run: RunHistory | None) -> Markup:
 
 def _tiles(artifact: Artifact) -> Markup:
     total = sizes(artifact.tables.values())
-    codes = any(table.manifest.kind == "dpq" for table in artifact.tables.values())
+    codes = any(table.manifest.has_codes for table in artifact.tables.values())
     tiles = [
         (f"{total['compression_ratio']:.1f}\u00d7", "compression ratio", "tile first"),
         (byte_text(total["artifact_bytes"]), "codes and values" if codes else "vectors", "tile"),
@@ -128,14 +129,14 @@ def _overview_cells(facts: TableFacts) -> tuple[object, ...]:
     manifest, use = facts.table.manifest, facts.code_use
     layout, used = [_NONE] * 3, [_NONE] * 2
     if use is not None:
-        layout = [f"{size:,}" for size in (manifest.num_subspaces, manifest.num_levels, manifest.num_codes)]
+        layout = [f"{manifest.num_subspaces:,}", shown_levels(facts.table.tiers), f"{manifest.num_codes:,}"]
         used = [f"{use.perplexity_M.mean():,.1f}", percent(float((use.counts_MK == 0).mean()))]
     return (
         element("a", facts.table.name, href=f"#{facts.table.name}"),
         f"{manifest.num_embeddings:,}",
         f"{manifest.embedding_dim:,}",
         *layout,
-        f"{manifest.row_bytes:,}",
+        shown_row_bytes(facts.table.tiers) or f"{manifest.row_bytes:,}",
         *_size_cells(sizes([facts.table])),
         *used,
         _NONE if facts.spectrum is None else f"{facts.spectrum.rank} of {most_rank(facts)}",

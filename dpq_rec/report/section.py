@@ -10,6 +10,7 @@ from dpq_rec.report.facts import CANDIDATES, CodeUse, Member, TableFacts
 from dpq_rec.report.history import CodeHistory, RunHistory
 from dpq_rec.report.markup import Markup, byte_text, element, from_data, join, percent, shortened
 from dpq_rec.report.names import Id
+from dpq_rec.tiers import shown_levels, shown_row_bytes
 
 
 def section(facts: TableFacts, run: RunHistory | None, titles: Mapping[Id, str]) -> Markup:
@@ -23,11 +24,18 @@ def section(facts: TableFacts, run: RunHistory | None, titles: Mapping[Id, str])
     table, manifest = facts.table, facts.table.manifest
     pairs: list[tuple[object, object]] = [("kind", manifest.kind), ("rows", f"{manifest.num_embeddings:,}")]
     pairs.append(("E", f"{manifest.embedding_dim:,}"))
-    if manifest.kind == "dpq":
-        pairs.extend([("D", manifest.num_subspaces), ("L", manifest.num_levels), ("K", f"{manifest.num_codes:,}")])
+    if manifest.has_codes:
+        pairs.extend(
+            [("D", manifest.num_subspaces), ("L", shown_levels(table.tiers)), ("K", f"{manifest.num_codes:,}")]
+        )
         values = f"{table.tensors['values'].dtype}{', shared' if manifest.shared_values else ''}"
         pairs.extend([("bits a code", manifest.code_bits), ("values", values)])
-    pairs.extend([("bytes a row", f"{manifest.row_bytes:,}"), ("vocabulary", table.vocabulary.kind)])
+    pairs.extend(
+        [
+            ("bytes a row", shown_row_bytes(table.tiers) or f"{manifest.row_bytes:,}"),
+            ("vocabulary", table.vocabulary.kind),
+        ]
+    )
     parts = [element("h2", table.name), chips(pairs), _bytes(facts)]
     history = None if run is None else run.codes.get(table.name)
     if facts.code_use is not None:
@@ -51,7 +59,7 @@ def _bytes(facts: TableFacts) -> Markup:
         for what, num_bytes in parts.items()
     ]
     text = f"{table.artifact_bytes:,} bytes of vectors in a file of {total:,}."
-    if table.manifest.kind == "dpq":
+    if table.manifest.has_codes:
         text = (
             f"A compression ratio of {table.compression_ratio:.1f}: {table.full_bytes:,} bytes as fp32, "
             f"{table.artifact_bytes:,} of codes and values in a file of {total:,}, which is drawn to scale and, below "
@@ -61,21 +69,23 @@ def _bytes(facts: TableFacts) -> Markup:
         [
             element("h3", "Bytes"),
             element("p", text, class_="note"),
-            figures.byte_bars(parts, table.full_bytes, enlarged=table.manifest.kind == "dpq"),
+            figures.byte_bars(parts, table.full_bytes, enlarged=table.manifest.has_codes),
             element("ul", *keys, class_="keys"),
         ]
     )
 
 
 def _code_use(facts: TableFacts, use: CodeUse) -> Markup:
-    layout = facts.table.manifest.layout
+    table, layout = facts.table, facts.table.manifest.layout
     unused, bits = int((use.counts_MK == 0).sum()), facts.table.manifest.code_bits
     entropy_bits = sum(map(math.log2, use.perplexity_M.tolist()))
+    of_row = "a row" if len(table.tiers) == 1 else "a row that has all levels"
     text = (
         f"{unused:,} of {use.counts_MK.size:,} codes ({percent(unused / use.counts_MK.size)}) are used by no row. "
         f"Perplexity is K = {layout.num_codes:,} where all are used alike and 1 where every row has the same one; here "
         f"{use.perplexity_M.min():,.1f} to {use.perplexity_M.max():,.1f}, {use.perplexity_M.mean():,.1f} in the mean. "
-        f"Each by itself, the codes of a row carry {entropy_bits:,.1f} bits of {layout.codes_per_row * bits:,} stored."
+        f"Each by itself, the codes of {of_row} carry {entropy_bits:,.1f} bits of {layout.codes_per_row * bits:,} "
+        "stored."
     )
     scale = [
         element(
@@ -184,7 +194,7 @@ def _neighbourhood(facts: TableFacts, members: Sequence[Member], titles: Mapping
         cells = [element("td", _name(member, titles), class_="name", title=_title(member, titles))]
         cells.append(element("td", "" if at == 0 else f"{member.cosine:.3f}", class_="number"))
         if member.codes_M is not None and members[0].codes_M is not None:
-            same = int((member.codes_M == members[0].codes_M).sum())
+            same = int(figures.same_codes(member.codes_M, members[0].codes_M).sum())
             strip = figures.code_strip(member.codes_M, members[0].codes_M, facts.table.manifest.num_codes)
             cells.append(element("td", "" if at == 0 else f"{same}", class_="number"))
             cells.append(element("td", strip, class_="codes"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from dpq_rec import (
     write_artifact,
 )
 from dpq_rec.nn import DPQEmbeddingBagCollection, freeze
+from dpq_rec.tiers import cut_into_tiers
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 NUM_ROWS = 50
@@ -51,7 +53,19 @@ STRING_IDS = [
 SHARING_STRINGS, SHARING_STRING_ROWS = ["rare", "b", "so rare", "c", ""], [3, 0, 3, 49, 3]
 
 TABLES = [
-    *("plain", "identity", "modulo", "odd_bits", "two_levels", "half", "shared", "sharing_rows", "dense", "one_row"),
+    *(
+        "plain",
+        "identity",
+        "modulo",
+        "odd_bits",
+        "two_levels",
+        "tiers",
+        "half",
+        "shared",
+        "sharing_rows",
+        "dense",
+        "one_row",
+    ),
 ]
 STRING_TABLES = ["strings", "dense_strings", "strings_sharing_rows"]
 TABLES += STRING_TABLES
@@ -80,6 +94,7 @@ def write_cases(path: Path) -> Path:
         "modulo": _dpq(ModuloVocabulary(NUM_ROWS), CodeLayout(num_subspaces=2, num_codes=32), subspace_dim=8),
         "odd_bits": _dpq(long, CodeLayout(num_subspaces=7, num_codes=5), subspace_dim=3),
         "two_levels": _dpq(long, CodeLayout(num_subspaces=2, num_codes=20, num_levels=2), subspace_dim=16),
+        "tiers": _with_tiers(long, CodeLayout(num_subspaces=2, num_codes=20, num_levels=4), ((0.1, 2), (0.5, 1))),
         "half": _dpq(long, CodeLayout(num_subspaces=4, num_codes=300), subspace_dim=2, dtype="float16"),
         "shared": _dpq(
             ids_are_rows, CodeLayout(num_subspaces=3, num_codes=9, num_levels=3), subspace_dim=5, shared=True
@@ -174,6 +189,13 @@ def _dpq(
         values=_numbers((num_groups, layout.num_codes, subspace_dim), dtype),
         chunks=[pack_codes(codes_NM, layout)],
     )
+
+
+def _with_tiers(vocabulary: Vocabulary, layout: CodeLayout, shares: Sequence[tuple[float, int]]) -> TableContents:
+    tiers = cut_into_tiers(layout, NUM_ROWS, shares)
+    parts = [_dpq(vocabulary, tier.layout, subspace_dim=3, num_rows=tier.num_rows) for tier in tiers]
+    chunks = [chunk for part in parts for chunk in part.chunks]
+    return dataclasses.replace(parts[0], num_embeddings=NUM_ROWS, chunks=chunks, tiers=tiers)
 
 
 def _numbers(shape: tuple[int, ...], dtype: str) -> np.ndarray:

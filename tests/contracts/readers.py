@@ -129,7 +129,17 @@ class ReferenceReader(_Anything):
             return np.where(rows_N[:, None] == MISSING_ROW, np.float32(0), tensors["vectors"][rows_N])
         sizes = {name: entry[name] for name in ("num_subspaces", "num_codes", "num_levels")}
         values = tensors["values"].astype(np.float32)
-        return reference.decode(tensors["packed_codes"], values, rows_N, CodeLayout(**sizes))
+        if entry["kind"] == "dpq":
+            return reference.decode(tensors["packed_codes"], values, rows_N, CodeLayout(**sizes))
+        vectors_NE, first = np.zeros((len(rows_N), entry["embedding_dim"]), np.float32), 0
+        for at, tier in enumerate(entry["tiers"]):
+            here_N = (rows_N >= first) & (rows_N < first + tier["rows"])
+            layout = CodeLayout(**{**sizes, "num_levels": tier["num_levels"]})
+            packed_VW = tensors[f"packed_codes.{at}" if at else "packed_codes"]
+            of_levels = values[: layout.codes_per_row]
+            vectors_NE[here_N] = reference.decode(packed_VW, of_levels, rows_N[here_N] - first, layout)
+            first += tier["rows"]
+        return vectors_NE
 
 
 class StoreReader(_Anything):

@@ -82,14 +82,14 @@ CASES = {
         weighted=True,
         atol=1e-4,  # a value may fall to the neighbouring fp16 number
     ),
-    "sx-column_wise-cosine-tied-levels-started": Case(
-        config=default_config("sx", metric="cosine", tie_keys=True, num_levels=2),
+    "sx-column_wise-cosine-tied-tiers-started": Case(
+        config=default_config("sx", metric="cosine", tie_keys=True, num_levels=3, tiers=((0.3, 2), (0.6, 1))),
         sharding="column_wise",
         start=True,
         full_steps=3,
     ),
-    "vq-row_wise-ema-levels-revival-started": Case(
-        config=default_config("vq", ema_decay=0.9, num_levels=2, num_codes=32, revive_after=2),
+    "vq-row_wise-ema-tiers-revival-started": Case(  # the second of two ranks has no row of the first tier
+        config=default_config("vq", ema_decay=0.9, num_levels=2, tiers=((0.4, 1),), num_codes=32, revive_after=2),
         sharding="row_wise",
         start=True,
         full_steps=3,

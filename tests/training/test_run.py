@@ -359,6 +359,7 @@ def test_dlrm_refuses_a_feature_whose_name_no_table_can_have(tmp_path, capsys, n
         "--negatives in-batch --similarity dot --temperature 1 --optimizer adagrad",
         "--negatives both --optimizer sgd --learning-rate 5 --start-from kmeans --num-levels 2 --values-dtype float16",
         "--embedding dpq-sx --key-dim 4 --share-subspaces --string-ids --min-count 2",
+        "--num-levels 4 --tiers 0.1:3,0.5:1 --per-table user_id.num_codes=8 --full-epochs 1",
     ],
 )
 def test_options_train_together(tmp_path, options):
@@ -366,7 +367,19 @@ def test_options_train_together(tmp_path, options):
     drawn = [] if "in-batch" in options else ["--num-negatives", 256]
     arguments = [*SMALL, "--epochs", 2, *drawn, *DPQ, *options.split(), "--out", tmp_path / "run"]
     assert alone("two-tower", *arguments) == 0
-    assert metrics_of(tmp_path / "run")["metrics"]["recall@20"] > 0.05
+    found = metrics_of(tmp_path / "run")
+    assert found["metrics"]["recall@20"] > 0.05
+    if "tiers" in options:
+        layouts = {name: table["layout"] for name, table in found["tables"].items()}
+        assert {name: layout["num_codes"] for name, layout in layouts.items()} == {"user_id": 8, "item_id": 16}
+        assert [tier["num_levels"] for tier in layouts["item_id"]["tiers"]] == [4, 3, 1]
+        rows = [tier["rows"] for tier in layouts["item_id"]["tiers"]]
+        code_bits = sum(n * levels * 8 * 4 for n, levels in zip(rows, (4, 3, 1), strict=True))
+        full_bits = 32 * 16 * sum(rows)
+        values_bits = 4 * 16 * 16 * 32  # levels, codes, numbers
+        assert found["paper_ratios"]["item_id"] == pytest.approx(full_bits / (code_bits + values_bits))
+        assert found["tables"]["item_id"]["artifact_bytes"] == (code_bits + values_bits) // 8
+        verify(tmp_path / "run" / "artifact")
 
 
 def start(*arguments, **more):

@@ -1,0 +1,52 @@
+"""Artifacts to a store. In: an artifact. Out: a folder of published versions, and CURRENT, which names one of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from dpq_rec.artifact import CURRENT, MANIFEST, VERSION_NAME, Artifact, verify
+from dpq_rec.errors import ConfigError
+from dpq_rec.files import renamed_into, replace_file
+
+
+def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> Path:
+    """Verify an artifact, copy it into a store under its version and make it the current one.
+
+    A version that the store has already is made current again: a way back, and the end of a publish that was cut off.
+
+    Raises:
+        ArtifactError: as `verify`.
+        FileExistsError: the store has another artifact of that version, or this one is the current one already.
+    """
+    verified = verify(artifact)
+    target = Path(store) / verified.version
+    if not VERSION_NAME.fullmatch(verified.version):
+        raise ConfigError(f"version: got {verified.version!r}, want letters, digits, '_', '-' and '.'")
+    if target.exists():
+        _check_published(verified, target)
+    else:
+        _copy_into(target, verified)
+    replace_file(Path(store) / CURRENT, f"{verified.version}\n")
+    return target
+
+
+def _check_published(verified: Artifact, target: Path) -> None:
+    if (target / MANIFEST).read_bytes() != (verified.path / MANIFEST).read_bytes():
+        raise FileExistsError(f"{target} holds another artifact of that version; give this one a version of its own")
+    current = target.with_name(CURRENT)
+    if current.is_file() and current.read_text(errors="replace").removesuffix("\n") == verified.version:
+        raise FileExistsError(f"{target} is the current version already; a version is published once")
+    verify(target)
+
+
+def _copy_into(target: Path, verified: Artifact) -> None:
+    with renamed_into(target) as folder:
+        for file in [*(table.manifest.file for table in verified.tables.values()), MANIFEST]:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(verified.path / file, folder / file)
+            descriptor = os.open(folder / file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        verify(folder)
