@@ -1,5 +1,7 @@
 """Compressors of trained tables: what they decode held to faiss, FBGEMM and numpy, their bytes to files."""
 
+import dataclasses
+
 import faiss
 import numpy as np
 import pytest
@@ -122,6 +124,16 @@ def test_reconstruction_is_no_worse_than_the_k_means_it_starts_from(fitted):
     start = Reconstruction(SMALL, num_epochs=0).fit(VECTORS)
     assert error(fitted["dpq-reconstruction"].vectors_VE) <= error(start.vectors_VE)
     assert error(start.vectors_VE) == pytest.approx(error(fitted["pq"].vectors_VE), rel=0.15)
+
+
+def test_shared_k_means_is_as_good_as_faiss_on_all_subspaces_together():
+    config = dataclasses.replace(SMALL, share_subspaces=True)
+    stored = Reconstruction(config, num_epochs=0).fit(VECTORS)
+    pieces, quantizer = np.ascontiguousarray(VECTORS.reshape(-1, 4)), faiss.ProductQuantizer(4, 1, 4)
+    quantizer.train(pieces)
+    of_faiss = error(quantizer.decode(quantizer.compute_codes(pieces)).reshape(VECTORS.shape))
+    assert stored.tensors["values"].shape == (1, 16, 4)
+    assert error(stored.vectors_VE) == pytest.approx(of_faiss, rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["sx", "vq"])
