@@ -76,6 +76,8 @@ class FaissCodes:
             quantizer = faiss.ProductQuantizer(width, 1, bits)
         elif self.kind == "rq":
             quantizer = faiss.ResidualQuantizer(width, num_levels, bits)
+            if len(group_VS) < width:  # faiss begins with principal components, of which there are too few
+                quantizer.train_type = faiss.ResidualQuantizer.Train_default
         else:
             quantizer = faiss.LocalSearchQuantizer(width, num_levels, bits)
             quantizer.random_seed = self.seed + number

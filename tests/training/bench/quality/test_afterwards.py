@@ -120,6 +120,14 @@ def test_residual_codes_are_as_good_as_faiss_subspace_by_subspace(fitted, kind):
     assert error(fitted[kind].vectors_VE) == pytest.approx(of_faiss, rel=0.1)
 
 
+def test_residual_codes_are_found_for_fewer_rows_than_numbers_in_one():
+    """A feature's table has a few rows; faiss alone wants as many as numbers, for principal components."""
+    vectors_VE = np.random.default_rng(0).normal(size=(20, 32)).astype(np.float32)
+    layout = CodeLayout(num_subspaces=1, num_codes=16, num_levels=4)
+    back_VE = FaissCodes("rq", layout).fit(vectors_VE).vectors_VE
+    assert np.square(back_VE - vectors_VE).sum() < 0.2 * np.square(vectors_VE).sum()
+
+
 def test_reconstruction_is_no_worse_than_the_k_means_it_starts_from(fitted):
     start = Reconstruction(SMALL, num_epochs=0).fit(VECTORS)
     assert error(fitted["dpq-reconstruction"].vectors_VE) <= error(start.vectors_VE)
