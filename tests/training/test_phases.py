@@ -163,20 +163,8 @@ def test_run_measures_quantized_epochs_alone_and_leaves_the_best_of_them(phased)
 
 
 @pytest.mark.parametrize("disturbed", [2, 3, 4])
-def test_run_that_goes_on_in_either_phase_ends_as_an_undisturbed_one(phased, tmp_path, monkeypatch, disturbed):
-    real = tasks.RetrievalTask.train_batches
-
-    def broken_off(self, epoch):
-        batches = real(self, epoch)
-        yield next(batches)
-        if epoch == disturbed:
-            raise KeyboardInterrupt
-        yield from batches
-
-    monkeypatch.setattr(tasks.RetrievalTask, "train_batches", broken_off)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run", *PHASED)
-    monkeypatch.setattr(tasks.RetrievalTask, "train_batches", real)
+def test_run_that_goes_on_in_either_phase_ends_as_an_undisturbed_one(phased, tmp_path, break_off, disturbed):
+    break_off(tasks.RetrievalTask, disturbed, lambda: run(tmp_path / "run", *PHASED))
     assert run(tmp_path / "run", *PHASED) == 0
     one, other = metrics_of(phased), metrics_of(tmp_path / "run")
     assert [one[name] == other[name] for name in ("metrics", "history", "best_epoch")] == [True] * 3

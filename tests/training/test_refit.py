@@ -127,21 +127,9 @@ def test_refit_of_an_earlier_run_keeps_the_last_epoch_and_knows_what_only_valida
 
 
 @pytest.mark.parametrize("disturbed", [2, 6])
-def test_refit_that_goes_on_ends_as_an_undisturbed_one(chosen, refitted, tmp_path, monkeypatch, disturbed):
-    real = tasks.ClickTask.train_batches
-
-    def broken_off(self, epoch):
-        batches = real(self, epoch)
-        yield next(batches)
-        if epoch == disturbed:
-            raise KeyboardInterrupt
-        yield from batches
-
+def test_refit_that_goes_on_ends_as_an_undisturbed_one(chosen, refitted, tmp_path, break_off, disturbed):
     arguments = ["--config", chosen / "metrics.json", "--refit", "--epochs", 6, "--out", tmp_path / "run"]
-    monkeypatch.setattr(tasks.ClickTask, "train_batches", broken_off)
-    with pytest.raises(KeyboardInterrupt):
-        run(*arguments)
-    monkeypatch.setattr(tasks.ClickTask, "train_batches", real)
+    break_off(tasks.ClickTask, disturbed, lambda: run(*arguments))
     assert run(*arguments) == 0
     one, other = metrics_of(refitted), metrics_of(tmp_path / "run")
     assert [one[name] == other[name] for name in ("metrics", "history", "best_epoch")] == [True] * 3
