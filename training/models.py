@@ -20,10 +20,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from dpq_rec.nn import DPQEmbeddingBagCollection, freeze
 from training.config import DLRMOptions, EmbeddingOptions, TwoTowerOptions
 from training.per_table import check_tables
+from training.sampled_softmax import sampled_softmax
 
 USER, ITEM, NEGATIVE = "user_id", "item_id", "negative_item_id"
 _META = torch.device("meta")
-_BLOCK_USERS = 256  # so that scores stay in the cache, and their memory is used again rather than mapped anew
 
 
 def make_tables(
@@ -124,46 +124,18 @@ class TwoTower(nn.Module):
         drawn = [(self._scaled(pooled[NEGATIVE][: len(negatives_N)]), negatives_N)] if len(negatives_N) else []
         in_batch = [] if self.options.negatives == "uniform" else [(positives_BE, items_B)]
         vectors, rows = zip(*drawn, *in_batch, strict=True)
-        candidates = _Candidates(torch.cat(vectors), torch.cat(rows), None)
         users_BE = users_BE / self.temperature  # here, not at the B x C scores: those set the time of a step
-        log_q_B = torch.zeros_like(users_BE[:, 0])
+        own_B, rows_C, log_q_C = (users_BE * positives_BE).sum(1), torch.cat(rows), None
         if in_batch and self.options.log_q:
-            candidates = candidates._replace(log_q_C=self._log_q(candidates.rows_C, len(items_B), len(negatives_N)))
-            log_q_B = self._log_q(items_B, len(items_B), len(negatives_N))
-        blocks = zip(*(t.split(_BLOCK_USERS) for t in (users_BE, positives_BE, items_B, log_q_B)), strict=True)
-        losses = [_sampled_softmax(candidates, u_BE, p_BE, i_B, q_B) for u_BE, p_BE, i_B, q_B in blocks]
-        return torch.cat(losses).mean()
+            log_q_C = self._log_q(rows_C, len(items_B), len(negatives_N))
+            own_B = own_B - self._log_q(items_B, len(items_B), len(negatives_N))
+        return sampled_softmax(users_BE, torch.cat(vectors), own_B, items_B, rows_C, log_q_C)
 
     def _scaled(self, vectors_NE: torch.Tensor) -> torch.Tensor:
         return functional.normalize(vectors_NE, dim=1) if self.options.similarity == "cosine" else vectors_NE
 
     def _log_q(self, rows_N: torch.Tensor, num_examples: int, num_negatives: int) -> torch.Tensor:
         return (num_examples * self.item_shares_V[rows_N] + num_negatives / len(self.item_shares_V)).log()
-
-
-class _Candidates(NamedTuple):
-    """What an example's item is told from: vectors, rows, and what is subtracted from scores."""
-
-    vectors_CE: torch.Tensor
-    rows_C: torch.Tensor
-    log_q_C: torch.Tensor | None
-
-
-def _sampled_softmax(
-    candidates: _Candidates,
-    users_BE: torch.Tensor,
-    positives_BE: torch.Tensor,
-    items_B: torch.Tensor,
-    log_q_B: torch.Tensor,
-) -> torch.Tensor:
-    """-log softmax of each example's own item among itself and the candidates that are other items [B]."""
-    positive_B = (users_BE * positives_BE).sum(1) - log_q_B
-    if candidates.log_q_C is None:
-        scores_BC = users_BE @ candidates.vectors_CE.t()
-    else:
-        scores_BC = torch.addmm(candidates.log_q_C, users_BE, candidates.vectors_CE.t(), beta=-1)
-    scores_BC = scores_BC.masked_fill_(items_B[:, None] == candidates.rows_C, -torch.inf)
-    return torch.logaddexp(positive_B, scores_BC.logsumexp(1)) - positive_B
 
 
 def two_tower_features(users_B: torch.Tensor, items_B: torch.Tensor, negatives_N: torch.Tensor) -> KeyedJaggedTensor:
