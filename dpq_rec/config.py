@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -189,3 +190,20 @@ class DPQConfig:
         if self.resolved_metric == "cosine" and key_dim == 1:
             raise ConfigError("metric: got 'cosine' with keys of width 1, which have only two directions; want 'dot'")
         return self.num_subspaces * key_dim
+
+
+def without_the_meaningless(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a `DPQConfig`, those back at their defaults that its method, or what was given, leaves no use for.
+
+    For recipes that begin with options of their own: whoever changes the method, or takes running means, need not know
+    which of those to undo. What was given itself stays, so that `DPQConfig` refuses it with the reason.
+
+    Args:
+        options: by name, the method among them.
+        given: those that somebody asked for.
+    """
+    useless = set(_ONLY_VQ if options.get("method") == "sx" else _ONLY_SX)
+    if given.get("ema_decay") is not None:
+        useless |= {"penalty_weight", "value_gradient"}
+    defaults = {field.name: field.default for field in fields(DPQConfig)}
+    return {**options, **{name: defaults[name] for name in sorted(useless - set(given))}}

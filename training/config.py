@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from dpq_rec import ConfigError, DPQConfig
+from dpq_rec.config import without_the_meaningless
 from dpq_rec.sizing import choose_layout
 from training import flags
 from training.data.vocabularies import VocabularyPolicy
@@ -134,7 +135,7 @@ class EmbeddingOptions:
             'item_id.num_levels=44 item_id.tiers=0.05:32,0.2:16'.
         start: keys and values begin uniformly, or as the k-means centroids of the queries they stand for.
         full_epochs: the first so many epochs train without quantizing, as plain tables do; after them keys and values
-            begin as k-means centroids.
+            begin as k-means centroids. none is a third of the epochs, where queries are as wide as vectors.
     """
 
     kind: Literal["full", "dpq-sx", "dpq-vq"] = field(default="dpq-vq", metadata={"flag": "embedding"})
@@ -146,7 +147,7 @@ class EmbeddingOptions:
     )
     per_table: PerTable = field(default_factory=dict)
     start: Literal["uniform", "kmeans"] = field(default="uniform", metadata={"flag": "start-from"})
-    full_epochs: int = 0
+    full_epochs: int | None = 0
 
     def __post_init__(self) -> None:
         check_positive(self, "embedding_dim")
@@ -196,17 +197,26 @@ class EmbeddingOptions:
             raise ConfigError(f"--target-ratio: got {self.target_ratio:g} with --tiers, whose levels it would choose")
 
     def _check_full_epochs(self) -> None:
+        if self.full_epochs is None:
+            return
         if self.full_epochs < 0:
             raise ConfigError(f"--full-epochs: got {self.full_epochs}, want 0 or more")
         if self.full_epochs and self.dpq is None:
             raise ConfigError(
                 f"--full-epochs: got {self.full_epochs} with --embedding full, whose epochs all are; leave it out"
             )
-        if not self.full_epochs or self.dpq is None or self.dpq.key_dim is None:
-            return
-        if self.dpq.key_dim != self.dpq.subspace_dim(self.embedding_dim):
+        if self.full_epochs and self.dpq is not None and not self._queries_are_vectors(self.dpq):
             reason = "queries have to be as wide as vectors to take their place"
             raise ConfigError(f"--full-epochs: got {self.full_epochs} with --key-dim {self.dpq.key_dim}: {reason}")
+
+    def full_epochs_of(self, epochs: int) -> int:
+        """How many of a run's epochs come before tables are quantized; 0 of plain tables."""
+        if self.full_epochs is None:
+            return epochs // 3 if self.dpq is not None and self._queries_are_vectors(self.dpq) else 0
+        return self.full_epochs
+
+    def _queries_are_vectors(self, dpq: DPQConfig) -> bool:
+        return dpq.key_dim is None or dpq.key_dim == dpq.subspace_dim(self.embedding_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +296,8 @@ class RunConfig:
         if not wanted or not all(isinstance(getattr(self, name), kind) for name, kind in wanted.items()):
             got = f"{self.recipe!r} with {', '.join(type(getattr(self, name)).__name__ for name in _GROUPS)}"
             raise ConfigError(f"recipe: got {got}; want one of {', '.join(MODEL_OPTIONS)} with its own options")
-        if self.embedding.full_epochs >= self.optimisation.epochs:
-            got = f"{self.embedding.full_epochs} of {self.optimisation.epochs} epochs"
+        if self.full_epochs >= self.optimisation.epochs:
+            got = f"{self.full_epochs} of {self.optimisation.epochs} epochs"
             raise ConfigError(f"--full-epochs: got {got}; want fewer than --epochs, or no table is ever quantized")
         if isinstance(self.model, TwoTowerOptions) and isinstance(self.data, DataOptions):
             self._check_two_tower(self.model, self.data)
@@ -299,6 +309,11 @@ class RunConfig:
         if model.negatives != "in-batch" and model.num_negatives > self.optimisation.batch_size:
             got = f"{model.num_negatives} negatives, a batch of {self.optimisation.batch_size}"
             raise ConfigError(f"--num-negatives: got {got}; want at most as many as the batch")
+
+    @property
+    def full_epochs(self) -> int:
+        """How many epochs train without quantizing, before those that do."""
+        return self.embedding.full_epochs_of(self.optimisation.epochs)
 
     @property
     def is_refit(self) -> bool:
@@ -369,8 +384,10 @@ def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> RunC
     of_dpq = [flag for flag in changes if by_flag[flag].path[1] == "dpq" or (flag == "per-table" and changes[flag])]
     if kind == "full" and of_dpq:
         raise ConfigError(f"--{of_dpq[0]}: --embedding full has plain tables, without such an option; leave it out")
-    quantized = {**(config["embedding"]["dpq"] or {}), "method": METHODS.get(str(kind))}
-    config["embedding"]["dpq"] = None if kind == "full" else quantized
+    method = METHODS.get(str(kind))
+    before = {**(config["embedding"]["dpq"] or {}), "method": method}
+    given = {by_flag[flag].path[-1]: value for flag, value in changes.items() if by_flag[flag].path[1] == "dpq"}
+    config["embedding"]["dpq"] = None if method is None else without_the_meaningless(before, given)
     if kind == "full":
         config["embedding"]["per_table"] = {}
     for flag, value in changes.items():

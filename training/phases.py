@@ -26,15 +26,16 @@ def enter(model: nn.Module, optimizer: KeyedOptimizer, config: RunConfig, epoch:
     options = config.embedding
     if options.dpq is None:
         return
-    if options.full_epochs:
-        bypass(model, enabled=epoch <= options.full_epochs)
-    if epoch != options.full_epochs + 1:
+    full_epochs = config.full_epochs
+    if full_epochs:
+        bypass(model, enabled=epoch <= full_epochs)
+    if epoch != full_epochs + 1:
         return
-    if options.full_epochs and isinstance(config.model, TwoTowerOptions) and config.model.similarity == "cosine":
+    if full_epochs and isinstance(config.model, TwoTowerOptions) and config.model.similarity == "cosine":
         to_unit_length(model, optimizer)
-    if options.full_epochs or options.start == "kmeans":
+    if full_epochs or options.start == "kmeans":
         start(model, seed=config.run.seed)
-    if options.full_epochs:
+    if full_epochs:
         begin_anew(model, optimizer)
 
 

@@ -110,7 +110,7 @@ class Run:
     def _is_past_hope(self, progress: Progress) -> bool:
         """Whether `patience` epochs that could be the best were none."""
         patience = self.config.optimisation.patience
-        best = max(progress.best_epoch, self.config.embedding.full_epochs)
+        best = max(progress.best_epoch, self.config.full_epochs)
         return patience is not None and progress.epoch - best >= patience
 
     def _epoch(self, progress: Progress, board: Board) -> None:
@@ -120,7 +120,7 @@ class Run:
         loss = self._train(progress.epoch, board)
         progress.train_seconds += time.monotonic() - began
         progress.examples += self.task.num_examples
-        if progress.epoch > self.config.embedding.full_epochs:
+        if progress.epoch > self.config.full_epochs:
             self._judge(progress, loss, board)
         else:  # no codes yet, that could be frozen and measured
             progress.history.append({"epoch": progress.epoch, "loss": loss, "codes": {}})

@@ -63,11 +63,51 @@ def test_every_option_of_dpq_is_a_flag():
         values_dtype="float16",
     )
     assert parsed("two-tower --embedding dpq-sx --key-dim 2").embedding.dpq.key_dim == 2
-    vq = parsed("two-tower --penalty-weight 2 --commitment-weight 0.5 --value-gradient").embedding.dpq
+    vq = parsed("dlrm --penalty-weight 2 --commitment-weight 0.5 --value-gradient").embedding.dpq
     assert vq == DPQConfig(method="vq", penalty_weight=2, commitment_weight=0.5, value_gradient=True)
     assert parsed("dlrm --ema-decay 0.9 --num-subspaces 8").embedding.dpq.ema_decay == 0.9
     flags = {option.path[-1] for option in options_of("dlrm") if "dpq" in option.path}
     assert flags == {field.name for field in dataclasses.fields(DPQConfig)} - {"method"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", DPQConfig(method="vq", metric="euclidean", value_gradient=True, penalty_weight=0, batch_norm=False)),
+        ("--embedding dpq-sx", DPQConfig(method="sx", metric="euclidean", batch_norm=False)),
+        ("--ema-decay 0.9", DPQConfig(method="vq", metric="euclidean", ema_decay=0.9, batch_norm=False)),
+        (
+            "--penalty-weight 2 --no-value-gradient",
+            DPQConfig(method="vq", metric="euclidean", penalty_weight=2, batch_norm=False),
+        ),
+    ],
+)
+def test_options_that_a_recipe_begins_with_give_way_to_what_leaves_them_no_use(flags, expected):
+    assert parsed(f"two-tower {flags}").embedding.dpq == expected
+
+
+def test_what_was_asked_for_does_not_give_way():
+    with pytest.raises(ConfigError, match="value_gradient: got True with ema_decay"):
+        parsed("two-tower --ema-decay 0.9 --value-gradient")
+    with pytest.raises(ConfigError, match="penalty_weight: got 2.0 with method 'sx'"):
+        parsed("two-tower --embedding dpq-sx --penalty-weight 2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("two-tower --epochs 20", 6),
+        ("two-tower --epochs 2", 0),
+        ("two-tower --epochs 20 --full-epochs 2", 2),
+        ("two-tower --epochs 20 --embedding full", 0),
+        ("two-tower --epochs 20 --embedding dpq-sx --key-dim 2", 0),
+        ("two-tower --epochs 20 --embedding dpq-sx --key-dim 4", 6),  # as wide as a subspace of 64 / 16
+        ("dlrm --epochs 20", 0),
+        ("dlrm --epochs 20 --full-epochs none", 6),
+    ],
+)
+def test_full_epochs_are_a_third_where_none_are_given(flags, expected):
+    assert parsed(flags).full_epochs == expected
 
 
 def test_plain_tables_have_no_dpq_and_get_it_when_they_are_quantized():

@@ -18,7 +18,7 @@ PER_TABLE = "item_id.num_levels=44 item_id.tiers=0.05:32,0.2:16 user_id.batch-no
 
 
 def test_tables_have_options_of_their_own_beside_those_of_all():
-    arguments = ["two-tower", "--num-levels=9", "--tiers=0.1:5,0.5:2", f"--per-table={PER_TABLE}"]
+    arguments = ["dlrm", "--num-levels=9", "--num-subspaces=16", "--tiers=0.1:5,0.5:2", f"--per-table={PER_TABLE}"]
     options = parse([*arguments, "--data=synthetic", "--out=run"]).embedding
     item, user, other = (options.dpq_of(name, 1000) for name in ("item_id", "user_id", "segment"))
     assert other == options.dpq == DPQConfig(method="vq", num_levels=9, tiers=((0.1, 5), (0.5, 2)))
@@ -27,11 +27,11 @@ def test_tables_have_options_of_their_own_beside_those_of_all():
 
 
 def test_options_of_a_table_stand_beside_a_target_ratio():
-    per_table = {"item_id": {"value_gradient": True}}
+    per_table = {"item_id": {"revive_after": 7}}
     changes = {"target-ratio": 20.0, "per-table": per_table}
     options = with_changes(RECIPES["two-tower"](**HERE).as_dict(), changes).embedding
     item, user = (options.dpq_of(name, 50_000) for name in ("item_id", "user_id"))
-    assert item == dataclasses.replace(user, value_gradient=True) != user
+    assert item == dataclasses.replace(user, revive_after=7) != user
 
 
 @pytest.mark.parametrize("per_table", ["", PER_TABLE, "'a table.num_codes'=9 b.ema_decay=0.9", "b.revive-after=none"])
