@@ -232,7 +232,7 @@ class OptimisationOptions:
         dense_learning_rate: of all other weights (Adam).
         value_rate: what dense_learning_rate is multiplied by for keys and values of DPQ tables. Adam's steps are as
             long as its rate, and values of late residual levels are short: 0.03 suits levels that k-means has placed.
-        rate_decay: both rates stay, or fall linearly to 0 over all steps of all epochs.
+        rate_decay: both rates stay, or fall linearly to 0, over all steps of all epochs or, late, over the last third.
     """
 
     epochs: int = 20
@@ -242,7 +242,7 @@ class OptimisationOptions:
     learning_rate: float = 0.1
     dense_learning_rate: float = 0.003
     value_rate: float = 1.0
-    rate_decay: Literal["none", "linear"] = "none"
+    rate_decay: Literal["none", "linear", "late"] = "none"
 
     def __post_init__(self) -> None:
         check_positive(self, "epochs", "batch_size", "learning_rate", "dense_learning_rate", "value_rate")

@@ -13,11 +13,11 @@ class Rates:
 
     Args:
         optimizer: at its first rates: made, not loaded yet.
-        falls_over: steps in which the rates fall linearly to 0; None where they stay.
+        falls: steps in which the rates fall linearly to 0, by number; None where they stay.
     """
 
-    def __init__(self, optimizer: KeyedOptimizer, falls_over: int | None) -> None:
-        self.optimizer, self.falls_over = optimizer, falls_over
+    def __init__(self, optimizer: KeyedOptimizer, falls: range | None) -> None:
+        self.optimizer, self.falls = optimizer, falls
         self.firsts = [float(group["lr"]) for group in optimizer.param_groups]
 
     def set(self, num_done: int, rate: float | None = None) -> None:
@@ -27,6 +27,6 @@ class Rates:
             num_done: steps of the whole run before this one.
             rate: what all groups fall from; each one's first rate where it is None.
         """
-        left = 1.0 if self.falls_over is None else 1 - num_done / self.falls_over
+        left = 1.0 if self.falls is None else min(1.0, (self.falls.stop - num_done) / len(self.falls))
         for group, first in zip(self.optimizer.param_groups, self.firsts, strict=True):
             group["lr"] = (first if rate is None else rate) * left

@@ -39,8 +39,8 @@ def two_tower(data: str, out: str) -> RunConfig:
     A user's and an item's vector are compared, and a softmax tells the item that the user chose from sampled ones.
     Measured by recall and ndcg over all items.
     """
-    # Values that k-means of trained queries has placed and the task's gradient moves, in steps as short as they are. The
-    # metric is that of k-means, for DPQ-SX too.
+    # Values that k-means of trained queries has placed and the task's gradient moves, in steps as short as they are.
+    # The metric is that of k-means, for DPQ-SX too.
     dpq = DPQConfig(method="vq", metric="euclidean", value_gradient=True, penalty_weight=0.0, batch_norm=False)
     return RunConfig(
         recipe="two-tower",
@@ -48,7 +48,7 @@ def two_tower(data: str, out: str) -> RunConfig:
         model=TwoTowerOptions(),
         embedding=EmbeddingOptions(dpq=dpq, full_epochs=None),
         # Without patience: a run that ended early would never have learned at a low rate.
-        optimisation=OptimisationOptions(patience=None, learning_rate=0.2, rate_decay="linear", value_rate=0.03),
+        optimisation=OptimisationOptions(patience=None, learning_rate=0.2, rate_decay="late", value_rate=0.03),
         run=RunOptions(out=out),
     )
 

@@ -89,7 +89,7 @@ class Run:
         self.tables = str(model.TABLES)
         torch.manual_seed(config.run.seed + self.rank)  # shards start anew, and two ranks' must not start alike
         self.model, self.optimizer = self.task.distribute(model)
-        self.rates = Rates(self.optimizer, self._falls_over())  # before a checkpoint is loaded, with the last step's
+        self.rates = Rates(self.optimizer, self._falling_steps())  # before a checkpoint is loaded, with the last step's
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, stored(self.model), self.optimizer, self.task.digest())
 
     def finish(self) -> dict[str, Any]:
@@ -102,10 +102,11 @@ class Run:
                 self._epoch(progress, board)
         return self._leave(progress)
 
-    def _falls_over(self) -> int | None:
-        limits = self.config.optimisation
-        is_linear = isinstance(limits, OptimisationOptions) and limits.rate_decay == "linear"
-        return limits.epochs * self.num_steps if is_linear else None
+    def _falling_steps(self) -> range | None:
+        limits, all_steps = self.config.optimisation, self.config.optimisation.epochs * self.num_steps
+        if not isinstance(limits, OptimisationOptions) or limits.rate_decay == "none":
+            return None
+        return range(0 if limits.rate_decay == "linear" else all_steps * 2 // 3, all_steps)
 
     def _is_past_hope(self, progress: Progress) -> bool:
         """Whether `patience` epochs that could be the best were none."""

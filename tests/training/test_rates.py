@@ -37,11 +37,11 @@ class Summed(nn.Module):
         return self.tables(features).values().sum() + self.dense.sum()
 
 
-def moves(falls_over, rate=None):
+def moves(falls, rate=None):
     """By how much each step moves a number of a row, and a dense one."""
     options = OptimisationOptions(optimizer="sgd", learning_rate=0.5, dense_learning_rate=0.01)
     model, optimizer = shard(Summed(), options, CPU)
-    rates = Rates(optimizer, falls_over)
+    rates = Rates(optimizer, falls)
     features = KeyedJaggedTensor(keys=["t"], values=torch.tensor([1]), lengths=torch.tensor([1]))
     (weight,) = (w for name, w in model.state_dict().items() if name.endswith("t.weight"))
     table_VE, dense_F = weight.local_shards()[0].tensor, model.state_dict()["dense"]
@@ -57,16 +57,22 @@ def moves(falls_over, rate=None):
     return of_row, of_dense
 
 
-def shares(falls_over, rate=None):
+def shares(falls, rate=None):
     """Of what each step would move them by if rates stayed; Adam's moves are in proportion to its rate too."""
-    pairs = zip(moves(falls_over, rate), moves(None), strict=True)
+    pairs = zip(moves(falls, rate), moves(None), strict=True)
     return [[fallen / whole for fallen, whole in zip(*pair, strict=True)] for pair in pairs]
 
 
 def test_rates_of_tables_and_of_dense_weights_fall_linearly():
-    of_row, of_dense = shares(STEPS)
+    of_row, of_dense = shares(range(STEPS))
     assert of_row == pytest.approx([1, 0.75, 0.5, 0.25], rel=1e-4)
     assert of_dense == pytest.approx([1, 0.75, 0.5, 0.25], rel=1e-4)
+
+
+def test_rates_stay_until_the_steps_in_which_they_fall():
+    of_row, of_dense = shares(range(2, STEPS))
+    assert of_row == pytest.approx([1, 1, 1, 0.5], rel=1e-4)
+    assert of_dense == pytest.approx([1, 1, 1, 0.5], rel=1e-4)
 
 
 def test_rates_that_do_not_fall_are_those_of_the_options():
@@ -75,7 +81,7 @@ def test_rates_that_do_not_fall_are_those_of_the_options():
 
 
 def test_the_rate_of_an_epoch_takes_the_place_of_first_rates():
-    of_row, of_dense = shares(2 * STEPS, rate=0.2)
+    of_row, of_dense = shares(range(2 * STEPS), rate=0.2)
     assert of_row == pytest.approx([0.4, 0.35, 0.3, 0.25], rel=1e-4)
     assert of_dense == pytest.approx([20, 17.5, 15, 12.5], rel=1e-4)
 
@@ -83,7 +89,7 @@ def test_the_rate_of_an_epoch_takes_the_place_of_first_rates():
 def test_rates_fall_from_the_first_ones_whatever_the_groups_hold_since():
     """As after a checkpoint, which brings the rate of its last step."""
     optimizer = shard(Summed(), OptimisationOptions(learning_rate=0.5), CPU)[1]
-    rates = Rates(optimizer, 10)
+    rates = Rates(optimizer, range(10))
     rates.set(9)
     rates.set(5)
     assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([0.0015, 0.25])
