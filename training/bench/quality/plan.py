@@ -93,8 +93,8 @@ class _Planner:
         return tuple(sorted((*self.study.ratios, *more)))
 
     def _trials(self, name: str, method: Method) -> Iterator[Case]:
-        """None where there is nothing to choose. Compressing is cheap: it is tuned at every ratio."""
-        if len(method.trials) > 1:
+        """None where nothing is to be chosen, or another study chooses. Compressing is cheap: tuned at every ratio."""
+        if len(method.trials) > 1 and not self._tuned_elsewhere(method):
             ratios = self._ratios(method)
             tuned = ratios if method.kind in ("afterwards", "full") else (grid.TUNING_RATIO,)
             for ratio, trial in itertools.product(tuned, method.trials):
@@ -151,6 +151,9 @@ class _Planner:
         """The trial with the best validation metric; None while some are not finished."""
         if len(method.trials) == 1:
             return method.trials[0]
+        if self._tuned_elsewhere(method):
+            other = next(study for study in STUDIES if study.dataset == self.study.tuned_on)
+            return _Planner(other, self.found)._chosen(name, method, ratio)
         tuned = ratio if method.kind in ("afterwards", "full") else grid.TUNING_RATIO
         tried: list[tuple[Trial, Known]] = []
         for trial in method.trials:
@@ -162,6 +165,9 @@ class _Planner:
                     tried.append((trial, known))
         winner = best([known for _, known in tried], self.study.metric)
         return next((trial for trial, known in tried if known is winner), None)
+
+    def _tuned_elsewhere(self, method: Method) -> bool:
+        return bool(self.study.tuned_on) and method.kind != "afterwards"
 
     def _finals(self, name: str, method: Method, seed: int) -> Iterator[Case]:
         for ratio in self._ratios(method):

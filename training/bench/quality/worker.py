@@ -94,6 +94,8 @@ def config_of_case(case: Case, data: Path, run: Path) -> RunConfig:
         ConfigError: flags that make no sense.
     """
     embedding = case.method if case.method in _BY_CONFIGURATION else "full"
+    if case.flags.get("refit"):
+        raise ConfigError(f"{case.name}: got --refit, which leaves no validation metrics to choose by; leave it out")
     changes = {"embedding": embedding, "epochs": case.epochs, "seed": case.seed, **case.flags}
     return with_changes(RECIPES[case.recipe](str(data / case.dataset), str(run)).as_dict(), changes)
 

@@ -30,13 +30,14 @@ def line_of(case, validation, test=0.5, num_bytes=None):
 
 
 def play(score, test=lambda case: 0.5, num_bytes=lambda case: None, study=STUDY):
-    """Every case of one study, in the order it was run."""
+    """Every case of one study, in the order it was run; the study that it is tuned on was run before."""
+    before = [other for other in STUDIES if other.dataset == study.tuned_on]
     lines = []
     while True:
         done = {line["case"] and Case.from_dict(line["case"]).name for line in lines}
-        left = [case for case in plan(lines, [study]) if case.name not in done]
+        left = [case for case in plan(lines, [*before, study]) if case.name not in done]
         if not left:
-            return [Case.from_dict(line["case"]) for line in lines]
+            return [case for line in lines if (case := Case.from_dict(line["case"])).dataset == study.dataset]
         lines += [line_of(case, score(case), test(case), num_bytes(case)) for case in left]
 
 
@@ -112,6 +113,18 @@ def test_finals_take_the_settings_of_the_best_trial(cases):
             assert (final.flags, final.settings) == (winner.flags, winner.settings)
 
 
+def test_a_study_that_is_tuned_on_another_takes_what_was_best_there(cases):
+    study = next(study for study in STUDIES if study.tuned_on)
+    tuned = play(by_method, study=study)
+    assert {case.method for case in tuned if case.stage == "trial"} == {"pq", "opq", "rq", "aq"}
+    assert {case.method for case in finals(tuned)} == {*METHODS}
+    chosen = {(c.method, c.ratio): c.settings for c in finals(cases, seed=0) if not c.of}
+    assert {(c.method, c.ratio): c.settings for c in finals(tuned, seed=0) if not c.of} == chosen
+    for name in ("full", "dpq-vq"):
+        here, there = (finals(each, method=name, seed=0)[0].flags["learning-rate"] for each in (tuned, cases))
+        assert here / study.flags["learning-rate"] == there / STUDY.flags["learning-rate"]
+
+
 def test_choices_do_not_see_test_metrics(cases):
     """The same validation with test metrics turned around: not one case differs."""
     assert play(by_method, test=lambda case: 1 - by_method(case)) == cases
@@ -142,8 +155,10 @@ def test_final_dpq_has_its_codes_fitted_afterwards_too(cases):
         assert {"pq" if size[2] == 1 else "rq", "dpq-reconstruction"} <= set(same)
 
 
-def test_sweep_has_every_k_and_d_once(cases):
-    swept = Counter((c.method, c.flags["num-codes"], c.flags["num-subspaces"]) for c in cases if c.stage == "sweep")
+def test_sweep_has_every_k_and_d_once():
+    study = next(study for study in STUDIES if study.dataset in grid.SWEEP_DATASETS)
+    sweep = [case for case in play(by_method, study=study) if case.stage == "sweep"]
+    swept = Counter((c.method, c.flags["num-codes"], c.flags["num-subspaces"]) for c in sweep)
     assert set(swept.values()) == {1}
     assert len(swept) == 2 * len(grid.SWEEP_NUM_CODES) * len(grid.SWEEP_NUM_SUBSPACES)
 
