@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Stage = Literal["trial", "final", "same-codes", "sweep"]
+Stage = Literal["trial", "final", "same-codes", "sweep", "ablation"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Case:
         recipe: of the trainer.
         method: "full", "dpq-sx", "dpq-vq", or one of `baselines.METHODS` or `afterwards.METHODS`.
         stage: "trial", by which settings are chosen; "final"; "same-codes", with K, D and L of a final DPQ; "sweep",
-            over K and D.
+            over K and D; "ablation", a trial with one thing changed.
         ratio: total fp32 bytes to total bytes, at least; None where the method has one size only.
         seed: of everything random.
         epochs: at most.

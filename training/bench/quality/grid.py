@@ -207,6 +207,23 @@ RECONSTRUCTIONS: tuple[Settings, ...] = (
     {"start": "uniform", "batch_norm": True},
 )
 
+# What each part of the chosen DPQ-VQ is worth: its trial again, at equal bytes, with one thing changed.
+ABLATION_DATASETS = ("movielens_1m",)
+ABLATION_METHOD = "dpq-vq"
+_TASK_OFF = {"value-gradient": False, "penalty-weight": 1.0}
+ABLATIONS: dict[str, Trial] = {
+    "one level, narrow subspaces": Trial(sizes=_DPQ_PLAIN),
+    "no full phase, k-means of random queries": Trial(flags={"full-epochs": 0, "start-from": "kmeans"}),
+    "no full phase, uniform start": Trial(flags={"full-epochs": 0}),
+    "values drawn to their queries by the penalty": Trial(flags=_TASK_OFF),
+    "values as running means of their queries": Trial(flags={**_TASK_OFF, "ema-decay": 0.99}),
+    "values ten times as fast": Trial(flags={"value-rate": 1.0}),
+    "values a tenth as fast": Trial(flags={"value-rate": 0.01}),
+    "commitment of queries, 0.25": Trial(flags={"commitment-weight": 0.25}),
+    "batch norm of scores (balances the codes)": Trial(flags={"batch-norm": True}),
+    "unused codes revived after 100 batches": Trial(flags={"revive-after": 100}),
+}
+
 # The heat maps of the paper's figures 3 and 7, half the epochs each.
 SWEEP_DATASETS = ("movielens_100k",)
 SWEEP_METHODS = ("dpq-sx", "dpq-vq")

@@ -6,6 +6,7 @@ Trials come first; what they choose makes the final cases; these choose what get
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -79,6 +80,8 @@ class _Planner:
             for seed in grid.SEEDS[1:]:
                 yield from self._finals(name, METHODS[name], seed)
         yield from self._same_codes()
+        if self.study.dataset in grid.ABLATION_DATASETS:
+            yield from self._ablations()
         if self.study.dataset in grid.SWEEP_DATASETS:
             yield from self._sweep()
 
@@ -214,6 +217,20 @@ class _Planner:
             for settings in grid.RECONSTRUCTIONS:
                 config = {**size, **settings, "method": name.removeprefix("dpq-"), "values_dtype": "float16"}
                 yield Case(method="dpq-reconstruction", stage="same-codes", settings=config, **fields)
+
+    def _ablations(self) -> Iterator[Case]:
+        name, ratio = grid.ABLATION_METHOD, grid.TUNING_RATIO
+        chosen = self._chosen(name, METHODS[name], ratio)
+        if chosen is None:
+            return
+        for what, change in grid.ABLATIONS.items():
+            changed = dataclasses.replace(
+                chosen,
+                flags={**chosen.flags, **change.flags},
+                sizes=change.sizes or chosen.sizes,
+                settings={"changed": what},
+            )
+            yield from self._as_case(name, METHODS[name], changed, ratio, stage="ablation", seed=grid.SEEDS[0])
 
     def _sweep(self) -> Iterator[Case]:
         shape = itertools.product(grid.SWEEP_METHODS, grid.SWEEP_NUM_CODES, grid.SWEEP_NUM_SUBSPACES)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.bench.quality.grid import STUDIES, Study
+from training.bench.quality.grid import ABLATION_METHOD, STUDIES, TUNING_RATIO, Study
 
 Line = Mapping[str, Any]
 _ORDER = ("full", "dpq-sx", "dpq-vq")
@@ -14,7 +14,7 @@ _SHOWN = {"two-tower": ("recall@10", "ndcg@10", "recall@20", "ndcg@20"), "dlrm":
 
 
 def tables(lines: Sequence[Line], compared: Sequence[Mapping[str, Any]]) -> str:
-    """Final cases of every data set, and K, D and L of DPQ fitted afterwards; means over seeds."""
+    """Final cases of every data set, means over seeds; K, D and L of DPQ fitted afterwards; ablations."""
     parts = []
     for study in STUDIES:
         of_study = [line for line in lines if line["dataset"] == study.dataset]
@@ -23,6 +23,8 @@ def tables(lines: Sequence[Line], compared: Sequence[Mapping[str, Any]]) -> str:
             parts += [f"### {study.dataset}", _table(study, finals, compared)]
         if same := [line for line in of_study if line["stage"] == "same-codes"]:
             parts += ["The same K, D and L, fitted to the trained full table afterwards:", _same_codes(study, same)]
+        if ablations := [line for line in of_study if line["stage"] == "ablation"]:
+            parts += ["The trial that DPQ-VQ chose, with one thing changed:", _ablations(study, of_study, ablations)]
     return "\n\n".join(parts)
 
 
@@ -63,6 +65,22 @@ def _same_codes(study: Study, lines: Sequence[Line]) -> str:
         cells = [" ".join([line["method"], *how]), *size, f"{line['ratio']:.1f}"]
         rows.append([*cells, *(f"{line['metrics'][name]:.4f}" for name in shown)])
     return _markdown(["fitted by", "D", "K", "L", "ratio", *shown], rows)
+
+
+def _ablations(study: Study, lines: Sequence[Line], ablations: Sequence[Line]) -> str:
+    """Validation metrics: an ablation is for choosing, as a trial is."""
+    tried = [
+        line
+        for line in lines
+        if (line["method"], line["stage"], line["case"]["ratio"]) == (ABLATION_METHOD, "trial", TUNING_RATIO)
+    ]
+    chosen = max(tried, key=lambda line: line["validation"][study.metric])
+    rows = []
+    for line in (chosen, *ablations):
+        value, ratio = line["validation"][study.metric], line["ratio"]
+        share = value / chosen["validation"][study.metric]
+        rows.append([line["case"]["settings"].get("changed", ""), f"{ratio:.1f}", f"{value:.4f}", f"{share:.1%}"])
+    return _markdown(["changed", "ratio", f"{study.metric}, validation", "of the chosen"], rows)
 
 
 def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

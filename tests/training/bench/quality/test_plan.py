@@ -10,6 +10,7 @@ from training.bench.quality import afterwards, baselines, grid
 from training.bench.quality.case import Case
 from training.bench.quality.grid import METHODS, STUDIES
 from training.bench.quality.plan import Known, plan
+from training.bench.quality.worker import config_of_case
 from training.config import with_changes
 from training.recipes import ANYWHERE, RECIPES
 
@@ -161,6 +162,23 @@ def test_sweep_has_every_k_and_d_once():
     swept = Counter((c.method, c.flags["num-codes"], c.flags["num-subspaces"]) for c in sweep)
     assert set(swept.values()) == {1}
     assert len(swept) == 2 * len(grid.SWEEP_NUM_CODES) * len(grid.SWEEP_NUM_SUBSPACES)
+
+
+def test_an_ablation_is_the_best_trial_of_dpq_with_one_thing_changed(cases, tmp_path):
+    (tmp_path / STUDY.dataset).mkdir()
+    assert STUDY.dataset in grid.ABLATION_DATASETS
+    winner = max((c for c in cases if (c.method, c.stage) == ("dpq-vq", "trial")), key=by_method)
+    ablations = {c.settings["changed"]: c for c in cases if c.stage == "ablation"}
+    assert ablations.keys() == grid.ABLATIONS.keys()
+    for what, case in ablations.items():
+        assert (case.ratio, case.epochs, case.seed) == (winner.ratio, winner.epochs, winner.seed)
+        asked = grid.ABLATIONS[what]
+        assert asked.flags.items() <= case.flags.items()
+        if not asked.sizes:
+            assert {name: case.flags.get(name) for name in winner.flags if name not in asked.flags} == {
+                name: value for name, value in winner.flags.items() if name not in asked.flags
+            }
+        config_of_case(case, tmp_path, tmp_path / "run")  # whose options make sense together
 
 
 def test_case_has_another_name_for_other_settings_and_comes_back_from_json():

@@ -73,3 +73,11 @@ def test_tables_have_means_of_seeds_and_what_is_kept_of_full():
     assert rows[1].endswith(f"| {kept:.1%} |  | 0, 1 | 3, 3 |")
     assert "| rq | 8 | 64 | 2 | 1.0 | 0.2500 |" in text
     assert text.index("movielens_1m") != text.index("gowalla")
+
+
+def test_ablations_stand_beside_the_trial_that_was_chosen():
+    tried = [line_of("movielens_1m", "dpq-vq", "trial", quality, ratio=20.0) for quality in (0.02, 0.05, 0.04)]
+    changed = line_of("movielens_1m", "dpq-vq", "ablation", 0.03, ratio=20.0, settings={"changed": "no full phase"})
+    lines = [line | {"validation": {"ndcg@10": line["metrics"]["ndcg@10"] - 1}} for line in (*tried, changed)]
+    text = report.tables(lines, [])
+    assert "|  | 20.0 | 0.0500 | 100.0% |\n| no full phase | 20.0 | 0.0300 | 60.0% |" in text
