@@ -1,4 +1,7 @@
-"""Every way to get a vector, behind one method. Another way: a class of this form, and a line at the end."""
+"""Every way to get a vector, behind one method. Another way: a class of this form, and a line at the end.
+
+Those that ask a server are in `server_readers`.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,11 @@ import contextlib
 import io
 import itertools
 import json
-import os
-import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import grpc
-import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,11 +24,7 @@ from dpq_rec import CodeLayout, EmbeddingStore, IdTypeError, UnknownIdsError, Un
 from dpq_rec.cli import main
 from dpq_rec.export import ExportConfig, export_table
 from dpq_rec.kernels import MISSING_ROW, reference
-from service.proto.dpq.v1 import embedding_pb2 as pb
-from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
 from tests.contracts import cases
-
-ROOT = Path(__file__).parents[2]
 
 
 class Answer(NamedTuple):
@@ -73,7 +66,7 @@ class Reader(Protocol):
         """Let go of what the reader holds."""
 
 
-class _Anything:
+class Anything:
     """A reader without limits, that holds nothing."""
 
     tables: Sequence[str] = cases.TABLES
@@ -86,7 +79,7 @@ class _Anything:
         pass
 
 
-class ReferenceReader(_Anything):
+class ReferenceReader(Anything):
     """The plain numpy decoder on what the safetensors library and `json` read: the measure of all others."""
 
     def __init__(self, artifact: Path) -> None:
@@ -142,7 +135,7 @@ class ReferenceReader(_Anything):
         return vectors_NE
 
 
-class StoreReader(_Anything):
+class StoreReader(Anything):
     """In process, from the artifact's folder."""
 
     def __init__(self, artifact: Path) -> None:
@@ -160,7 +153,7 @@ class StoreReader(_Anything):
         return Answer(found.vectors, found.missing.tolist())
 
 
-class ModuleReader(_Anything):
+class ModuleReader(Anything):
     """The torch modules in eval mode, before they were frozen. They take rows, so the vocabulary is put before them."""
 
     tables = cases.TRAINED
@@ -196,7 +189,7 @@ class PublishedReader(StoreReader):
         self.folder.cleanup()
 
 
-class CommandLineReader(_Anything):
+class CommandLineReader(Anything):
     """`dpq-rec lookup`. It prints zeros for unknown ids and says so by its exit code."""
 
     dtypes = ("float32",)
@@ -215,14 +208,14 @@ class CommandLineReader(_Anything):
                 code = exit_.code
         if code == 2:
             raise ReaderError("id_type" if "want an integer" in stderr.getvalue() else "unknown_table")
-        answer = _from_json(json.loads(stdout.getvalue()), dtype)
+        answer = from_json(json.loads(stdout.getvalue()), dtype)
         assert code == (1 if answer.missing else 0)
         if answer.missing and missing == "error":
             raise ReaderError("unknown_ids")
         return answer
 
 
-class ParquetReader(_Anything):
+class ParquetReader(Anything):
     """`dpq-rec export`, read by pyarrow. A file has no policies and no types of ids but its own."""
 
     id_types = string_id_types = ()
@@ -262,135 +255,12 @@ class ParquetReader(_Anything):
         self.folder.cleanup()
 
 
-class Server:
-    """A server of its own process, started once for all readers that ask it."""
-
-    def __init__(self, artifact: Path) -> None:
-        flags = ["--http-port", "0", "--grpc-port", "0", "--workers", "1", "--drain-seconds", "0"]
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `close` closes it
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "service", "--artifact", str(artifact), *flags],
-            cwd=ROOT,
-            env={name: value for name, value in os.environ.items() if not name.startswith("DPQ_")},
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        ready = re.match(r"ready: (http://\S+) grpc://(\S+)", line)
-        if not ready:
-            self.process.kill()
-            self.log.seek(0)
-            raise RuntimeError(f"the server printed {line!r} and logged {self.log.read()}")
-        self.http, self.grpc = ready.groups()
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-        self.log.close()
-
-
-def _from_json(reply: dict[str, Any], dtype: str) -> Answer:
+def from_json(reply: dict[str, Any], dtype: str) -> Answer:
     vectors = np.array(reply["vectors"], np.float64).astype(np.float32).astype(dtype)
     return Answer(vectors.reshape(-1, reply["dim"]), reply["missing"])
 
 
-class _HttpReader(_Anything):
-    def __init__(self, server: Server) -> None:
-        self.client = httpx.Client(base_url=server.http)
-
-    def _post(self, path: str, dtype: str, missing: str, **body: Any) -> httpx.Response:
-        reply = self.client.post(path, params={"dtype": dtype, "missing": missing}, **body)
-        if reply.status_code == 404:
-            raise ReaderError(reply.json()["error_type"])
-        if reply.status_code == 422:
-            raise ReaderError("id_type")
-        return reply.raise_for_status()
-
-    def close(self) -> None:
-        self.client.close()
-
-
-class HttpJsonReader(_HttpReader):
-    """POST /v1/tables/{table}/lookup, JSON both ways."""
-
-    def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
-        reply = self._post(f"/v1/tables/{table}/lookup", dtype, missing, json={"ids": list(ids)}).json()
-        assert reply["table"] == table
-        return _from_json(reply, dtype)
-
-
-class HttpTablesReader(_HttpReader):
-    """POST /v1/lookup, which takes several tables."""
-
-    def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
-        body = {"tables": {"one_row": {"ids": [42]}, table: {"ids": list(ids)}}}
-        reply = self._post("/v1/lookup", dtype, missing, json=body).json()
-        return _from_json(reply["tables"][table], dtype)
-
-
-class HttpBinaryReader(_HttpReader):
-    """POST /v1/tables/{table}/lookup, bytes both ways: eight of them are always an integer."""
-
-    tables = tuple(table for table in cases.TABLES if table not in cases.STRING_TABLES)
-    id_types = ()
-
-    def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
-        octets = "application/octet-stream"
-        headers, content = {"Content-Type": octets, "Accept": octets}, np.array(ids, "<i8").tobytes()
-        reply = self._post(f"/v1/tables/{table}/lookup", dtype, missing, content=content, headers=headers)
-        num_rows, dim = int(reply.headers["X-Num-Rows"]), int(reply.headers["X-Dim"])
-        element = np.dtype(reply.headers["X-Dtype"]).newbyteorder("<")
-        vectors = np.frombuffer(reply.content, element, num_rows * dim).reshape(num_rows, dim)
-        unknown = np.frombuffer(reply.content, "<u4", int(reply.headers["X-Num-Missing"]), vectors.nbytes)
-        assert len(reply.content) == vectors.nbytes + unknown.nbytes
-        return Answer(vectors, unknown.tolist())
-
-
-class GrpcReader(_Anything):
-    """Lookup."""
-
-    id_types, string_id_types = ("strings",), ("integers",)  # the message has no field for others
-
-    def __init__(self, server: Server) -> None:
-        self.channel = grpc.insecure_channel(server.grpc)
-        self.stub = pb_grpc.EmbeddingServiceStub(self.channel)
-
-    def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
-        field = "string_ids" if ids and isinstance(ids[0], str) else "ids"
-        wanted = {"dtype": pb.FLOAT16 if dtype == "float16" else pb.FLOAT32}
-        policy = {"missing": pb.ERROR if missing == "error" else pb.ZEROS}
-        try:
-            reply = self._call(pb.LookupRequest(table=table, **{field: ids}, **wanted, **policy))
-        except grpc.RpcError as error:
-            raise ReaderError(self._kind(error)) from error
-        assert reply.dtype == wanted["dtype"]
-        element = np.dtype(dtype).newbyteorder("<")
-        return Answer(np.frombuffer(reply.vectors, element).reshape(-1, reply.dim), list(reply.missing))
-
-    def _call(self, request: Any) -> Any:
-        return self.stub.Lookup(request)
-
-    @staticmethod
-    def _kind(error: Any) -> str:
-        if error.code() == grpc.StatusCode.NOT_FOUND:
-            return "unknown_table" if "is not in this artifact" in error.details() else "unknown_ids"
-        return "id_type" if error.code() == grpc.StatusCode.INVALID_ARGUMENT else str(error)
-
-    def close(self) -> None:
-        self.channel.close()
-
-
-class GrpcBatchReader(GrpcReader):
-    """BatchLookup, which takes several requests."""
-
-    def _call(self, request: Any) -> Any:
-        other = pb.LookupRequest(table="one_row", ids=[42])
-        return self.stub.BatchLookup(pb.BatchLookupRequest(requests=[other, request])).replies[1]
-
-
-# Readers of the artifact's folder, and of the server that serves it.
+# Readers of the artifact's folder.
 OF_ARTIFACT: dict[str, type[Any]] = {
     "reference": ReferenceReader,
     "module": ModuleReader,
@@ -398,11 +268,4 @@ OF_ARTIFACT: dict[str, type[Any]] = {
     "published": PublishedReader,
     "cli": CommandLineReader,
     "parquet": ParquetReader,
-}
-OF_SERVER: dict[str, type[Any]] = {
-    "http-json": HttpJsonReader,
-    "http-tables": HttpTablesReader,
-    "http-binary": HttpBinaryReader,
-    "grpc": GrpcReader,
-    "grpc-batch": GrpcBatchReader,
 }

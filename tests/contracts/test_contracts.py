@@ -1,6 +1,6 @@
 """One suite over every way to get a vector: the same cases, the same bits.
 
-`cases` says what is asked, `readers` how; the expected answer is the reference reader's.
+`cases` says what is asked, `readers` and `server_readers` how; the expected answer is the reference reader's.
 """
 
 import contextlib
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.contracts import cases
-from tests.contracts.readers import OF_ARTIFACT, OF_SERVER, ReaderError, ReferenceReader, Server
+from tests.contracts.readers import OF_ARTIFACT, ReaderError, ReferenceReader
+from tests.contracts.server_readers import OF_SERVER, Server
 
 
 @pytest.fixture(scope="session")

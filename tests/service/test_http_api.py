@@ -1,26 +1,14 @@
-"""The HTTP API in this process: every form of request and reply, and every error of contract 4."""
+"""The HTTP API in this process: every form of request and reply of contract 4. test_http_errors.py has its errors."""
 
-import asyncio
-import logging
 import re
 import uuid
 
-import httpx
 import numpy as np
 import pytest
 
 from service import http_schema
 from service.http_api import create_app
-
-JSON, OCTETS = "application/json", "application/octet-stream"
-ITEMS = "/v1/tables/item_id/lookup"
-USERS = "/v1/tables/user_id/lookup"
-NAMES = "/v1/tables/name/lookup"
-
-
-def octets(ids):
-    return np.asarray(ids, "<i8").tobytes()
-
+from tests.service.http_requests import ITEMS, JSON, NAMES, OCTETS, USERS, octets
 
 # Lookups
 
@@ -111,108 +99,6 @@ def test_tables_lists_what_is_served(call):
     assert found["tables"][0]["features"] == ["item", "history"]
 
 
-# Errors: (method, path, request, status, error_type, what the text says)
-
-ERRORS = {
-    "broken JSON": ("POST", ITEMS, {"content": b"{", "headers": {"Content-Type": JSON}}, 400, "malformed", "no JSON"),
-    "no body": ("POST", ITEMS, {"headers": {"Content-Type": JSON}}, 400, "malformed", "no JSON"),
-    "broken id": (
-        "POST", ITEMS, {"content": b"1234567", "headers": {"Content-Type": OCTETS}}, 400, "malformed", "multiple of 8"
-    ),
-    "broken JSON of tables": (
-        "POST", "/v1/lookup", {"content": b"[", "headers": {"Content-Type": JSON}}, 400, "malformed", "no JSON"
-    ),
-    "unknown table": ("POST", "/v1/tables/usr/lookup", {"json": {"ids": [1]}}, 404, "unknown_table", "item_id"),
-    "unknown table of several": (
-        "POST", "/v1/lookup", {"json": {"tables": {"usr": {"ids": []}}}}, 404, "unknown_table", "usr"
-    ),
-    "unknown id": ("POST", f"{USERS}?missing=error", {"json": {"ids": [1, 99]}}, 404, "unknown_ids", "99"),
-    "unknown id of several": (
-        "POST", "/v1/lookup?missing=error", {"json": {"tables": {"user_id": {"ids": [99]}}}}, 404, "unknown_ids", "99"
-    ),
-    "Accept": (
-        "POST", ITEMS, {"json": {"ids": [1]}, "headers": {"Accept": "text/html"}}, 406, "not_acceptable", "text/html"
-    ),
-    "Accept of several": (
-        "POST", "/v1/lookup", {"json": {"tables": {}}, "headers": {"Accept": OCTETS}}, 406, "not_acceptable", OCTETS
-    ),
-    "too many ids": ("POST", ITEMS, {"json": {"ids": list(range(301))}}, 413, "too_many_ids", "301, want at most 300"),
-    "too many ids as bytes": (
-        "POST", ITEMS, {"content": octets(range(301)), "headers": {"Content-Type": OCTETS}}, 413, "too_many_ids", "301"
-    ),
-    "too many ids of several": (
-        "POST", "/v1/lookup", {"json": {"tables": {"item_id": {"ids": [1] * 200}, "user_id": {"ids": [1] * 101}}}},
-        413, "too_many_ids", "301",
-    ),
-    "too many bytes": (
-        "POST", ITEMS, {"content": b" " * 5001, "headers": {"Content-Type": JSON}}, 413, "too_many_bytes", "5000 bytes"
-    ),
-    "too many bytes of several": (
-        "POST", "/v1/lookup", {"content": b" " * 5001, "headers": {"Content-Type": JSON}}, 413, "too_many_bytes", "5000"
-    ),
-    "content type": ("POST", ITEMS, {"data": {"ids": "1"}}, 415, "unsupported_media_type", "x-www-form-urlencoded"),
-    "no content type": ("POST", ITEMS, {"content": b"{}"}, 415, "unsupported_media_type", "got none"),
-    "bytes for several": (
-        "POST", "/v1/lookup", {"content": b"", "headers": {"Content-Type": OCTETS}},
-        415, "unsupported_media_type", OCTETS,
-    ),
-    "float": ("POST", ITEMS, {"json": {"ids": [1.5]}}, 422, "invalid_request", "ids[0]: got a float"),
-    "boolean": ("POST", ITEMS, {"json": {"ids": [1, True]}}, 422, "invalid_request", "ids[1]: got a boolean"),
-    "nested": ("POST", ITEMS, {"json": {"ids": [[1]]}}, 422, "invalid_request", "ids[0]: got a list"),
-    "beyond int64": ("POST", ITEMS, {"json": {"ids": [1 << 63]}}, 422, "invalid_request", "want a 64-bit integer"),
-    "far beyond int64": ("POST", ITEMS, {"json": {"ids": [1 << 70]}}, 422, "invalid_request", "ids[0]: got a float"),
-    "strings": ("POST", ITEMS, {"json": {"ids": ["a"]}}, 422, "wrong_id_type", "wants integers"),
-    "no ids": ("POST", ITEMS, {"json": {"id": [1]}}, 422, "invalid_request", "got no 'ids'"),
-    "no tables": ("POST", "/v1/lookup", {"json": {"ids": [1]}}, 422, "invalid_request", "got no 'tables'"),
-    "dtype": ("POST", f"{ITEMS}?dtype=float64", {"json": {"ids": [1]}}, 422, "invalid_request", "dtype: got 'float64'"),
-    "missing": ("POST", f"{ITEMS}?missing=skip", {"json": {"ids": [1]}}, 422, "invalid_request", "missing: got 'skip'"),
-    "dtype of several": ("POST", "/v1/lookup?dtype=x", {"json": {"tables": {}}}, 422, "invalid_request", "dtype"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("method", "path", "sent", "status", "error_type", "said"), ERRORS.values(), ids=ERRORS)
-def test_lookup_error_is_the_contracts_and_is_documented(
-    call, make_engine, method, path, sent, status, error_type, said
-):
-    engine = make_engine(max_ids=300, max_body_bytes=5000)
-    answer = call(method, path, engine, **sent)
-    assert (answer.status_code, answer.json()["error_type"]) == (status, error_type)
-    assert said in answer.json()["error"]
-    assert set(answer.json()) == {"error", "error_type"}
-    assert engine.num_in_flight == 0
-    route = path.partition("?")[0]
-    template = route if route == "/v1/lookup" else "/v1/tables/{table}/lookup"
-    assert str(status) in create_app(engine).openapi()["paths"][template]["post"]["responses"]
-
-
-STRING_ERRORS = {
-    "bytes": (
-        NAMES, {"content": b"12345678", "headers": {"Content-Type": OCTETS}}, 415, "unsupported_media_type", "string"
-    ),
-    "integers": (NAMES, {"json": {"ids": [7]}}, 422, "wrong_id_type", "got integers, table 'name' wants strings"),
-    "integers of several": (
-        "/v1/lookup", {"json": {"tables": {"name": {"ids": [7]}}}}, 422, "wrong_id_type", "wants strings"
-    ),
-    "mixed": (NAMES, {"json": {"ids": ["a", 7]}}, 422, "invalid_request", "ids[1]: got an integer"),
-    "null": (NAMES, {"json": {"ids": ["a", None]}}, 422, "invalid_request", "ids[1]: got null"),
-    "half a surrogate pair": (
-        NAMES, {"content": b'{"ids": ["\\ud800"]}', "headers": {"Content-Type": JSON}}, 400, "malformed", "surrogate"
-    ),
-    "unknown": (f"{NAMES}?missing=error", {"json": {"ids": ["a", "b\n"]}}, 404, "unknown_ids", "table 'name': 'b\\n';"),
-    "too many": (NAMES, {"json": {"ids": ["a"] * 301}}, 413, "too_many_ids", "301, want at most 300"),
-    "too long": (NAMES, {"json": {"ids": ["a" * 5000]}}, 413, "too_many_bytes", "more than 5000 bytes"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("path", "sent", "status", "error_type", "said"), STRING_ERRORS.values(), ids=STRING_ERRORS)
-def test_lookup_of_strings_fails_as_the_contract_says(
-    call, make_engine, string_store, path, sent, status, error_type, said
-):
-    answer = call("POST", path, make_engine(store=string_store, max_ids=300, max_body_bytes=5000), **sent)
-    assert (answer.status_code, answer.json()["error_type"]) == (status, error_type)
-    assert said in answer.json()["error"]
-
-
 def test_lookup_takes_as_many_uuids_as_ids_are_allowed(call, make_engine, string_store):
     engine = make_engine(store=string_store)
     asked = [str(uuid.UUID(int=i)) for i in range(engine.settings.max_ids)]
@@ -232,72 +118,7 @@ def test_lookup_takes_as_many_ids_and_bytes_as_allowed(call, make_engine):
     assert answer.status_code == 200
 
 
-def test_lookup_stops_reading_a_body_of_unknown_length_at_the_limit(call, make_engine):
-    sent = []
-
-    async def endless():
-        while True:
-            sent.append(1)
-            yield b" " * 1000
-
-    answer = call("POST", ITEMS, make_engine(max_body_bytes=5000), content=endless(), headers={"Content-Type": JSON})
-    assert (answer.status_code, answer.json()["error_type"]) == (413, "too_many_bytes")
-    assert answer.headers["connection"] == "close"
-    assert len(sent) == 6
-
-
-def test_lookup_gives_up_a_body_that_does_not_arrive(call, monkeypatch):
-    async def stuck():
-        yield b"{"
-        await asyncio.sleep(60)
-
-    monkeypatch.setattr("service.http_api._BODY_SECONDS", 0.05)
-    answer = call("POST", ITEMS, content=stuck(), headers={"Content-Type": JSON})
-    assert (answer.status_code, answer.json()["error_type"]) == (400, "malformed")
-
-
-def test_lookup_refuses_more_requests_than_may_be_in_flight(make_engine):
-    engine = make_engine(max_in_flight=1)
-
-    async def scenario():
-        arrived, go_on = asyncio.Event(), asyncio.Event()
-
-        async def slow():
-            arrived.set()
-            await go_on.wait()
-            yield b'{"ids": [1]}'
-
-        transport = httpx.ASGITransport(create_app(engine))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            first = asyncio.create_task(client.post(USERS, content=slow(), headers={"Content-Type": JSON}))
-            await arrived.wait()
-            refused = [
-                await client.post(USERS, json={"ids": [1]}),
-                await client.post("/v1/lookup", json={"tables": {}}),
-            ]
-            healthy = await client.get("/readyz")
-            go_on.set()
-            return refused, healthy, await first, await client.post(USERS, json={"ids": [1]})
-
-    refused, healthy, first, later = asyncio.run(scenario())
-    for answer in refused:
-        assert (answer.status_code, answer.json()["error_type"]) == (429, "overloaded")
-        assert answer.headers["retry-after"] == "1"
-    assert [healthy.status_code, first.status_code, later.status_code] == [200, 200, 200]
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "sent"),
-    [
-        ("POST", USERS, {"json": {"ids": [1]}}),
-        ("POST", "/v1/lookup", {"json": {"tables": {}}}),
-        ("GET", "/readyz", {}),
-    ],
-)
-def test_api_answers_503_until_it_has_started(call, make_engine, method, path, sent):
-    answer = call(method, path, make_engine(started=False), **sent)
-    assert (answer.status_code, answer.json()["error_type"]) == (503, "not_ready")
-    assert answer.headers["retry-after"] == "1"
+# Health
 
 
 def test_readyz_fails_while_lookups_are_still_answered_when_draining(call, make_engine):
@@ -313,34 +134,6 @@ def test_health_says_its_status_and_version(call, path):
     answer = call("GET", path)
     assert answer.status_code == 200
     assert http_schema.Health.model_validate(answer.json()).version == "test-1"
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status", "error_type"),
-    [
-        ("GET", "/nope", 404, "not_found"),
-        ("GET", "/v1/tables/", 404, "not_found"),
-        ("GET", "/docs/assets/nope.js", 404, "not_found"),
-        ("GET", "/docs/assets/../../__init__.py", 404, "not_found"),
-        ("GET", "/v1/lookup", 405, "method_not_allowed"),
-        ("PUT", ITEMS, 405, "method_not_allowed"),
-    ],
-)
-def test_api_answers_unknown_routes_and_methods_in_the_form_of_its_errors(call, method, path, status, error_type):
-    answer = call(method, path)
-    assert (answer.status_code, answer.json()["error_type"]) == (status, error_type)
-    assert ("allow" in answer.headers) == (status == 405)
-
-
-def test_api_answers_500_and_logs_what_nobody_expected(call, make_engine, monkeypatch, caplog):
-    engine = make_engine()
-    monkeypatch.setattr(engine, "lookup", lambda requests: 1 / 0)
-    with caplog.at_level(logging.ERROR, "service.http"):
-        answer = call("POST", USERS, engine, json={"ids": [1]})
-    assert (answer.status_code, answer.json()["error_type"]) == (500, "internal")
-    assert "ZeroDivisionError" in caplog.text
-    assert "division" not in answer.text
-    assert b'code="500"' in engine.metrics.render()
 
 
 # Keys

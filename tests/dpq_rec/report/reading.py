@@ -1,6 +1,11 @@
-"""A page as a browser reads it, in the small: elements with their attributes, texts and children."""
+"""Reports, and their pages as a browser reads them, in the small: elements with attributes, texts and children."""
 
 from html.parser import HTMLParser
+
+from dpq_rec import CodeLayout, open_artifact, write_artifact
+from dpq_rec.report import ReportConfig, num_report_steps, write_report
+
+LAYOUT = CodeLayout(num_subspaces=4, num_codes=20)  # of most tables that are reported on
 
 _VOID = {"meta"}
 
@@ -58,3 +63,23 @@ def read_page(path):
     reader.close()
     assert reader.at is reader.root
     return reader.root
+
+
+def report(tmp_path, contents, **config):
+    """An artifact of one table `t`, or of several; the page on it; what was found of them."""
+    path = tmp_path / "artifact"
+    artifact = open_artifact(write_artifact(path, contents if isinstance(contents, dict) else {"t": contents}))
+    told = []
+    reported = write_report(artifact, tmp_path / "out.html", ReportConfig(**config), told.append)
+    assert sum(told) == num_report_steps(artifact)
+    return artifact, read_page(tmp_path / "out.html"), reported
+
+
+def table_of(page, name="t"):
+    return page.one("section", id=name)
+
+
+def rows_of(section):
+    """Each shown row's name, cosine and codes."""
+    rows = [line for line in section.find("tr") if line.find("td", "name")]
+    return [(line.one("td", "name").text, *(cell.text for cell in line.find("td", "number"))) for line in rows]

@@ -1,0 +1,12 @@
+"""What requests to the HTTP API are made of."""
+
+import numpy as np
+
+JSON, OCTETS = "application/json", "application/octet-stream"
+ITEMS = "/v1/tables/item_id/lookup"
+USERS = "/v1/tables/user_id/lookup"
+NAMES = "/v1/tables/name/lookup"
+
+
+def octets(ids):
+    return np.asarray(ids, "<i8").tobytes()
