@@ -57,12 +57,9 @@ class _Names(NamedTuple):
 
     def of(self, rows_QT: NDArray[np.int64]) -> Any:
         """Ids as `Neighbours` has them."""
-        distinct_P, at_QT = np.unique(self.positions_V[rows_QT], return_inverse=True)
-        found = self.ids[distinct_P]
-        if isinstance(found, np.ndarray):
-            return found[at_QT.reshape(rows_QT.shape)]
-        places: list[list[int]] = at_QT.reshape(rows_QT.shape).tolist()
-        return [[found[at] for at in at_T] for at_T in places]
+        distinct_P, inverse = np.unique(self.positions_V[rows_QT], return_inverse=True)
+        found, at_QT = self.ids[distinct_P], inverse.reshape(rows_QT.shape)
+        return found[at_QT] if isinstance(found, np.ndarray) else [[found[at] for at in at_T] for at_T in at_QT]
 
 
 class TableSearch:

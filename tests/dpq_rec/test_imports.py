@@ -63,7 +63,7 @@ def test_bench_prints_both_times_and_their_ratio():
 def test_dpq_rec_exports_what_it_says():
     pinned = """
         Artifact ArtifactError CodeLayout ConfigError DPQConfig DamagedArtifactError DpqRecError EmbeddingStore
-        IdTypeError IdentityVocabulary Int64Vocabulary Lookup MissingDependencyError ModuloVocabulary StringVocabulary
+        IdTypeError IdentityVocabulary Int64Vocabulary Lookup MissingDependencyError ModuloVocabulary Neighbours StringVocabulary
         TableContents UnknownIdsError UnknownTableError Vocabulary open_artifact pack_codes publish unpack_codes verify
         write_artifact
     """
