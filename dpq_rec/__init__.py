@@ -11,7 +11,7 @@ Read the modules in this order and you have read DPQ:
 7. `artifact`       the folder that is published (`tensorfile` is one of its files, `files` lets it appear whole,
                     `store` publishes it)
 8. `kernels`        the loops that must be fast, each beside the plain one it equals
-9. `lookup`         ids -> vectors, from the mapped artifact
+9. `lookup`         ids -> vectors, from the mapped artifact (`decode`: from rows on; `search`: back to the nearest ids)
 10. `code_use`      how rows use their codes; `report` shows it, and more, as a page
 11. `export`, `cli`, `errors`
 
@@ -33,6 +33,7 @@ from dpq_rec.errors import (
     UnknownTableError,
 )
 from dpq_rec.lookup import EmbeddingStore, Lookup
+from dpq_rec.search import Neighbours
 from dpq_rec.store import publish
 from dpq_rec.vocabulary import IdentityVocabulary, Int64Vocabulary, ModuloVocabulary, StringVocabulary, Vocabulary
 
@@ -51,6 +52,7 @@ __all__ = [
     "Lookup",
     "MissingDependencyError",
     "ModuloVocabulary",
+    "Neighbours",
     "StringVocabulary",
     "TableContents",
     "UnknownIdsError",

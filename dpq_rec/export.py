@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from dpq_rec.artifact import Table
 from dpq_rec.codes import find_damaged_row, unpack_codes
+from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError, DamagedArtifactError, MissingDependencyError
 from dpq_rec.files import renamed_into
-from dpq_rec.lookup import VectorType, decode_rows
+from dpq_rec.lookup import VectorType
 from dpq_rec.tiers import by_tier
 
 _BATCH_BYTES = 1 << 24  # of a row group's vectors, or of its ids where they are longer

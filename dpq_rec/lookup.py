@@ -1,4 +1,4 @@
-"""Ids to vectors. In: a table's name and ids. Out: Lookup(vectors_NE, missing positions)."""
+"""Ids to vectors, vectors to ids. In: a table's name, and ids or queries. Out: Lookup, or Neighbours."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec import kernels
-from dpq_rec.artifact import DPQ, DPQ_TIERS, Artifact, Table, open_artifact
-from dpq_rec.errors import ConfigError, DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
-from dpq_rec.tiers import by_tier
+from dpq_rec.artifact import Artifact, Table, open_artifact
+from dpq_rec.decode import decode_rows
+from dpq_rec.errors import ConfigError, IdTypeError, UnknownIdsError, UnknownTableError
+from dpq_rec.search import Neighbours, Similarity, TableSearch
 
 MissingPolicy = Literal["zeros", "error"]
 VectorType = Literal["float32", "float16"]
@@ -39,6 +40,7 @@ class EmbeddingStore:
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
+        self._searches = {name: TableSearch(table) for name, table in artifact.tables.items()}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> EmbeddingStore:
@@ -100,6 +102,29 @@ class EmbeddingStore:
         vectors_NE = decode_rows(found, rows_N)
         return Lookup(vectors_NE if dtype == "float32" else vectors_NE.astype(np.float16), missing_positions)
 
+    def search(self, table: str, queries: Any, k: int, *, similarity: Similarity = "dot") -> Neighbours:
+        """The k ids of a table whose vectors are most similar to each query, exactly: every row is looked at.
+
+        Compressed rows are scored from their codes, in fp32, without decoding a vector. Where scores tie, the lower
+        row comes first, which is the more frequent id of a trained table. The query's own id is one of the answers,
+        where it is in the table.
+
+        >>> user, _ = store.lookup("user_id", [7])
+        >>> ids, scores = store.search("item_id", user, 10)
+
+        Args:
+            table: the table's name.
+            queries: [Q, E], finite numbers.
+            k: answers to each query; fewer where the table has fewer ids.
+            similarity: "dot", the inner product, or "cosine", which is 0 with a vector of zeros.
+
+        Raises:
+            UnknownTableError: no such table.
+            ConfigError: queries that do not fit the table, no k, or another similarity.
+            DamagedArtifactError: a row's codes are not what was published.
+        """
+        return self._searches[self.table(table).name](queries, k, similarity)
+
 
 def ids_of_texts(table: Table, texts: Sequence[str]) -> list[int] | list[str]:
     """Ids as the table's vocabulary has them: what stands on a command line is text.
@@ -117,41 +142,3 @@ def _integer(text: str, table: str) -> int:
         return int(text)
     except ValueError:
         raise IdTypeError(f"ID: got {text!r}, want an integer: table {table!r} has integer ids") from None
-
-
-def decode_rows(table: Table, rows_N: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Vectors [N, E] (float32) of rows; MISSING_ROW gives zeros.
-
-    Raises:
-        DamagedArtifactError: a row outside the table, or an impossible code.
-    """
-    if table.manifest.kind == DPQ:
-        return kernels.decode(
-            table.tensors["packed_codes"], table.tensors["values_fp32"], rows_N, table.manifest.layout
-        )
-    present_N = rows_N != kernels.MISSING_ROW
-    outside_N = (rows_N < kernels.MISSING_ROW) | (rows_N >= table.manifest.num_embeddings)
-    if outside_N.any():
-        raise DamagedArtifactError(
-            f"row {rows_N[outside_N][0]} is outside the table's {table.manifest.num_embeddings} rows"
-        )
-    vectors_NE = np.zeros((len(rows_N), table.manifest.embedding_dim), np.float32)
-    if table.manifest.kind == DPQ_TIERS:
-        _decode_tiers(table, rows_N, vectors_NE)
-    else:
-        vectors_NE[present_N] = table.tensors["vectors"][rows_N[present_N]]
-    return vectors_NE
-
-
-def _decode_tiers(table: Table, rows_N: NDArray[np.int64], vectors_NE: NDArray[np.float32]) -> None:
-    """Put the vectors of rows that are not missing in their places, tier by tier."""
-    values_MKS = table.tensors["values_fp32"]
-    per_level = len(values_MKS) // table.manifest.num_levels
-    for tier, here_P in by_tier(table.tiers, rows_N):
-        values_of_tier = values_MKS[: tier.layout.num_levels * per_level]
-        try:
-            vectors_NE[here_P] = kernels.decode(
-                tier.packed_VW, values_of_tier, rows_N[here_P] - tier.first_row, tier.layout
-            )
-        except DamagedArtifactError as error:
-            raise DamagedArtifactError(f"of the rows from {tier.first_row} on, {error}") from error

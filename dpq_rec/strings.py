@@ -74,7 +74,7 @@ class PackedStrings(NamedTuple):
 
 
 class LazyStrings:
-    """Strings at positions of a long list, made when they are asked for: a slice, or all."""
+    """Strings at positions of a long list, made when they are asked for: a slice, all, or some, each at most once."""
 
     def __init__(self, packed: PackedStrings, positions_N: NDArray[np.int64]) -> None:
         self.packed, self.positions_N = packed, positions_N
@@ -82,7 +82,7 @@ class LazyStrings:
     def __len__(self) -> int:
         return len(self.positions_N)
 
-    def __getitem__(self, part: slice) -> list[str]:
+    def __getitem__(self, part: slice | NDArray[np.int64]) -> list[str]:
         return self.packed.unpack(self.positions_N[part])
 
     def tolist(self) -> list[str]:

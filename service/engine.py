@@ -1,4 +1,6 @@
-"""What both APIs call. In: TableRequests. Out: Answer(version, lookups); limits, overload and readiness are its own.
+"""What both APIs call. In: TableRequests, SearchRequests. Out: Answer(version, lookups), SearchAnswer.
+
+Limits, overload and readiness are its own.
 
 It knows neither HTTP nor gRPC: it raises the errors of `service.errors` and `dpq_rec.errors`, which they translate.
 """
@@ -11,14 +13,15 @@ import contextlib
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec import ConfigError, EmbeddingStore, IdTypeError, Lookup
+from dpq_rec import ConfigError, EmbeddingStore, IdTypeError, Lookup, Neighbours
 from dpq_rec.artifact import Table
 from dpq_rec.lookup import MissingPolicy, VectorType
+from dpq_rec.search import Similarity
 from service.errors import InvalidRequestError, NotReadyError, OverloadedError, TooManyIdsError
 from service.pooling import Pooling, pool
 from service.settings import Settings
@@ -69,6 +72,27 @@ class TableRequest:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """What is searched for in one table.
+
+    Attributes:
+        table: its name.
+        queries: vectors, [Q, E], or as lists.
+        ids: of the table itself, whose vectors are the queries: int64 [Q], or Q strings. Either they or queries.
+        k: answers to each.
+        similarity: "dot" or "cosine".
+        missing: "zeros" gives no answers for an unknown id, and reports it; "error" refuses it.
+    """
+
+    table: str
+    queries: Any = None
+    ids: NDArray[np.int64] | list[str] | None = None
+    k: int = 10
+    similarity: Similarity = "dot"
+    missing: MissingPolicy = "zeros"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TableInfo:
     """One table of the artifact.
 
@@ -109,6 +133,20 @@ class Answer(NamedTuple):
 
     version: str
     lookups: list[Lookup]
+
+
+class SearchAnswer(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        version: of the artifact.
+        neighbours: of the queries that have a vector, in order.
+        missing: positions of the unknown ids among the queries, ascending (uint32).
+    """
+
+    version: str
+    neighbours: Neighbours
+    missing: NDArray[np.uint32]
 
 
 def largest_reply_bytes(store: EmbeddingStore, max_ids: int) -> int:
@@ -211,8 +249,10 @@ class Engine:
             work: parse, look up and render; it must not touch the event loop.
             num_bytes: of the request.
         """
-        if num_bytes // 8 * self.max_dim <= _INLINE_VALUES:
-            return work()
+        return work() if num_bytes // 8 * self.max_dim <= _INLINE_VALUES else await self.run_apart(work)
+
+    async def run_apart(self, work: Callable[[], T]) -> T:
+        """The result of work() in a thread: what looks at every row of a table is never small."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def table(self, name: str) -> Table:
@@ -244,8 +284,38 @@ class Engine:
         store = self.store
         return Answer(store.version, [self._lookup(store, request) for request in requests])
 
+    def search(self, request: SearchRequest) -> SearchAnswer:
+        """The rows most similar to queries.
+
+        Raises:
+            UnknownTableError: no such table.
+            UnknownIdsError: an id is not in the vocabulary, and the request wants an error.
+            IdTypeError: ids of another type than the vocabulary's.
+            InvalidRequestError: queries that do not fit the table, no k, or neither queries nor ids.
+            TooManyIdsError: more than `max_queries` queries, or `max_ids` answers.
+        """
+        store, ids = self.store, request.ids
+        if (request.queries is None) == (ids is None):
+            raise InvalidRequestError("queries, ids: got both or neither, want one of them")
+        num_queries = len(request.queries if ids is None else ids)
+        if num_queries > self.settings.max_queries:
+            wanted = f"at most {self.settings.max_queries} in a request; send several, or raise --max-queries"
+            raise TooManyIdsError(f"queries: got {num_queries}, want {wanted}")
+        self.check_num_ids(num_queries * max(0, request.k), "answers")
+        queries, missing = request.queries, np.empty(0, np.uint32)
+        if ids is not None:
+            _check_kind(store.table(request.table), request.table, ids)
+            queries, missing = store.lookup(request.table, ids, missing=request.missing)
+            queries = np.delete(queries, missing, axis=0)
+        try:
+            found = store.search(request.table, queries, request.k, similarity=request.similarity)
+        except ConfigError as error:
+            raise InvalidRequestError(str(error)) from error
+        self.metrics.looked_up(request.table, num_queries, len(missing))
+        return SearchAnswer(store.version, found, missing)
+
     def _lookup(self, store: EmbeddingStore, request: TableRequest) -> Lookup:
-        _check_kind(store.table(request.table), request)
+        _check_kind(store.table(request.table), request.table, request.ids)
         _check_bags(request)
         pooled = request.pooling != "none"
         found = store.lookup(
@@ -273,15 +343,15 @@ def _describe(table: Table) -> TableInfo:
     )
 
 
-def _check_kind(table: Table, request: TableRequest) -> None:
+def _check_kind(table: Table, name: str, ids: NDArray[np.int64] | list[str]) -> None:
     """Strings for a string vocabulary, integers for the others.
 
     Looked at here so that no strings reach numpy, whose arrays of strings are as wide as the longest of them.
     """
     wants_strings = table.vocabulary.kind == "string"
-    if len(request.ids) and wants_strings != isinstance(request.ids, list):
+    if len(ids) and wants_strings != isinstance(ids, list):
         got, wanted = ("integers", "strings") if wants_strings else ("strings", "integers")
-        raise IdTypeError(f"ids: got {got}, table {request.table!r} wants {wanted}")
+        raise IdTypeError(f"ids: got {got}, table {name!r} wants {wanted}")
 
 
 def _check_bags(request: TableRequest) -> None:

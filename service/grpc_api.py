@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from dpq_rec import IdTypeError, Lookup, UnknownIdsError, UnknownTableError
 from dpq_rec.lookup import MissingPolicy, VectorType
+from dpq_rec.search import Similarity
 from service import errors
-from service.engine import Engine, TableRequest, largest_reply_bytes
+from service.engine import Engine, SearchAnswer, SearchRequest, TableRequest, largest_reply_bytes
 from service.pooling import Pooling
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
@@ -44,6 +45,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
 }
 _DTYPES: dict[int, VectorType] = {pb.FLOAT32: "float32", pb.FLOAT16: "float16"}
 _POLICIES: dict[int, MissingPolicy] = {pb.ZEROS: "zeros", pb.ERROR: "error"}
+_SIMILARITIES: dict[int, Similarity] = {pb.DOT: "dot", pb.COSINE: "cosine"}
 _POOLINGS: dict[int, Pooling] = {pb.NONE: "none", pb.SUM: "sum", pb.MEAN: "mean"}
 _POLL_SECONDS = 0.02
 _FINISH_SECONDS = 1.0  # for the last replies to be sent
@@ -130,6 +132,14 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
 
         return await self._answer("BatchLookup", context, work, request.ByteSize())
 
+    async def Search(self, request: pb.SearchRequest, context: Any) -> pb.SearchReply:  # noqa: N802
+        """The ids most similar to queries."""
+
+        def work() -> pb.SearchReply:
+            return _found_of(self._engine.search(_search_of(request, self._engine)))
+
+        return await self._answer("Search", context, work, None)
+
     async def ListTables(self, request: pb.ListTablesRequest, context: Any) -> pb.ListTablesReply:  # noqa: N802
         """The tables that are served."""
 
@@ -146,13 +156,14 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
         version, lookups = self._engine.lookup([_request_of(message) for message in messages])
         return [_reply_of(version, message, found) for message, found in zip(messages, lookups, strict=True)]
 
-    async def _answer(self, method: str, context: Any, work: Callable[[], T], num_bytes: int) -> T:
-        """work() within the engine's limits; what it raises becomes a status."""
+    async def _answer(self, method: str, context: Any, work: Callable[[], T], num_bytes: int | None) -> T:
+        """work() within the engine's limits; what it raises becomes a status. Without num_bytes it is never small."""
         started, code = time.perf_counter(), grpc.StatusCode.CANCELLED
         try:
             _check_key(self._engine.settings.api_key, context)
             with self._engine.slot():
-                reply = await self._engine.run(work, num_bytes)
+                engine = self._engine
+                reply = await (engine.run_apart(work) if num_bytes is None else engine.run(work, num_bytes))
             code = grpc.StatusCode.OK
             return reply
         except Exception as error:
@@ -197,6 +208,41 @@ def _request_of(message: pb.LookupRequest) -> TableRequest:
         pooling=pooling,
         bag_lengths_B=_array(message.bag_lengths) if has_bags else None,
     )
+
+
+def _search_of(message: pb.SearchRequest, engine: Engine) -> SearchRequest:
+    """The engine's form of a search.
+
+    Raises:
+        InvalidRequestError: ids of both kinds, queries of another width, or a number that names nothing.
+        UnknownTableError: no such table.
+    """
+    if len(message.ids) and len(message.string_ids):
+        raise errors.InvalidRequestError("ids, string_ids: got both, want those that the table's vocabulary has")
+    num_numbers, dim = len(message.queries), engine.table(message.table).manifest.embedding_dim
+    if num_numbers % dim:
+        raise errors.InvalidRequestError(f"queries: got {num_numbers} numbers, want a multiple of {dim}")
+    ids = list(message.string_ids) if len(message.string_ids) else _array(message.ids)
+    return SearchRequest(
+        table=message.table,
+        queries=np.fromiter(message.queries, np.float32, num_numbers).reshape(-1, dim) if num_numbers else None,
+        ids=ids if len(ids) else None,
+        k=message.k or SearchRequest.k,
+        similarity=_named(_SIMILARITIES, message.similarity, "similarity"),
+        missing=_named(_POLICIES, message.missing, "missing"),
+    )
+
+
+def _found_of(answer: SearchAnswer) -> pb.SearchReply:
+    reply = pb.SearchReply(missing=answer.missing.tolist(), version=answer.version)
+    unknown, rows = set(answer.missing.tolist()), iter(zip(*answer.neighbours, strict=True))
+    for q in range(len(answer.neighbours.scores) + len(unknown)):
+        found = reply.neighbours.add()
+        if q not in unknown:
+            ids_T, scores_T = next(rows)
+            (found.string_ids if isinstance(ids_T, list) else found.ids).extend(ids_T)
+            found.scores.extend(scores_T)
+    return reply
 
 
 def _named(names: dict[int, T], number: int, what: str) -> T:

@@ -16,7 +16,7 @@ from starlette.staticfiles import StaticFiles
 
 from dpq_rec.lookup import MissingPolicy, VectorType
 from service import http_schema
-from service.engine import Engine, TableRequest
+from service.engine import Engine, SearchRequest, TableRequest
 from service.errors import MalformedError, TooManyBytesError, UnauthorizedError, UnsupportedMediaTypeError
 from service.http_errors import Observed, add_error_handlers
 from service.http_format import (
@@ -28,6 +28,8 @@ from service.http_format import (
     lookup_to_json,
     lookup_to_octets,
     reply_type,
+    search_from_json,
+    search_to_json,
     tables_from_json,
     tables_to_json,
 )
@@ -96,6 +98,16 @@ def _add_lookup_routes(app: FastAPI, api: HttpApi) -> None:
         response_model=http_schema.LookupReply,
         responses=_with_key(api, {200: http_schema.OCTET_REPLY, **refusals}),
         openapi_extra=http_schema.LOOKUP_BODY,
+        dependencies=guards,
+    )
+    app.add_api_route(
+        "/v1/tables/{table}/search",
+        api.search,
+        methods=["POST"],
+        summary="Ids whose vectors are most similar to queries",
+        response_model=http_schema.SearchReply,
+        responses=_with_key(api, refusals),
+        openapi_extra=http_schema.SEARCH_BODY,
         dependencies=guards,
     )
     app.add_api_route(
@@ -218,6 +230,26 @@ class HttpApi:
                 return Response(octets, headers=headers, media_type=OCTETS)
 
             return await engine.run(answer, len(body))
+
+    async def search(self, request: Request, table: str, missing: MissingPolicy = "zeros") -> Response:
+        """The ids whose vectors are most similar to queries, exactly: every row of the table is scored.
+
+        Queries are vectors, or ids of the table, whose vectors they are then. The best come first; of equal scores the
+        lower row, which is the more frequent id of a trained table. A query's own id is among its answers. An unknown
+        id has none, and its position in `missing`, or is an error with `missing=error`.
+        """
+        body_type(request.headers.get("content-type"), (JSON,))
+        reply_type(_accept(request), (JSON,))
+        engine = self.engine
+        engine.table(table)
+        with engine.slot():
+            body = await read_body(request, self.settings.body_limit_bytes)
+
+            def answer() -> Response:
+                asked = SearchRequest(table=table, missing=missing, **search_from_json(body))
+                return Response(search_to_json(table, engine.search(asked)), media_type=JSON)
+
+            return await engine.run_apart(answer)
 
     async def lookup_tables(
         self, request: Request, dtype: VectorType = "float32", missing: MissingPolicy = "zeros"

@@ -10,12 +10,14 @@ import orjson
 from numpy.typing import NDArray
 
 from dpq_rec import Lookup
+from service.engine import SearchAnswer
 from service.errors import InvalidRequestError, MalformedError, NotAcceptableError, UnsupportedMediaTypeError
 
 JSON = "application/json"
 OCTETS = "application/octet-stream"
 Ids = NDArray[np.int64] | list[str]
 _ID_BYTES = 8
+_SEARCH_FIELDS = ("queries", "ids", "k", "similarity")
 _PIECE_VALUES = 1 << 16  # values written as JSON at a time: orjson keeps every other thread waiting
 
 
@@ -86,6 +88,42 @@ def ids_from_json(body: bytes) -> Ids:
         InvalidRequestError: JSON of another form.
     """
     return _ids_of(_object(_parsed(body), "body", "ids"), "ids")
+
+
+def search_from_json(body: bytes) -> dict[str, Any]:
+    """Fields of a `SearchRequest` of `{"queries": [[...]]}` or `{"ids": [...]}`, with `k` and `similarity` if given.
+
+    Raises:
+        MalformedError: no JSON.
+        InvalidRequestError: JSON of another form.
+    """
+    asked = _parsed(body)
+    if not isinstance(asked, dict):
+        raise InvalidRequestError(f"body: got {_name_of(asked)}, want an object with 'queries' or 'ids'")
+    if others := ", ".join(repr(name) for name in asked if name not in _SEARCH_FIELDS):
+        raise InvalidRequestError(f"body: got {others}, want some of {', '.join(_SEARCH_FIELDS)}")
+    if "k" in asked and type(asked["k"]) is not int:
+        raise InvalidRequestError(f"k: got {_name_of(asked['k'])}, want an integer")
+    if "queries" in asked and not isinstance(asked["queries"], list):
+        raise InvalidRequestError(f"queries: got {_name_of(asked['queries'])}, want a list of vectors")
+    return {**asked, "ids": _ids_of(asked["ids"], "ids")} if "ids" in asked else asked
+
+
+def search_to_json(table: str, answer: SearchAnswer) -> bytes:
+    """`{"table", "version", "ids", "scores", "missing"}`: a list of each query, empty where its id is unknown."""
+    version, (ids, scores_QT), missing = answer
+    rows = iter(zip(ids if isinstance(ids, list) else ids.tolist(), scores_QT.tolist(), strict=True))
+    unknown = set(missing.tolist())
+    found = [([], []) if q in unknown else next(rows) for q in range(len(scores_QT) + len(unknown))]
+    return _dumps(
+        {
+            "table": table,
+            "version": version,
+            "ids": [ids_T for ids_T, _ in found],
+            "scores": [scores_T for _, scores_T in found],
+            "missing": missing,
+        }
+    )
 
 
 def tables_from_json(body: bytes) -> dict[str, Ids]:

@@ -54,6 +54,16 @@ class MultiLookupReply(BaseModel):
     tables: dict[str, LookupReply]
 
 
+class SearchReply(BaseModel):
+    """Answers to each query, the best first; none to an id that is missing."""
+
+    table: str
+    version: str
+    ids: list[list[int]] | list[list[str]]
+    scores: list[list[float]]
+    missing: list[int] = Field(description="Positions of ids that the vocabulary does not hold")
+
+
 _ERRORS = {
     400: "malformed: the body is no JSON, or no multiple of 8 bytes, or did not arrive",
     401: "unauthorized: no API key, or a wrong one (where the server asks for one)",
@@ -91,6 +101,30 @@ LOOKUP_BODY = {
                 },
             },
             OCTETS: {"schema": {**_BINARY, "description": "Little-endian int64 ids; not for tables of string ids"}},
+        },
+    }
+}
+SEARCH_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            JSON: {
+                "schema": {
+                    "type": "object",
+                    "description": "Either queries or ids",
+                    "properties": {
+                        "queries": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+                        "ids": _IDS,
+                        "k": {"type": "integer", "minimum": 1, "default": 10},
+                        "similarity": {"type": "string", "enum": ["dot", "cosine"], "default": "dot"},
+                    },
+                    "additionalProperties": False,
+                },
+                "examples": {
+                    "ids": {"value": {"ids": [42], "k": 5, "similarity": "cosine"}},
+                    "queries": {"value": {"queries": [[0.1, -0.2, 0.3, 0.4]], "k": 5}},
+                },
+            }
         },
     }
 }

@@ -55,6 +55,7 @@ class Settings:
     workers: int = _option(int, "N", "processes that answer requests; they share the mapped artifact", 2)
     threads: int = _option(int, "N", "threads of a worker that answer its large requests", 2)
     max_ids: int = _option(int, "N", "most ids in one request, all of its tables together", 65_536)
+    max_queries: int = _option(int, "N", "most queries in one search, each of which looks at every row", 64)
     max_body_bytes: int | None = _option(int, "N", _MAX_BODY_HELP, None)
     max_in_flight: int = _option(int, "N", "requests that a worker holds at a time; more are refused (429)", 256)
     api_key: str | None = _option(str, "KEY", _API_KEY_HELP, None)
@@ -69,7 +70,7 @@ class Settings:
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 65_535, "0 to 65535")
         if self.http_port and self.http_port == self.grpc_port:
             raise ConfigError(f"grpc_port: got {self.grpc_port}, the HTTP port; want another")
-        for name in ("workers", "threads", "max_ids", "max_in_flight"):
+        for name in ("workers", "threads", "max_ids", "max_queries", "max_in_flight"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         if self.max_body_bytes is not None:
             _check("max_body_bytes", self.max_body_bytes, self.max_body_bytes >= 1, "1 or more")

@@ -181,6 +181,63 @@ def _affine_in_lanes(
     return scale_P, shift_P
 
 
+class Best(NamedTuple):
+    """The T best rows of a scan, the best first; of equal scores the lower row.
+
+    Attributes:
+        rows_T: int64.
+        scores_T: float32.
+    """
+
+    rows_T: NDArray[np.int64]
+    scores_T: NDArray[np.float32]
+
+    @classmethod
+    def none(cls) -> Best:
+        """Of no rows."""
+        return cls(np.empty(0, np.int64), np.empty(0, np.float32))
+
+
+def scan_top(
+    packed_VW: NDArray[np.uint8],
+    scores_MK: NDArray[np.float32],
+    layout: CodeLayout,
+    most: int,
+    *,
+    scales_V: NDArray[np.float32] | None = None,
+    first_row: int = 0,
+    before: Best | None = None,
+) -> Best:
+    """The rows with the highest scores: the sum of the scores of a row's codes in their order, times its scale.
+
+    No vector is decoded. Sums are fp32.
+
+    Args:
+        packed_VW: packed codes (uint8).
+        scores_MK: of each code of each group (float32).
+        layout: how the codes of a row are laid out.
+        most: T, rows that are wanted; fewer where there are no more.
+        scales_V: factor of each row (float32); none for ones.
+        first_row: of the whole table, where packed_VW is a part of it that begins there.
+        before: the best of the rows before first_row; they are among those returned where they are good enough.
+
+    Raises:
+        DamagedArtifactError: a code of K or more, or a score that is no number: nothing is read outside the arrays.
+    """
+    before = before or Best.none()
+    rows_T, scores_T = np.empty(most, np.int64), np.empty(most, np.float32)
+    rows_T[: len(before.rows_T)], scores_T[: len(before.rows_T)] = before
+    by_code = np.full((layout.codes_per_row, 1 << layout.code_bits), np.nan, np.float32)  # also those there are not
+    by_code[:, : layout.num_codes] = scores_MK
+    num_found, bad_row_at = _native.scan_top(
+        packed_VW, by_code, scales_V, layout.code_bits, first_row, rows_T, scores_T, len(before.rows_T)
+    )
+    if bad_row_at >= 0:
+        row = first_row + bad_row_at
+        raise DamagedArtifactError(f"row {row} holds a code of {layout.num_codes} or more, or values that are none")
+    return Best(rows_T[:num_found], scores_T[:num_found])
+
+
 def find_rows(
     ids: Sequence[object], id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], rows_U: NDArray[np.uint32]
 ) -> NDArray[np.int64]:

@@ -48,6 +48,16 @@ def central_moments_gradient(
     gradients: NDArray[np.float32],
     out: NDArray[np.float32],
 ) -> None: ...
+def scan_top(
+    packed: NDArray[np.uint8],
+    scores: NDArray[np.float32],
+    scales: NDArray[np.float32] | None,
+    code_bits: int,
+    first_row: int,
+    best_rows: NDArray[np.int64],
+    best_scores: NDArray[np.float32],
+    num_found: int,
+) -> tuple[int, int]: ...
 def find_rows(
     ids: tuple[object, ...],
     id_bytes: NDArray[np.uint8],

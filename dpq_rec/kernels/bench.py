@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from dpq_rec.artifact import PRODUCER, Table, TableContents, open_artifact, write_artifact
 from dpq_rec.codes import CodeLayout, pack_codes
+from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError, MissingDependencyError
-from dpq_rec.lookup import decode_rows
 from dpq_rec.vocabulary import IdentityVocabulary
 
 _CHUNK_ROWS = 1 << 17

@@ -10,11 +10,16 @@
 #include <limits>
 #include <vector>
 
+#include "codes.h"
 #include "simd.h"
 
 namespace nb = nanobind;
 
 namespace {
+
+using dpq::BitCodes;
+using dpq::ByteCodes;
+using dpq::kSlackBytes;
 
 constexpr int64_t kMissingRow = -1;
 constexpr int64_t kPrefetchRows = 24;  // rows between the one decoded and the one asked from memory
@@ -34,27 +39,6 @@ struct DecodeResult {
   int64_t bad_row_at = -1;   // position in `rows` that is neither a row nor kMissingRow
   int64_t bad_code_at = -1;  // position in `rows` whose row holds a code >= num_codes
 };
-
-// Code m of a row is bits m*b .. m*b+b-1 of its bit string, least significant first (design.md, contract 3). Codes are
-// read where they lie: as bytes where b is 8, else out of the 4 bytes from their first one, which hold the 23 bits that
-// a code reaches over at most (16 of them, begun at bit 7).
-struct ByteCodes {
-  const uint8_t* row;
-  DPQ_INLINE int64_t operator[](int64_t m) const { return row[m]; }
-};
-
-struct BitCodes {
-  const uint8_t* row;
-  int64_t code_bits;
-  DPQ_INLINE int64_t operator[](int64_t m) const {
-    const uint64_t bit = m * code_bits;
-    uint32_t window;
-    std::memcpy(&window, row + bit / 8, sizeof(window));
-    return window >> (bit % 8) & ((1u << code_bits) - 1);
-  }
-};
-constexpr int64_t kSlackBytes = 3;  // read by BitCodes beyond the row at most
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "files and BitCodes are little endian");
 
 template <typename Codes>
 DPQ_INLINE bool every_code_exists(const DecodeArgs& a, Codes codes) {
@@ -278,6 +262,7 @@ void encode(Array<const float, 3> queries, Array<const float, 3> keys, Array<con
 
 void define_central_moments(nb::module_& m);    // central_moments.cpp
 void define_find_rows(nb::module_& m);          // find_rows.cpp
+void define_scan(nb::module_& m);               // scan.cpp
 void define_softmax_gradients(nb::module_& m);  // softmax_gradients.cpp
 
 NB_MODULE(_native, m) {
@@ -286,5 +271,6 @@ NB_MODULE(_native, m) {
   m.def("encode", &encode);
   define_central_moments(m);
   define_find_rows(m);
+  define_scan(m);
   define_softmax_gradients(m);
 }

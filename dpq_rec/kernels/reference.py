@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.codes import CodeLayout, unpack_codes
-from dpq_rec.kernels import SoftmaxGradients
+from dpq_rec.kernels import Best, SoftmaxGradients
 
 
 def decode(
@@ -117,6 +117,30 @@ def central_moments_gradient(
     out_NDS = out_NDS + (2 * by_norms[:, :1] + 4 * by_norms[:, 1:] * squared_ND1) * centred_NDS
     weighted_NDS: NDArray[np.float32] = weights_N[:, None, None] * out_NDS
     return weighted_NDS
+
+
+def scan_top(
+    packed_VW: NDArray[np.uint8],
+    scores_MK: NDArray[np.float32],
+    layout: CodeLayout,
+    most: int,
+    *,
+    scales_V: NDArray[np.float32] | None = None,
+    first_row: int = 0,
+    before: Best | None = None,
+) -> Best:
+    """Sorted by falling score, then by row."""
+    before = before or Best.none()
+    codes_VM = unpack_codes(packed_VW, layout)
+    scores_V = scores_MK[0, codes_VM[:, 0]]
+    for m in range(1, layout.codes_per_row):
+        scores_V = scores_V + scores_MK[m, codes_VM[:, m]]
+    if scales_V is not None:
+        scores_V = scores_V * scales_V
+    rows = np.concatenate([before.rows_T, first_row + np.arange(len(packed_VW))])
+    scores = np.concatenate([before.scores_T, scores_V])
+    order_T = np.lexsort((rows, -scores))[:most]
+    return Best(rows[order_T], scores[order_T])
 
 
 def find_rows(

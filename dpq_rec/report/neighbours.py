@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.artifact import Table
-from dpq_rec.lookup import decode_rows
+from dpq_rec.decode import decode_rows
 
 _BLOCK_NUMBERS = 1 << 22  # fp32 numbers decoded at a time
 _DECIMALS = 6  # of a cosine: what a matrix product leaves below them depends on the block a row stands in

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.artifact import Table
-from dpq_rec.lookup import decode_rows
+from dpq_rec.decode import decode_rows
 
 _SAMPLE_NUMBERS = 1 << 23  # fp64 numbers of the rows that are decomposed: 64 MiB
 _LEAST_ROWS_PER_COLUMN = 2

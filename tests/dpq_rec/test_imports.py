@@ -63,9 +63,9 @@ def test_bench_prints_both_times_and_their_ratio():
 def test_dpq_rec_exports_what_it_says():
     pinned = """
         Artifact ArtifactError CodeLayout ConfigError DPQConfig DamagedArtifactError DpqRecError EmbeddingStore
-        IdTypeError IdentityVocabulary Int64Vocabulary Lookup MissingDependencyError ModuloVocabulary StringVocabulary
-        TableContents UnknownIdsError UnknownTableError Vocabulary open_artifact pack_codes publish unpack_codes verify
-        write_artifact
+        IdTypeError IdentityVocabulary Int64Vocabulary Lookup MissingDependencyError ModuloVocabulary Neighbours
+        StringVocabulary TableContents UnknownIdsError UnknownTableError Vocabulary open_artifact pack_codes publish
+        unpack_codes verify write_artifact
     """
     assert sorted(dpq_rec.__all__) == sorted(pinned.split())
     assert set(dpq_rec.__all__) <= set(dir(dpq_rec))

@@ -14,7 +14,7 @@ from dpq_rec import (
     UnknownTableError,
     write_artifact,
 )
-from dpq_rec.lookup import decode_rows
+from dpq_rec.decode import decode_rows
 from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite, small_artifact, word_artifact
 
 DENSE = np.arange(12, dtype=np.float32).reshape(3, 4)

@@ -25,8 +25,8 @@ from dpq_rec import (
 )
 from dpq_rec.cli import main
 from dpq_rec.code_use import chance_of_agreement, count_codes
+from dpq_rec.decode import decode_rows
 from dpq_rec.kernels import MISSING_ROW
-from dpq_rec.lookup import decode_rows
 from dpq_rec.report.facts import measure
 from dpq_rec.tiers import cut_into_tiers
 from tests.dpq_rec.builders import dpq_contents, edit_manifest, overwrite, random_codes, random_values

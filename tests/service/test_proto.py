@@ -41,13 +41,19 @@ def test_contract_has_the_fields_and_numbers_that_were_agreed():
     assert fields(pb.LookupReply) == {"vectors": 1, "dim": 2, "dtype": 3, "missing": 4, "version": 5}
     assert fields(pb.BatchLookupRequest) == {"requests": 1}
     assert fields(pb.BatchLookupReply) == {"replies": 1}
+    assert fields(pb.SearchRequest) == {
+        "table": 1, "queries": 2, "ids": 3, "string_ids": 4, "k": 5, "similarity": 6, "missing": 7
+    }  # fmt: skip
+    assert fields(pb.SearchReply) == {"neighbours": 1, "missing": 2, "version": 3}
+    assert fields(pb.Neighbours) == {"ids": 1, "string_ids": 2, "scores": 3}
+    assert dict(pb.Similarity.items()) == {"DOT": 0, "COSINE": 1}
     assert (dict(pb.DType.items()), dict(pb.MissingPolicy.items()), dict(pb.Pooling.items())) == (
         {"FLOAT32": 0, "FLOAT16": 1},
         {"ZEROS": 0, "ERROR": 1},
         {"NONE": 0, "SUM": 1, "MEAN": 2},
     )
     assert set(pb.DESCRIPTOR.services_by_name["EmbeddingService"].methods_by_name) == {
-        "Lookup", "BatchLookup", "ListTables"
+        "Lookup", "BatchLookup", "Search", "ListTables"
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from dpq_rec import ConfigError, EmbeddingStore
-from dpq_rec.lookup import decode_rows
+from dpq_rec.decode import decode_rows
 from training.config import TwoTowerOptions
 from training.evaluation.ranking import EvaluatedUsers, RetrievalMetrics, VectorsOf, evaluate, evaluated_users
 from training.models import ITEM, USER

@@ -12,7 +12,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from dpq_rec import EmbeddingStore
 from dpq_rec.artifact import Table
-from dpq_rec.lookup import decode_rows
+from dpq_rec.decode import decode_rows
 
 
 class ServedTables(nn.Module):

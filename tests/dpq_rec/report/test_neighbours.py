@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics.pairwise import cosine_similarity
 
 from dpq_rec import CodeLayout, DamagedArtifactError, open_artifact, write_artifact
-from dpq_rec.lookup import decode_rows
+from dpq_rec.decode import decode_rows
 from dpq_rec.report import neighbours as module
 from dpq_rec.report.neighbours import nearest_rows, telling_rows
 from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite

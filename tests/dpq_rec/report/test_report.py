@@ -19,7 +19,7 @@ from dpq_rec import (
     unpack_codes,
     write_artifact,
 )
-from dpq_rec.lookup import decode_rows
+from dpq_rec.decode import decode_rows
 from dpq_rec.report import ReportConfig, write_report
 from dpq_rec.report.facts import measure
 from dpq_rec.report.markup import byte_text, percent

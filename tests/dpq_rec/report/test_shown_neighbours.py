@@ -14,7 +14,7 @@ from dpq_rec import (
     unpack_codes,
     write_artifact,
 )
-from dpq_rec.lookup import decode_rows
+from dpq_rec.decode import decode_rows
 from dpq_rec.report import ReportConfig, write_report
 from tests.dpq_rec.builders import dense_contents, dpq_contents
 from tests.dpq_rec.report.reading import LAYOUT, read_page, report, rows_of, table_of

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpq_rec import CodeLayout, open_artifact, write_artifact
-from dpq_rec.lookup import decode_rows
+from dpq_rec.decode import decode_rows
 from dpq_rec.report import spectrum as module
 from dpq_rec.report.spectrum import spectrum, spread_rows
 from tests.dpq_rec.builders import dense_contents, dpq_contents

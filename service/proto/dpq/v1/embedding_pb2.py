@@ -24,19 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64pq/v1/embedding.proto\x12\x06\x64pq.v1\"\xbc\x01\n\rLookupRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\x03\x12\x12\n\nstring_ids\x18\x03 \x03(\t\x12\x1c\n\x05\x64type\x18\x04 \x01(\x0e\x32\r.dpq.v1.DType\x12&\n\x07missing\x18\x05 \x01(\x0e\x32\x15.dpq.v1.MissingPolicy\x12\x13\n\x0b\x62\x61g_lengths\x18\x06 \x03(\r\x12 \n\x07pooling\x18\x07 \x01(\x0e\x32\x0f.dpq.v1.Pooling\"k\n\x0bLookupReply\x12\x0f\n\x07vectors\x18\x01 \x01(\x0c\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.dpq.v1.DType\x12\x0f\n\x07missing\x18\x04 \x03(\r\x12\x0f\n\x07version\x18\x05 \x01(\t\"=\n\x12\x42\x61tchLookupRequest\x12\'\n\x08requests\x18\x01 \x03(\x0b\x32\x15.dpq.v1.LookupRequest\"8\n\x10\x42\x61tchLookupReply\x12$\n\x07replies\x18\x01 \x03(\x0b\x32\x13.dpq.v1.LookupReply\"\x13\n\x11ListTablesRequest\"E\n\x0fListTablesReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12!\n\x06tables\x18\x02 \x03(\x0b\x32\x11.dpq.v1.TableInfo\"\xd3\x01\n\tTableInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x16\n\x0enum_embeddings\x18\x03 \x01(\x04\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x12\n\nvocabulary\x18\x05 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x06 \x03(\t\x12\x16\n\x0e\x61rtifact_bytes\x18\x07 \x01(\x04\x12\x18\n\x10vocabulary_bytes\x18\x08 \x01(\x04\x12\x12\n\nfull_bytes\x18\t \x01(\x04\x12\x19\n\x11\x63ompression_ratio\x18\n \x01(\x01*!\n\x05\x44Type\x12\x0b\n\x07\x46LOAT32\x10\x00\x12\x0b\n\x07\x46LOAT16\x10\x01*%\n\rMissingPolicy\x12\t\n\x05ZEROS\x10\x00\x12\t\n\x05\x45RROR\x10\x01*&\n\x07Pooling\x12\x08\n\x04NONE\x10\x00\x12\x07\n\x03SUM\x10\x01\x12\x08\n\x04MEAN\x10\x02\x32\xcf\x01\n\x10\x45mbeddingService\x12\x34\n\x06Lookup\x12\x15.dpq.v1.LookupRequest\x1a\x13.dpq.v1.LookupReply\x12\x43\n\x0b\x42\x61tchLookup\x12\x1a.dpq.v1.BatchLookupRequest\x1a\x18.dpq.v1.BatchLookupReply\x12@\n\nListTables\x12\x19.dpq.v1.ListTablesRequest\x1a\x17.dpq.v1.ListTablesReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64pq/v1/embedding.proto\x12\x06\x64pq.v1\"\xbc\x01\n\rLookupRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\x03\x12\x12\n\nstring_ids\x18\x03 \x03(\t\x12\x1c\n\x05\x64type\x18\x04 \x01(\x0e\x32\r.dpq.v1.DType\x12&\n\x07missing\x18\x05 \x01(\x0e\x32\x15.dpq.v1.MissingPolicy\x12\x13\n\x0b\x62\x61g_lengths\x18\x06 \x03(\r\x12 \n\x07pooling\x18\x07 \x01(\x0e\x32\x0f.dpq.v1.Pooling\"k\n\x0bLookupReply\x12\x0f\n\x07vectors\x18\x01 \x01(\x0c\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.dpq.v1.DType\x12\x0f\n\x07missing\x18\x04 \x03(\r\x12\x0f\n\x07version\x18\x05 \x01(\t\"=\n\x12\x42\x61tchLookupRequest\x12\'\n\x08requests\x18\x01 \x03(\x0b\x32\x15.dpq.v1.LookupRequest\"8\n\x10\x42\x61tchLookupReply\x12$\n\x07replies\x18\x01 \x03(\x0b\x32\x13.dpq.v1.LookupReply\"\xab\x01\n\rSearchRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0f\n\x07queries\x18\x02 \x03(\x02\x12\x0b\n\x03ids\x18\x03 \x03(\x03\x12\x12\n\nstring_ids\x18\x04 \x03(\t\x12\t\n\x01k\x18\x05 \x01(\r\x12&\n\nsimilarity\x18\x06 \x01(\x0e\x32\x12.dpq.v1.Similarity\x12&\n\x07missing\x18\x07 \x01(\x0e\x32\x15.dpq.v1.MissingPolicy\"W\n\x0bSearchReply\x12&\n\nneighbours\x18\x01 \x03(\x0b\x32\x12.dpq.v1.Neighbours\x12\x0f\n\x07missing\x18\x02 \x03(\r\x12\x0f\n\x07version\x18\x03 \x01(\t\"=\n\nNeighbours\x12\x0b\n\x03ids\x18\x01 \x03(\x03\x12\x12\n\nstring_ids\x18\x02 \x03(\t\x12\x0e\n\x06scores\x18\x03 \x03(\x02\"\x13\n\x11ListTablesRequest\"E\n\x0fListTablesReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12!\n\x06tables\x18\x02 \x03(\x0b\x32\x11.dpq.v1.TableInfo\"\xd3\x01\n\tTableInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x16\n\x0enum_embeddings\x18\x03 \x01(\x04\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x12\n\nvocabulary\x18\x05 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x06 \x03(\t\x12\x16\n\x0e\x61rtifact_bytes\x18\x07 \x01(\x04\x12\x18\n\x10vocabulary_bytes\x18\x08 \x01(\x04\x12\x12\n\nfull_bytes\x18\t \x01(\x04\x12\x19\n\x11\x63ompression_ratio\x18\n \x01(\x01*!\n\x05\x44Type\x12\x0b\n\x07\x46LOAT32\x10\x00\x12\x0b\n\x07\x46LOAT16\x10\x01*%\n\rMissingPolicy\x12\t\n\x05ZEROS\x10\x00\x12\t\n\x05\x45RROR\x10\x01*&\n\x07Pooling\x12\x08\n\x04NONE\x10\x00\x12\x07\n\x03SUM\x10\x01\x12\x08\n\x04MEAN\x10\x02*!\n\nSimilarity\x12\x07\n\x03\x44OT\x10\x00\x12\n\n\x06\x43OSINE\x10\x01\x32\x85\x02\n\x10\x45mbeddingService\x12\x34\n\x06Lookup\x12\x15.dpq.v1.LookupRequest\x1a\x13.dpq.v1.LookupReply\x12\x43\n\x0b\x42\x61tchLookup\x12\x1a.dpq.v1.BatchLookupRequest\x1a\x18.dpq.v1.BatchLookupReply\x12\x34\n\x06Search\x12\x15.dpq.v1.SearchRequest\x1a\x13.dpq.v1.SearchReply\x12@\n\nListTables\x12\x19.dpq.v1.ListTablesRequest\x1a\x17.dpq.v1.ListTablesReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dpq.v1.embedding_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=761
-  _globals['_DTYPE']._serialized_end=794
-  _globals['_MISSINGPOLICY']._serialized_start=796
-  _globals['_MISSINGPOLICY']._serialized_end=833
-  _globals['_POOLING']._serialized_start=835
-  _globals['_POOLING']._serialized_end=873
+  _globals['_DTYPE']._serialized_start=1087
+  _globals['_DTYPE']._serialized_end=1120
+  _globals['_MISSINGPOLICY']._serialized_start=1122
+  _globals['_MISSINGPOLICY']._serialized_end=1159
+  _globals['_POOLING']._serialized_start=1161
+  _globals['_POOLING']._serialized_end=1199
+  _globals['_SIMILARITY']._serialized_start=1201
+  _globals['_SIMILARITY']._serialized_end=1234
   _globals['_LOOKUPREQUEST']._serialized_start=35
   _globals['_LOOKUPREQUEST']._serialized_end=223
   _globals['_LOOKUPREPLY']._serialized_start=225
@@ -45,12 +47,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BATCHLOOKUPREQUEST']._serialized_end=395
   _globals['_BATCHLOOKUPREPLY']._serialized_start=397
   _globals['_BATCHLOOKUPREPLY']._serialized_end=453
-  _globals['_LISTTABLESREQUEST']._serialized_start=455
-  _globals['_LISTTABLESREQUEST']._serialized_end=474
-  _globals['_LISTTABLESREPLY']._serialized_start=476
-  _globals['_LISTTABLESREPLY']._serialized_end=545
-  _globals['_TABLEINFO']._serialized_start=548
-  _globals['_TABLEINFO']._serialized_end=759
-  _globals['_EMBEDDINGSERVICE']._serialized_start=876
-  _globals['_EMBEDDINGSERVICE']._serialized_end=1083
+  _globals['_SEARCHREQUEST']._serialized_start=456
+  _globals['_SEARCHREQUEST']._serialized_end=627
+  _globals['_SEARCHREPLY']._serialized_start=629
+  _globals['_SEARCHREPLY']._serialized_end=716
+  _globals['_NEIGHBOURS']._serialized_start=718
+  _globals['_NEIGHBOURS']._serialized_end=779
+  _globals['_LISTTABLESREQUEST']._serialized_start=781
+  _globals['_LISTTABLESREQUEST']._serialized_end=800
+  _globals['_LISTTABLESREPLY']._serialized_start=802
+  _globals['_LISTTABLESREPLY']._serialized_end=871
+  _globals['_TABLEINFO']._serialized_start=874
+  _globals['_TABLEINFO']._serialized_end=1085
+  _globals['_EMBEDDINGSERVICE']._serialized_start=1237
+  _globals['_EMBEDDINGSERVICE']._serialized_end=1498
 # @@protoc_insertion_point(module_scope)

@@ -22,6 +22,11 @@ class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     NONE: _ClassVar[Pooling]
     SUM: _ClassVar[Pooling]
     MEAN: _ClassVar[Pooling]
+
+class Similarity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DOT: _ClassVar[Similarity]
+    COSINE: _ClassVar[Similarity]
 FLOAT32: DType
 FLOAT16: DType
 ZEROS: MissingPolicy
@@ -29,6 +34,8 @@ ERROR: MissingPolicy
 NONE: Pooling
 SUM: Pooling
 MEAN: Pooling
+DOT: Similarity
+COSINE: Similarity
 
 class LookupRequest(_message.Message):
     __slots__ = ("table", "ids", "string_ids", "dtype", "missing", "bag_lengths", "pooling")
@@ -73,6 +80,44 @@ class BatchLookupReply(_message.Message):
     REPLIES_FIELD_NUMBER: _ClassVar[int]
     replies: _containers.RepeatedCompositeFieldContainer[LookupReply]
     def __init__(self, replies: _Optional[_Iterable[_Union[LookupReply, _Mapping]]] = ...) -> None: ...
+
+class SearchRequest(_message.Message):
+    __slots__ = ("table", "queries", "ids", "string_ids", "k", "similarity", "missing")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    STRING_IDS_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    SIMILARITY_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    queries: _containers.RepeatedScalarFieldContainer[float]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    string_ids: _containers.RepeatedScalarFieldContainer[str]
+    k: int
+    similarity: Similarity
+    missing: MissingPolicy
+    def __init__(self, table: _Optional[str] = ..., queries: _Optional[_Iterable[float]] = ..., ids: _Optional[_Iterable[int]] = ..., string_ids: _Optional[_Iterable[str]] = ..., k: _Optional[int] = ..., similarity: _Optional[_Union[Similarity, str]] = ..., missing: _Optional[_Union[MissingPolicy, str]] = ...) -> None: ...
+
+class SearchReply(_message.Message):
+    __slots__ = ("neighbours", "missing", "version")
+    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    neighbours: _containers.RepeatedCompositeFieldContainer[Neighbours]
+    missing: _containers.RepeatedScalarFieldContainer[int]
+    version: str
+    def __init__(self, neighbours: _Optional[_Iterable[_Union[Neighbours, _Mapping]]] = ..., missing: _Optional[_Iterable[int]] = ..., version: _Optional[str] = ...) -> None: ...
+
+class Neighbours(_message.Message):
+    __slots__ = ("ids", "string_ids", "scores")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    STRING_IDS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    string_ids: _containers.RepeatedScalarFieldContainer[str]
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., string_ids: _Optional[_Iterable[str]] = ..., scores: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ListTablesRequest(_message.Message):
     __slots__ = ()

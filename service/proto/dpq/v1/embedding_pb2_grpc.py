@@ -44,6 +44,11 @@ class EmbeddingServiceStub:
                 request_serializer=dpq_dot_v1_dot_embedding__pb2.BatchLookupRequest.SerializeToString,
                 response_deserializer=dpq_dot_v1_dot_embedding__pb2.BatchLookupReply.FromString,
                 _registered_method=True)
+        self.Search = channel.unary_unary(
+                '/dpq.v1.EmbeddingService/Search',
+                request_serializer=dpq_dot_v1_dot_embedding__pb2.SearchRequest.SerializeToString,
+                response_deserializer=dpq_dot_v1_dot_embedding__pb2.SearchReply.FromString,
+                _registered_method=True)
         self.ListTables = channel.unary_unary(
                 '/dpq.v1.EmbeddingService/ListTables',
                 request_serializer=dpq_dot_v1_dot_embedding__pb2.ListTablesRequest.SerializeToString,
@@ -68,6 +73,13 @@ class EmbeddingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Search(self, request, context):
+        """The ids whose vectors are most similar to queries, exactly: every row of the table is scored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListTables(self, request, context):
         """The tables that are served.
         """
@@ -87,6 +99,11 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
                     servicer.BatchLookup,
                     request_deserializer=dpq_dot_v1_dot_embedding__pb2.BatchLookupRequest.FromString,
                     response_serializer=dpq_dot_v1_dot_embedding__pb2.BatchLookupReply.SerializeToString,
+            ),
+            'Search': grpc.unary_unary_rpc_method_handler(
+                    servicer.Search,
+                    request_deserializer=dpq_dot_v1_dot_embedding__pb2.SearchRequest.FromString,
+                    response_serializer=dpq_dot_v1_dot_embedding__pb2.SearchReply.SerializeToString,
             ),
             'ListTables': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTables,
@@ -148,6 +165,33 @@ class EmbeddingService:
             '/dpq.v1.EmbeddingService/BatchLookup',
             dpq_dot_v1_dot_embedding__pb2.BatchLookupRequest.SerializeToString,
             dpq_dot_v1_dot_embedding__pb2.BatchLookupReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Search(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dpq.v1.EmbeddingService/Search',
+            dpq_dot_v1_dot_embedding__pb2.SearchRequest.SerializeToString,
+            dpq_dot_v1_dot_embedding__pb2.SearchReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,7 +10,7 @@ from sklearn.decomposition import TruncatedSVD
 
 from dpq_rec import ConfigError, DPQConfig, EmbeddingStore, verify
 from dpq_rec.codes import CodeLayout, unpack_codes
-from dpq_rec.lookup import decode_rows
+from dpq_rec.decode import decode_rows
 from dpq_rec.vocabulary import IdentityVocabulary
 from training.bench.quality.afterwards import METHODS
 from training.bench.quality.faiss_codes import FaissCodes

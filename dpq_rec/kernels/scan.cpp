@@ -1,0 +1,164 @@
+// Scores of all rows from their codes, and the best of them: no vector is decoded. Its numpy twin is
+// reference.scan_top, which the tests hold it to bit for bit.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "codes.h"
+#include "simd.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using dpq::BitCodes;
+using dpq::ByteCodes;
+using dpq::kSlackBytes;
+
+constexpr int64_t kRowsAtOnce = 8;  // sums that go on beside each other: one of M numbers in a row waits for its adder
+
+struct ScanArgs {
+  const uint8_t* packed;  // [V, W]
+  const float* scores;    // [M, 2^b]: of each code of each group with the query; NaN where there is no such code
+  const float* scales;    // [V]: each row's score is multiplied by; null where it stays
+  int64_t num_rows, row_bytes, codes_per_row, code_bits;
+  int64_t first_row;  // of the table, where this part of it begins
+};
+
+struct Found {
+  float score;
+  int64_t row;
+};
+
+// Higher scores come first, of equal ones the lower row.
+DPQ_INLINE bool comes_first(const Found& a, const Found& b) {
+  return a.score > b.score || (a.score == b.score && a.row < b.row);
+}
+
+// The best rows so far: a heap whose top is the worst of them.
+class Best {
+ public:
+  Best(std::vector<Found>& heap, size_t most) : heap_(heap), most_(most) { note_worst(); }
+
+  DPQ_INLINE bool wants(float score) const { return score > worst_; }
+
+  // Rows come in ascending order, so that one of the worst score is no better than what is there.
+  void add(const Found& found) {
+    if (heap_.size() == most_) {
+      std::pop_heap(heap_.begin(), heap_.end(), comes_first);
+      heap_.back() = found;
+    } else {
+      heap_.push_back(found);
+    }
+    std::push_heap(heap_.begin(), heap_.end(), comes_first);
+    note_worst();
+  }
+
+ private:
+  void note_worst() { worst_ = heap_.size() < most_ ? -std::numeric_limits<float>::infinity() : heap_.front().score; }
+
+  std::vector<Found>& heap_;
+  size_t most_;
+  float worst_;
+};
+
+// The scores of kRowsAtOnce rows, each a sum over its codes in their order. One that is no number, of a code that there
+// is not or of values that are none, stays so.
+template <typename Codes>
+DPQ_INLINE void add_up(const ScanArgs& a, const Codes (&rows)[kRowsAtOnce], float (&sums)[kRowsAtOnce]) {
+  for (int64_t i = 0; i < kRowsAtOnce; ++i) sums[i] = a.scores[rows[i][0]];
+  for (int64_t m = 1; m < a.codes_per_row; ++m) {
+    const float* scores = a.scores + (m << a.code_bits);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kRowsAtOnce; ++i) sums[i] += scores[rows[i][m]];
+  }
+}
+
+DPQ_INLINE ByteCodes codes_at(const uint8_t* row, int64_t, ByteCodes*) { return {row}; }
+DPQ_INLINE BitCodes codes_at(const uint8_t* row, int64_t code_bits, BitCodes*) { return {row, code_bits}; }
+
+// Position of the first row whose score is no number, -1 where there is none.
+template <typename Codes>
+DPQ_INLINE int64_t scan_block(const ScanArgs& a, const uint8_t* packed, int64_t first, int64_t count, Best& best) {
+  Codes rows[kRowsAtOnce];
+  // A block that is not full has its first row several times, and takes only the first count of the sums.
+  for (int64_t i = 0; i < kRowsAtOnce; ++i) {
+    rows[i] = codes_at(packed + (i < count ? i : 0) * a.row_bytes, a.code_bits, static_cast<Codes*>(nullptr));
+  }
+  float sums[kRowsAtOnce];
+  add_up(a, rows, sums);
+  for (int64_t i = 0; i < count; ++i) {
+    const float score = a.scales == nullptr ? sums[i] : sums[i] * a.scales[first + i];
+    if (!(score > -std::numeric_limits<float>::infinity())) return first + i;
+    if (best.wants(score)) best.add({score, a.first_row + first + i});
+  }
+  return -1;
+}
+
+template <typename Codes>
+DPQ_INLINE int64_t scan_rows(const ScanArgs& a, Best& best) {
+  // BitCodes read kSlackBytes beyond a row: the last rows are read from a copy that has them.
+  const int64_t num_bytes = a.num_rows * a.row_bytes;
+  const int64_t tail_rows = std::min(a.num_rows, kRowsAtOnce + kSlackBytes / a.row_bytes + 1);
+  const int64_t tail_first = (a.num_rows - tail_rows) / kRowsAtOnce * kRowsAtOnce;
+  std::vector<uint8_t> tail(num_bytes - tail_first * a.row_bytes + kSlackBytes);
+  std::memcpy(tail.data(), a.packed + tail_first * a.row_bytes, num_bytes - tail_first * a.row_bytes);
+  for (int64_t first = 0; first < a.num_rows; first += kRowsAtOnce) {
+    const uint8_t* packed =
+        first < tail_first ? a.packed + first * a.row_bytes : tail.data() + (first - tail_first) * a.row_bytes;
+    const int64_t bad = scan_block<Codes>(a, packed, first, std::min(kRowsAtOnce, a.num_rows - first), best);
+    if (bad >= 0) return bad;
+  }
+  return -1;
+}
+
+DPQ_MULTIVERSION int64_t scan_all(const ScanArgs& a, Best& best) {
+  return a.code_bits == 8 ? scan_rows<ByteCodes>(a, best) : scan_rows<BitCodes>(a, best);
+}
+
+template <typename T, int kDims>
+using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+
+// Takes the rows of one part of a table into the best so far, [k] rows and scores of which the first num_found are some.
+// Returns (how many there are now, position of the first row without a score or -1).
+nb::tuple scan_top(Array<const uint8_t, 2> packed, Array<const float, 2> scores, nb::object scales, int64_t code_bits,
+                   int64_t first_row, Array<int64_t, 1> best_rows, Array<float, 1> best_scores, int64_t num_found) {
+  const float* scales_of_rows = nullptr;
+  if (!scales.is_none()) scales_of_rows = nb::cast<Array<const float, 1>>(scales).data();
+  const ScanArgs args{packed.data(),
+                      scores.data(),
+                      scales_of_rows,
+                      static_cast<int64_t>(packed.shape(0)),
+                      static_cast<int64_t>(packed.shape(1)),
+                      static_cast<int64_t>(scores.shape(0)),
+                      code_bits,
+                      first_row};
+  std::vector<Found> heap;
+  int64_t bad = -1;
+  {
+    nb::gil_scoped_release release;
+    const size_t most = best_rows.shape(0);
+    heap.reserve(most);
+    for (int64_t i = 0; i < num_found; ++i) heap.push_back({best_scores.data()[i], best_rows.data()[i]});
+    std::make_heap(heap.begin(), heap.end(), comes_first);
+    Best best(heap, most);
+    bad = scan_all(args, best);
+    std::sort(heap.begin(), heap.end(), comes_first);
+    for (size_t i = 0; i < heap.size(); ++i) {
+      best_rows.data()[i] = heap[i].row;
+      best_scores.data()[i] = heap[i].score;
+    }
+  }
+  return nb::make_tuple(static_cast<int64_t>(heap.size()), bad);
+}
+
+}  // namespace
+
+void define_scan(nb::module_& m) { m.def("scan_top", &scan_top, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg()); }
