@@ -74,7 +74,7 @@ class LanguageModelOptimisation:
     patience: int = 13
     batch_size: int = 20
     learning_rate: float = 1.0
-    value_rate: float = 0.02
+    value_rate: float = 0.005
     full_rate_epochs: int = 4
     rate_decay: float = 0.5
     clip_norm: float = 5.0
