@@ -76,7 +76,7 @@ class TwoTowerOptions:
         similarity: what is searched by: the vectors' cosine or their dot product.
         temperature: divides the similarity before the softmax; 0.1 suits cosines, 1 dot products.
         negatives: what an example's item is told from: items drawn uniformly, the other examples' items, or both.
-        num_negatives: uniform negatives a rank draws per step, shared by its examples; at most batch_size.
+        num_negatives: uniform negatives a rank draws per step, shared by its examples; none: as many as these.
         log_q: subtract the logarithm of how likely an item is to be a candidate (Yi et al., 2019).
         max_eval_users: measure metrics on at most so many users, drawn at random.
     """
@@ -84,7 +84,7 @@ class TwoTowerOptions:
     similarity: Literal["cosine", "dot"] = "cosine"
     temperature: float = 0.1
     negatives: Literal["uniform", "in-batch", "both"] = "uniform"
-    num_negatives: int = 2048
+    num_negatives: int | None = None
     log_q: bool = True
     max_eval_users: int = 50_000
 
@@ -245,9 +245,7 @@ class OptimisationOptions:
     rate_decay: Literal["none", "linear", "late"] = "none"
 
     def __post_init__(self) -> None:
-        check_positive(self, "epochs", "batch_size", "learning_rate", "dense_learning_rate", "value_rate")
-        if self.patience is not None:
-            check_positive(self, "patience")
+        check_positive(self, "epochs", "patience", "batch_size", "learning_rate", "dense_learning_rate", "value_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,8 +304,9 @@ class RunConfig:
         if data.features:
             reason = "two-tower has no layer after its tables that they could enter; dlrm takes them"
             raise ConfigError(f"--features: got {','.join(data.features)}; {reason}")
-        if model.negatives != "in-batch" and model.num_negatives > self.optimisation.batch_size:
-            got = f"{model.num_negatives} negatives, a batch of {self.optimisation.batch_size}"
+        drawn = model.num_negatives or 0
+        if model.negatives != "in-batch" and drawn > self.optimisation.batch_size:
+            got = f"{drawn} negatives, a batch of {self.optimisation.batch_size}"
             raise ConfigError(f"--num-negatives: got {got}; want at most as many as the batch")
 
     @property

@@ -239,10 +239,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 
 def check_positive(options: Any, *names: str) -> None:
-    """Raises ConfigError for an option that is not more than 0."""
+    """Raises ConfigError for an option that is not more than 0; none is none."""
     for name in names:
-        if not getattr(options, name) > 0:
-            raise ConfigError(f"--{name.replace('_', '-')}: got {getattr(options, name)}, want more than 0")
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')}: got {value}, want more than 0")
 
 
 def _without_none(kind: Any) -> Any:

@@ -167,7 +167,7 @@ class RetrievalTask(_InteractionTask):
         return TwoTower(self.options, tables, (counts_V / counts_V.sum()).float(), self.device)
 
     def _negatives_of(self, batch_size: int) -> int:
-        return 0 if self.options.negatives == "in-batch" else min(self.options.num_negatives, batch_size)
+        return 0 if self.options.negatives == "in-batch" else min(self.options.num_negatives or batch_size, batch_size)
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """See `Task.loss`."""

@@ -26,6 +26,7 @@ from training.recipes import RECIPES
         ({"rate-decay": "cosine"}, "optimisation.rate_decay: got 'cosine', want one of none, linear, late"),
         ({"seed": -1}, "--seed: got -1, want 0 or more"),
         ({"num-negatives": 5000}, "got 5000 negatives, a batch of 4096"),
+        ({"num-negatives": 0}, "--num-negatives: got 0, want more than 0"),
         ({"num-subspaces": 7}, "num_subspaces: got 7, want a divisor"),
         ({"num-codes": 1}, "num_codes: got 1"),
         ({"commitment-weight": 0.5, "embedding": "dpq-sx"}, "commitment_weight: got 0.5 with method 'sx'"),

@@ -294,7 +294,7 @@ def test_run_takes_data_smaller_than_a_batch(tmp_path, caplog):
     """Forty users of five items, in the order of their rows: no split column, no options."""
     write_interactions(tmp_path / "data.parquet", 40)
     assert alone("two-tower", "--data", tmp_path / "data.parquet", "--out", tmp_path / "run", "--epochs", 2) == 0
-    assert "batches of 6, not 4096, with 6 negatives, not 2048: there are 120 examples" in caplog.text
+    assert "batches of 6, not 4096, with 6 negatives, not 4096: there are 120 examples" in caplog.text
     assert [metrics_of(tmp_path / "run")[name] for name in ("batch_size", "num_negatives")] == [6, 6]
     assert metrics_of(tmp_path / "run")["tables"]["user_id"]["num_embeddings"] == 40
 

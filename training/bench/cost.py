@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from training.bench.machine import where_and_when
-from training.config import RunConfig, TwoTowerOptions, with_changes
+from training.config import RunConfig, with_changes
 from training.data.batches import Batch, train_batches
 from training.data.synthetic import SyntheticConfig, generate
 from training.parallel import choose_device, process_group
@@ -41,6 +41,7 @@ RESULTS = Path(__file__).with_name("results")
 NUM_CODES, NUM_SUBSPACES = (8, 32, 128, 256), (8, 16, 32)
 METHODS = ("dpq-sx", "dpq-vq")
 _WARM_UP_STEPS = 3
+_NUM_NEGATIVES = 2048  # a step; at most as many as its examples
 
 
 class Case(NamedTuple):
@@ -57,7 +58,7 @@ class Case(NamedTuple):
     def config(self) -> RunConfig:
         """The run that has them."""
         changes: dict[str, Any] = {"embedding": self.embedding, "batch-size": self.batch_size}
-        changes["num-negatives"] = min(TwoTowerOptions().num_negatives, self.batch_size)
+        changes["num-negatives"] = min(_NUM_NEGATIVES, self.batch_size)
         if self.embedding != "full":
             changes |= {"num-codes": self.num_codes, "num-subspaces": self.num_subspaces}
         return with_changes(two_tower(self.data, "unused").as_dict(), changes)
