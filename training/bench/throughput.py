@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--num-interactions", type=int, default=2_200_000, help="one epoch of so many is a run")
     parser.add_argument("--ranks", type=int, default=2, help="processes of torchrun")
     parser.add_argument("--batch-size", type=int, default=4096, help="examples a rank takes per step")
+    parser.add_argument("--num-negatives", type=int, default=2048, help="negatives a rank draws per step")
     parser.add_argument("--num-codes", type=int, default=32, help="K")
     parser.add_argument("--num-subspaces", type=int, default=16, help="D")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each")
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace, data: Path, embedding: str, number: int) ->
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
     command += ["-m", "training", "two-tower", "--data", str(data), "--out", str(out), "--embedding", embedding]
-    for name in ("batch_size", *(() if embedding == "full" else ("num_codes", "num_subspaces"))):
+    for name in ("batch_size", "num_negatives", *(() if embedding == "full" else ("num_codes", "num_subspaces"))):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     with (options.out / f"{embedding}-{number}.log").open("w") as log:
         subprocess.run([*command, "--epochs", "1"], check=True, stdout=log, stderr=subprocess.STDOUT)
