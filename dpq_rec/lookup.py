@@ -106,11 +106,11 @@ class EmbeddingStore:
         """The k ids of a table whose vectors are most similar to each query, exactly: every row is looked at.
 
         Compressed rows are scored from their codes, in fp32, without decoding a vector. Where scores tie, the lower
-        row comes first, which is the more frequent id of a trained table. The query's own id is one of the answers,
-        where it is in the table.
+        row comes first, which is the more frequent id where rows are sorted by frequency. Nothing is left out: an id
+        may be among the answers to its own vector.
 
         >>> user, _ = store.lookup("user_id", [7])
-        >>> ids, scores = store.search("item_id", user, 10)
+        >>> ids, scores = store.search("item_id", user, 10, similarity="cosine")
 
         Args:
             table: the table's name.

@@ -1,7 +1,8 @@
 """Queries to the rows nearest to them, exactly. In: a table, queries, k. Out: Neighbours(ids, scores).
 
 A row's inner product with a query is the sum of those of its values: a table of scores, one for each code of each
-group, is made of the query once, and a row takes M additions. No vector is decoded.
+group, is made of the query once, and a row takes M additions. No vector is decoded, but once for the lengths that
+cosines want.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dpq_rec.kernels import Best
 
 Similarity = Literal["dot", "cosine"]
 _BLOCK_NUMBERS = 1 << 20  # fp32 numbers of a table at a time: 4 MB
+_LEAST_LENGTH = 1e-30  # of a vector that has a direction; one over less is more than fp32 holds
 
 
 class Neighbours(NamedTuple):
@@ -65,8 +67,8 @@ class _Names(NamedTuple):
 class TableSearch:
     """A table, ready to be searched.
 
-    What takes time or memory that grows with the table is made when it is first asked for: where the ids of rows are (8
-    bytes a row), and for cosines the lengths of vectors (4 bytes a row).
+    What takes time or memory that grows with the table is made when it is first asked for: where the ids of rows are
+    (16 bytes a row), and for cosines the lengths of vectors (4 bytes a row).
     """
 
     def __init__(self, table: Table) -> None:
@@ -80,7 +82,7 @@ class TableSearch:
             raise ConfigError(f"k: got {k!r}, want 1 or more")
         queries_QE = self._checked(queries)
         if similarity == "cosine":
-            queries_QE = queries_QE * _inverse_lengths(queries_QE)[:, None]
+            queries_QE = _of_length_one(queries_QE)
         # A row that no id leads to cannot be an answer: as many more are found, and those left out.
         num_nameless = self._names.num_nameless
         num_found = min(int(k), self.table.manifest.num_embeddings - num_nameless)
@@ -97,8 +99,10 @@ class TableSearch:
         dim = self.table.manifest.embedding_dim
         try:
             queries_QE = np.ascontiguousarray(queries, np.float32)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"queries: got no numbers: {error}; want [Q, {dim}]") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(
+                f"queries: got something else than numbers, or rows of several widths; want [Q, {dim}]"
+            ) from error
         if queries_QE.ndim != 2 or queries_QE.shape[1] != dim:
             raise ConfigError(f"queries: got shape {queries_QE.shape}, want [Q, {dim}]")
         if not np.isfinite(queries_QE).all():
@@ -127,17 +131,22 @@ class TableSearch:
         layout, values_MKS = self.table.manifest.layout, self.table.tensors["values_fp32"]
         values_LDKS = values_MKS.reshape(layout.num_levels, -1, *values_MKS.shape[1:])  # D is 1 where they are shared
         parts_DS1 = query_E.reshape(layout.num_subspaces, -1, 1)
-        scores_LDK1: NDArray[np.float32] = np.matmul(values_LDKS, parts_DS1)
-        return scores_LDK1.reshape(layout.codes_per_row, layout.num_codes)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scores_LDK1: NDArray[np.float32] = np.matmul(values_LDKS, parts_DS1)
+        scores_MK = scores_LDK1.reshape(layout.codes_per_row, layout.num_codes)
+        _check_scores(np.abs(scores_MK).max(1).sum(dtype=np.float64))  # no sum of a row is larger
+        return scores_MK
 
     def _best_of_vectors(self, query_E: NDArray[np.float32], most: int, scales_V: NDArray[np.float32] | None) -> Best:
         """A dense table is read in pieces; those of its rows that are good enough are sorted."""
         best, vectors_VE = Best.none(), self.table.tensors["vectors"]
         for rows_N in _blocks(vectors_VE.shape):
             here = slice(rows_N[0], rows_N[-1] + 1)
-            scores_N = vectors_VE[here] @ query_E
-            if scales_V is not None:
-                scores_N = scores_N * scales_V[here]
+            with np.errstate(over="ignore", invalid="ignore"):
+                scores_N = vectors_VE[here] @ query_E
+                if scales_V is not None:
+                    scores_N = scores_N * scales_V[here]
+            _check_scores(np.abs(scores_N).max())
             rows_N, scores_N = np.concatenate([best.rows_T, rows_N]), np.concatenate([best.scores_T, scores_N])
             if len(rows_N) > most:  # all that are as good as the worst of the best, so that lower rows win a tie
                 enough_N = scores_N >= np.partition(scores_N, len(scores_N) - most)[len(scores_N) - most]
@@ -169,5 +178,18 @@ def _blocks(shape: tuple[int, ...]) -> list[NDArray[np.int64]]:
 def _inverse_lengths(vectors_NE: NDArray[np.float32]) -> NDArray[np.float32]:
     """1 / length of each vector; 0 of one that has none, whose cosine with every other is 0."""
     lengths_N: NDArray[np.float64] = np.sqrt(np.einsum("ne,ne->n", vectors_NE, vectors_NE, dtype=np.float64))
-    inverse_N = np.divide(1, lengths_N, out=np.zeros_like(lengths_N), where=lengths_N > 0)
+    inverse_N = np.divide(1, lengths_N, out=np.zeros_like(lengths_N), where=lengths_N > _LEAST_LENGTH)
     return inverse_N.astype(np.float32)
+
+
+def _of_length_one(queries_QE: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Queries cut to length one; one of zeros stays so."""
+    queries_QE64 = queries_QE.astype(np.float64)
+    lengths_Q1 = np.linalg.norm(queries_QE64, axis=1, keepdims=True)
+    return (queries_QE64 / np.where(lengths_Q1 > 0, lengths_Q1, 1)).astype(np.float32)
+
+
+def _check_scores(largest: np.floating[Any]) -> None:
+    """Raises ConfigError where scores are more than fp32 holds, or none."""
+    if not largest <= np.finfo(np.float32).max:
+        raise ConfigError("queries: their scores are more than 32 bits hold, or the table's numbers are none")

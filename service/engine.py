@@ -34,6 +34,7 @@ _MOST_REPLY_BYTES = (1 << 31) - 1  # what a gRPC message can hold
 # Values (ids x dim, 8 bytes an id) that are found and written as JSON in about a millisecond: less than that is not
 # worth a thread, more would keep the worker's other requests waiting.
 _INLINE_VALUES = 1 << 15
+_MOST_SEARCHES = 8  # of a worker at a time: one is done, the others wait
 
 
 class State(enum.Enum):
@@ -179,6 +180,8 @@ class Engine:
         self.state = State.STARTING
         self.max_dim = _max_dim(store)
         self._threads = concurrent.futures.ThreadPoolExecutor(settings.threads, thread_name_prefix="lookup")
+        self._search_thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search")
+        self._num_searches = 0
 
     # Readiness
 
@@ -249,11 +252,23 @@ class Engine:
             work: parse, look up and render; it must not touch the event loop.
             num_bytes: of the request.
         """
-        return work() if num_bytes // 8 * self.max_dim <= _INLINE_VALUES else await self.run_apart(work)
-
-    async def run_apart(self, work: Callable[[], T]) -> T:
-        """The result of work() in a thread: what looks at every row of a table is never small."""
+        if num_bytes // 8 * self.max_dim <= _INLINE_VALUES:
+            return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def run_search(self, work: Callable[[], T]) -> T:
+        """The result of work(), which looks at every row of a table, in the one thread for such: lookups go on.
+
+        Raises:
+            OverloadedError: as many searches as may are waiting for it.
+        """
+        if self._num_searches >= _MOST_SEARCHES:
+            raise OverloadedError(f"{_MOST_SEARCHES} searches are waiting; try again later, or another replica")
+        self._num_searches += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._search_thread, work)
+        finally:
+            self._num_searches -= 1
 
     def table(self, name: str) -> Table:
         """One table.
@@ -307,11 +322,11 @@ class Engine:
             _check_kind(store.table(request.table), request.table, ids)
             queries, missing = store.lookup(request.table, ids, missing=request.missing)
             queries = np.delete(queries, missing, axis=0)
+            self.metrics.looked_up(request.table, num_queries, len(missing))
         try:
             found = store.search(request.table, queries, request.k, similarity=request.similarity)
         except ConfigError as error:
             raise InvalidRequestError(str(error)) from error
-        self.metrics.looked_up(request.table, num_queries, len(missing))
         return SearchAnswer(store.version, found, missing)
 
     def _lookup(self, store: EmbeddingStore, request: TableRequest) -> Lookup:

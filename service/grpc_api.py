@@ -115,6 +115,7 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._most_bytes = largest_reply_bytes(engine.store, engine.settings.max_ids)
 
     async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupReply:  # noqa: N802 - the contract's name
         """Vectors of ids of one table."""
@@ -136,7 +137,11 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
         """The ids most similar to queries."""
 
         def work() -> pb.SearchReply:
-            return _found_of(self._engine.search(_search_of(request, self._engine)))
+            reply = _found_of(self._engine.search(_search_of(request, self._engine)))
+            if reply.ByteSize() > self._most_bytes:
+                got = f"{reply.ByteSize()} bytes of answers, want at most {self._most_bytes}"
+                raise errors.TooManyIdsError(f"k: got {got} in a message; ask for fewer")
+            return reply
 
         return await self._answer("Search", context, work, None)
 
@@ -163,7 +168,7 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
             _check_key(self._engine.settings.api_key, context)
             with self._engine.slot():
                 engine = self._engine
-                reply = await (engine.run_apart(work) if num_bytes is None else engine.run(work, num_bytes))
+                reply = await (engine.run_search(work) if num_bytes is None else engine.run(work, num_bytes))
             code = grpc.StatusCode.OK
             return reply
         except Exception as error:

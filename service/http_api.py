@@ -235,8 +235,8 @@ class HttpApi:
         """The ids whose vectors are most similar to queries, exactly: every row of the table is scored.
 
         Queries are vectors, or ids of the table, whose vectors they are then. The best come first; of equal scores the
-        lower row, which is the more frequent id of a trained table. A query's own id is among its answers. An unknown
-        id has none, and its position in `missing`, or is an error with `missing=error`.
+        lower row, which is the more frequent id where rows are sorted by frequency. An id may be among the answers to
+        itself. An unknown id has none, and its position in `missing`, or is an error with `missing=error`.
         """
         body_type(request.headers.get("content-type"), (JSON,))
         reply_type(_accept(request), (JSON,))
@@ -249,7 +249,7 @@ class HttpApi:
                 asked = SearchRequest(table=table, missing=missing, **search_from_json(body))
                 return Response(search_to_json(table, engine.search(asked)), media_type=JSON)
 
-            return await engine.run_apart(answer)
+            return await engine.run_search(answer)
 
     async def lookup_tables(
         self, request: Request, dtype: VectorType = "float32", missing: MissingPolicy = "zeros"

@@ -104,8 +104,11 @@ def search_from_json(body: bytes) -> dict[str, Any]:
         raise InvalidRequestError(f"body: got {others}, want some of {', '.join(_SEARCH_FIELDS)}")
     if "k" in asked and type(asked["k"]) is not int:
         raise InvalidRequestError(f"k: got {_name_of(asked['k'])}, want an integer")
-    if "queries" in asked and not isinstance(asked["queries"], list):
-        raise InvalidRequestError(f"queries: got {_name_of(asked['queries'])}, want a list of vectors")
+    queries = asked.get("queries", [])
+    if not isinstance(queries, list) or not all(isinstance(query, list) for query in queries):
+        raise InvalidRequestError("queries: want a list of vectors, each a list of numbers")
+    if not {type(number) for query in queries for number in query} <= {int, float}:
+        raise InvalidRequestError("queries: got something else than numbers in a vector")
     return {**asked, "ids": _ids_of(asked["ids"], "ids")} if "ids" in asked else asked
 
 

@@ -216,7 +216,8 @@ class EmbeddingOptions:
         return self.full_epochs
 
     def _queries_are_vectors(self, dpq: DPQConfig) -> bool:
-        return dpq.key_dim is None or dpq.key_dim == dpq.subspace_dim(self.embedding_dim)
+        all_tables = (dpq, *(with_own(dpq, own) for own in self.per_table.values()))
+        return all(own.key_dim is None or own.key_dim == own.subspace_dim(self.embedding_dim) for own in all_tables)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,15 @@ from __future__ import annotations
 
 from torchrec.optim.keyed import KeyedOptimizer
 
+from training.config import OptimisationOptions
+
+
+def falling_steps(options: OptimisationOptions, num_steps: int) -> range | None:
+    """The steps in which the rates of a run of so many fall, by number; None where they stay."""
+    if options.rate_decay == "none":
+        return None
+    return range(0 if options.rate_decay == "linear" else num_steps * 2 // 3, num_steps)
+
 
 class Rates:
     """The learning rates of all groups of an optimizer, which may differ, and keep their proportions as they fall.

@@ -38,7 +38,7 @@ from training.evaluation.code_stats import code_stats
 from training.models import BY_CONFIGURATION, TableKind
 from training.parallel import add_up, choose_device, on_rank_0, process_group, stored
 from training.phases import enter
-from training.rates import Rates
+from training.rates import Rates, falling_steps
 from training.results import Used, results
 from training.tasks import TASKS
 
@@ -89,7 +89,11 @@ class Run:
         self.tables = str(model.TABLES)
         torch.manual_seed(config.run.seed + self.rank)  # shards start anew, and two ranks' must not start alike
         self.model, self.optimizer = self.task.distribute(model)
-        self.rates = Rates(self.optimizer, self._falling_steps())  # before a checkpoint is loaded, with the last step's
+        limits = config.optimisation
+        falls = (
+            falling_steps(limits, limits.epochs * self.num_steps) if isinstance(limits, OptimisationOptions) else None
+        )
+        self.rates = Rates(self.optimizer, falls)  # before a checkpoint is loaded, with the last step's
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, stored(self.model), self.optimizer, self.task.digest())
 
     def finish(self) -> dict[str, Any]:
@@ -101,12 +105,6 @@ class Run:
             while progress.epoch < self.config.optimisation.epochs and not self._is_past_hope(progress):
                 self._epoch(progress, board)
         return self._leave(progress)
-
-    def _falling_steps(self) -> range | None:
-        limits, all_steps = self.config.optimisation, self.config.optimisation.epochs * self.num_steps
-        if not isinstance(limits, OptimisationOptions) or limits.rate_decay == "none":
-            return None
-        return range(0 if limits.rate_decay == "linear" else all_steps * 2 // 3, all_steps)
 
     def _is_past_hope(self, progress: Progress) -> bool:
         """Whether `patience` epochs that could be the best were none."""

@@ -3,12 +3,14 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "codes.h"
@@ -62,7 +64,10 @@ class Best {
   }
 
  private:
-  void note_worst() { worst_ = heap_.size() < most_ ? -std::numeric_limits<float>::infinity() : heap_.front().score; }
+  void note_worst() {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    worst_ = heap_.size() < most_ ? -kInfinity : most_ == 0 ? kInfinity : heap_.front().score;
+  }
 
   std::vector<Found>& heap_;
   size_t most_;
@@ -84,7 +89,7 @@ DPQ_INLINE void add_up(const ScanArgs& a, const Codes (&rows)[kRowsAtOnce], floa
 DPQ_INLINE ByteCodes codes_at(const uint8_t* row, int64_t, ByteCodes*) { return {row}; }
 DPQ_INLINE BitCodes codes_at(const uint8_t* row, int64_t code_bits, BitCodes*) { return {row, code_bits}; }
 
-// Position of the first row whose score is no number, -1 where there is none.
+// Position of the first row whose score is no number, or infinitely low, -1 where there is none.
 template <typename Codes>
 DPQ_INLINE int64_t scan_block(const ScanArgs& a, const uint8_t* packed, int64_t first, int64_t count, Best& best) {
   Codes rows[kRowsAtOnce];
@@ -128,13 +133,12 @@ using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 
 // Takes the rows of one part of a table into the best so far, [k] rows and scores of which the first num_found are some.
 // Returns (how many there are now, position of the first row without a score or -1).
-nb::tuple scan_top(Array<const uint8_t, 2> packed, Array<const float, 2> scores, nb::object scales, int64_t code_bits,
-                   int64_t first_row, Array<int64_t, 1> best_rows, Array<float, 1> best_scores, int64_t num_found) {
-  const float* scales_of_rows = nullptr;
-  if (!scales.is_none()) scales_of_rows = nb::cast<Array<const float, 1>>(scales).data();
+nb::tuple scan_top(Array<const uint8_t, 2> packed, Array<const float, 2> scores,
+                   std::optional<Array<const float, 1>> scales, int64_t code_bits, int64_t first_row,
+                   Array<int64_t, 1> best_rows, Array<float, 1> best_scores, int64_t num_found) {
   const ScanArgs args{packed.data(),
                       scores.data(),
-                      scales_of_rows,
+                      scales ? scales->data() : nullptr,
                       static_cast<int64_t>(packed.shape(0)),
                       static_cast<int64_t>(packed.shape(1)),
                       static_cast<int64_t>(scores.shape(0)),
@@ -161,4 +165,7 @@ nb::tuple scan_top(Array<const uint8_t, 2> packed, Array<const float, 2> scores,
 
 }  // namespace
 
-void define_scan(nb::module_& m) { m.def("scan_top", &scan_top, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg()); }
+void define_scan(nb::module_& m) {
+  m.def("scan_top", &scan_top, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg());
+}

@@ -16,6 +16,7 @@ from dpq_rec import (
     StringVocabulary,
     UnknownTableError,
     pack_codes,
+    search,
     write_artifact,
 )
 from dpq_rec.tiers import cut_into_tiers
@@ -121,6 +122,42 @@ def test_an_id_finds_itself_by_cosine(store):
         np.testing.assert_array_equal(vectors[0], vectors[1])  # maybe by another id of the same codes
 
 
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("name", ["plain", "dense"])
+def test_tables_are_searched_piece_by_piece(name, similarity, store, monkeypatch):
+    query_1E = np.random.default_rng(5).standard_normal((1, 8))
+    whole = store.search(name, query_1E, 40, similarity=similarity)
+    monkeypatch.setattr(search, "_BLOCK_NUMBERS", 8 * 7)
+    again = EmbeddingStore(store.artifact).search(name, query_1E, 40, similarity=similarity)
+    assert list(again.ids[0]) == list(whole.ids[0])
+    np.testing.assert_allclose(again.scores, whole.scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "dense", "one-row"])
+def test_short_queries_have_a_direction(name, store):
+    query_1E = np.random.default_rng(5).standard_normal((1, 8)).astype(np.float32)
+    long, short = (store.search(name, query_1E * size, 5, similarity="cosine") for size in (1, 1e-30))
+    assert list(long.ids[0]) == list(short.ids[0])
+    np.testing.assert_allclose(short.scores, long.scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("kind", ["codes", "vectors"])
+def test_an_empty_table_has_no_answers(kind, similarity, tmp_path):
+    contents = dpq_contents(0, LAYOUT) if kind == "codes" else dense_contents(np.empty((0, 8), np.float32))
+    empty = EmbeddingStore.open(write_artifact(tmp_path / "empty", {"item": contents}))
+    ids, scores_QT = empty.search("item", np.ones((2, 8)), 3, similarity=similarity)
+    assert np.shape(ids) == scores_QT.shape == (2, 0)
+
+
+def test_numbers_of_a_table_that_are_none_are_no_answers(tmp_path):
+    vectors_VE = np.ones((3, 2), np.float32)
+    vectors_VE[1] = np.nan
+    broken = EmbeddingStore.open(write_artifact(tmp_path / "broken", {"item": dense_contents(vectors_VE)}))
+    with pytest.raises(ConfigError, match="or the table's numbers are none"):
+        broken.search("item", np.ones((1, 2)), 2)
+
+
 def test_no_queries_have_no_answers(store):
     ids, scores_QT = store.search("plain", np.empty((0, 8)), 3)
     assert ids.shape == scores_QT.shape == (0, 3)
@@ -131,7 +168,9 @@ def test_no_queries_have_no_answers(store):
     [
         (np.ones(8), 1, "dot", r"queries: got shape \(8,\), want \[Q, 8\]"),
         (np.ones((1, 7)), 1, "dot", r"queries: got shape \(1, 7\), want \[Q, 8\]"),
-        ([["a"] * 8], 1, "dot", "queries: got no numbers"),
+        ([["a"] * 8], 1, "dot", "queries: got something else than numbers"),
+        ([[10**400] * 8], 1, "dot", "queries: got something else than numbers"),
+        ([[3e38] * 8], 1, "dot", "queries: their scores are more than 32 bits hold"),
         ([[np.nan] * 8], 1, "dot", "queries: got numbers that are infinite or none"),
         ([[1e300] * 8], 1, "dot", "queries: got numbers that are infinite or none"),
         (np.ones((1, 8)), 0, "dot", "k: got 0, want 1 or more"),

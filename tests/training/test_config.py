@@ -95,6 +95,7 @@ def test_what_was_asked_for_does_not_give_way():
         ("two-tower --epochs 20 --embedding full", 0),
         ("two-tower --epochs 20 --embedding dpq-sx --key-dim 2", 0),
         ("two-tower --epochs 20 --embedding dpq-sx --key-dim 4", 6),  # as wide as a subspace of 64 / 16
+        ("two-tower --epochs 20 --embedding dpq-sx --per-table item_id.key_dim=2", 0),
         ("dlrm --epochs 20", 0),
         ("dlrm --epochs 20 --full-epochs none", 6),
     ],
@@ -115,7 +116,7 @@ def test_the_learning_rate_of_a_language_model_halves_after_four_epochs():
     assert rates == [1, 1, 1, 1, 0.5, 0.25, 0.125]
 
 
-def test_rates_of_two_tower_fall_over_all_its_epochs_and_those_of_dlrm_stay():
+def test_rates_of_two_tower_fall_at_its_end_and_those_of_dlrm_stay():
     falling, staying = (RECIPES[name](**HERE).optimisation for name in ("two-tower", "dlrm"))
     assert (falling.rate_decay, falling.learning_rate, falling.patience) == ("late", 0.2, None)
     assert (staying.rate_decay, staying.learning_rate, staying.patience) == ("none", 0.02, 3)

@@ -11,7 +11,7 @@ from dpq_rec import DPQConfig
 from dpq_rec.nn import DPQEmbeddingBagCollection
 from training.config import OptimisationOptions
 from training.parallel import shard
-from training.rates import Rates
+from training.rates import Rates, falling_steps
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -73,6 +73,11 @@ def test_rates_stay_until_the_steps_in_which_they_fall():
     of_row, of_dense = shares(range(2, STEPS))
     assert of_row == pytest.approx([1, 1, 1, 0.5], rel=1e-4)
     assert of_dense == pytest.approx([1, 1, 1, 0.5], rel=1e-4)
+
+
+@pytest.mark.parametrize(("decay", "expected"), [("none", None), ("linear", range(60)), ("late", range(40, 60))])
+def test_rates_fall_over_all_steps_or_the_last_third(decay, expected):
+    assert falling_steps(OptimisationOptions(rate_decay=decay), 60) == expected
 
 
 def test_rates_that_do_not_fall_are_those_of_the_options():

@@ -185,6 +185,10 @@ def test_options_that_several_other_recipes_have_are_refused_by_naming_them(monk
         ("two-tower --target-ratio 20 --num-codes 8", "--num-codes: --target-ratio chooses it for each table"),
         ("dlrm --target-ratio 20 --num-levels 2", "--num-levels: --target-ratio chooses it for each table"),
         (
+            "two-tower --start-from uniform",
+            "--start-from: after --full-epochs keys and values always begin as k-means centroids",
+        ),
+        (
             "dlrm --full-epochs 2 --start-from uniform",
             "--start-from: after --full-epochs keys and values always begin as k-means centroids",
         ),

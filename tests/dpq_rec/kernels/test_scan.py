@@ -26,7 +26,7 @@ def assert_same(got, wanted):
     num_subspaces=st.integers(1, 5),
     num_levels=st.integers(1, 3),
     num_codes=st.sampled_from([2, 3, 5, 16, 31, 256, 1000, 65_536]),
-    most=st.integers(1, 80),
+    most=st.integers(0, 80),
     few=st.booleans(),
     with_scales=st.booleans(),
     seed=st.integers(0, 9),

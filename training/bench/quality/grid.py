@@ -88,7 +88,7 @@ STUDIES = (
         rows=(6040, 3416),
         epochs=12,
         metric="ndcg@10",
-        flags={"embedding-dim": 64, "learning-rate": 0.2, "dense-learning-rate": 0.001},
+        flags={"embedding-dim": 64, "learning-rate": 0.2, "dense-learning-rate": 0.001, "num-negatives": 2048},
         full_share=1 / 3,
     ),
     Study(
@@ -130,7 +130,7 @@ def _tiers(num_levels: int, of_items: int, *rarer: tuple[float, int]) -> Setting
     return {**codes(1, 16, num_levels), "per-table": {"item_id": items}}
 
 
-# Data set -> ratio -> D, K and L that keep within it, all tables together.
+# Data set -> ratio -> D, K and L that keep within it, all tables together. One level, all else as the recipe has it.
 _DPQ_PLAIN = {
     "gowalla": {20.0: codes(16, 64), 40.0: codes(8, 64)},
     "movielens_1m": {20.0: codes(16, 32), 40.0: codes(8, 32)},
@@ -217,8 +217,8 @@ ABLATIONS: dict[str, Trial] = {
     "no full phase, uniform start": Trial(flags={"full-epochs": 0}),
     "values drawn to their queries by the penalty": Trial(flags=_TASK_OFF),
     "values as running means of their queries": Trial(flags={**_TASK_OFF, "ema-decay": 0.99}),
-    "values ten times as fast": Trial(flags={"value-rate": 1.0}),
-    "values a tenth as fast": Trial(flags={"value-rate": 0.01}),
+    "value rate 1": Trial(flags={"value-rate": 1.0}),
+    "value rate 0.01": Trial(flags={"value-rate": 0.01}),
     "commitment of queries, 0.25": Trial(flags={"commitment-weight": 0.25}),
     "batch norm of scores (balances the codes)": Trial(flags={"batch-norm": True}),
     "unused codes revived after 100 batches": Trial(flags={"revive-after": 100}),
