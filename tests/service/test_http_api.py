@@ -222,7 +222,8 @@ def test_openapi_describes_bodies_and_replies_of_lookup(make_engine):
         if status != "200"
     )
     assert set(paths) == {
-        "/livez", "/readyz", "/metrics", "/v1/tables", "/v1/tables/{table}/lookup", "/v1/lookup"
+        "/livez", "/readyz", "/metrics", "/v1/tables", "/v1/tables/{table}/lookup", "/v1/tables/{table}/search",
+        "/v1/lookup"
     }  # fmt: skip
 
 

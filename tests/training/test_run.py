@@ -23,7 +23,8 @@ SIZES = ["--num-users", "3000", "--num-items", "500", "--num-interactions", "600
 SMALL = [*SIZES, "--embedding-dim", "16", "--batch-size", "512"]
 QUICK = [*SMALL, "--num-negatives", "256", "--patience", "9", "--epochs", "3"]
 DPQ = ["--num-subspaces", "8", "--num-codes", "16"]
-KINDS = {kind: ["--embedding", kind, *([] if kind == "full" else DPQ)] for kind in ("full", "dpq-sx", "dpq-vq")}
+QUANTIZED = [*DPQ, "--full-epochs", "0"]  # every epoch has codes and metrics
+KINDS = {kind: ["--embedding", kind, *([] if kind == "full" else QUANTIZED)] for kind in ("full", "dpq-sx", "dpq-vq")}
 RUNNING = [*KINDS["dpq-vq"], "--ema-decay", "0.95", "--revive-after", "5", "--full-epochs", "1", "--no-batch-norm"]
 
 
@@ -309,7 +310,19 @@ def test_run_refuses_data_without_a_test_split_before_it_trains(tmp_path, capsys
 
 
 def test_run_stops_early_and_keeps_the_best_epoch(tmp_path):
-    arguments = [*SMALL, "--num-negatives", 256, "--epochs", 60, "--patience", 1, "--learning-rate", 3]
+    arguments = [
+        *SMALL,
+        "--num-negatives",
+        256,
+        "--epochs",
+        60,
+        "--patience",
+        1,
+        "--learning-rate",
+        3,
+        "--full-epochs",
+        0,
+    ]
     assert alone("two-tower", *arguments, "--out", tmp_path / "run") == 0
     metrics = metrics_of(tmp_path / "run")
     validation = [epoch["ndcg@10"] for epoch in metrics["history"]]
