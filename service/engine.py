@@ -149,6 +149,14 @@ class SearchAnswer(NamedTuple):
     neighbours: Neighbours
     missing: NDArray[np.uint32]
 
+    def by_query(self) -> Iterator[tuple[list[int] | list[str], list[float]]]:
+        """Ids and scores of each query, in order; none where its id is unknown."""
+        ids, scores_QT = self.neighbours
+        rows = iter(zip(ids if isinstance(ids, list) else ids.tolist(), scores_QT.tolist(), strict=True))
+        unknown = set(self.missing.tolist())
+        for q in range(len(scores_QT) + len(unknown)):
+            yield ([], []) if q in unknown else next(rows)
+
 
 def largest_reply_bytes(store: EmbeddingStore, max_ids: int) -> int:
     """Bytes that no reply over gRPC exceeds, with `max_ids` ids, in one lookup or in as many.

@@ -240,13 +240,9 @@ def _search_of(message: pb.SearchRequest, engine: Engine) -> SearchRequest:
 
 def _found_of(answer: SearchAnswer) -> pb.SearchReply:
     reply = pb.SearchReply(missing=answer.missing.tolist(), version=answer.version)
-    unknown, rows = set(answer.missing.tolist()), iter(zip(*answer.neighbours, strict=True))
-    for q in range(len(answer.neighbours.scores) + len(unknown)):
-        found = reply.neighbours.add()
-        if q not in unknown:
-            ids_T, scores_T = next(rows)
-            (found.string_ids if isinstance(ids_T, list) else found.ids).extend(ids_T)
-            found.scores.extend(scores_T)
+    for ids_T, scores_T in answer.by_query():
+        kind = "string_ids" if ids_T and isinstance(ids_T[0], str) else "ids"
+        reply.neighbours.add(**{kind: ids_T}, scores=scores_T)
     return reply
 
 

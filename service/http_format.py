@@ -114,17 +114,14 @@ def search_from_json(body: bytes) -> dict[str, Any]:
 
 def search_to_json(table: str, answer: SearchAnswer) -> bytes:
     """`{"table", "version", "ids", "scores", "missing"}`: a list of each query, empty where its id is unknown."""
-    version, (ids, scores_QT), missing = answer
-    rows = iter(zip(ids if isinstance(ids, list) else ids.tolist(), scores_QT.tolist(), strict=True))
-    unknown = set(missing.tolist())
-    found = [([], []) if q in unknown else next(rows) for q in range(len(scores_QT) + len(unknown))]
+    found = list(answer.by_query())
     return _dumps(
         {
             "table": table,
-            "version": version,
+            "version": answer.version,
             "ids": [ids_T for ids_T, _ in found],
             "scores": [scores_T for _, scores_T in found],
-            "missing": missing,
+            "missing": answer.missing,
         }
     )
 

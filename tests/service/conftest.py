@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grpc.aio
 import httpx
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from dpq_rec import (
     write_artifact,
 )
 from service.engine import Engine
+from service.grpc_api import GrpcServer
 from service.http_api import create_app
 from service.metrics import Metrics
 from service.settings import Settings
@@ -119,6 +121,26 @@ def make_engine(store: EmbeddingStore) -> Callable[..., Engine]:
         return engine
 
     return make
+
+
+@pytest.fixture
+def talk(make_engine: Callable[..., Engine]) -> Callable[..., Any]:
+    """talk(use, engine=None): the result of `await use(channel)`, over a real channel to a server in this process."""
+
+    def run(use: Callable[..., Any], engine: Engine | None = None) -> Any:
+        async def scenario() -> Any:
+            server = GrpcServer(engine or make_engine())
+            port = await server.start("127.0.0.1:0")
+            await server.serve()
+            try:
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                    return await use(channel)
+            finally:
+                await server.stop(0)
+
+        return asyncio.run(scenario())
+
+    return run
 
 
 @pytest.fixture

@@ -18,26 +18,6 @@ Status = grpc.StatusCode
 
 
 @pytest.fixture
-def talk(make_engine):
-    """talk(use, engine=None): the result of `await use(channel)`, over a real channel to a server in this process."""
-
-    def run(use, engine=None):
-        async def scenario():
-            server = GrpcServer(engine or make_engine())
-            port = await server.start("127.0.0.1:0")
-            await server.serve()
-            try:
-                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                    return await use(channel)
-            finally:
-                await server.stop(0)
-
-        return asyncio.run(scenario())
-
-    return run
-
-
-@pytest.fixture
 def lookup(talk):
     """lookup(engine=None, **fields of LookupRequest): the reply, or an AioRpcError."""
 

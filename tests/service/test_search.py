@@ -1,6 +1,5 @@
 """Search over HTTP and gRPC held to brute force on the reference's vectors."""
 
-import asyncio
 from itertools import chain
 
 import grpc
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 
 from service import http_schema
-from service.grpc_api import GrpcServer
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
 from tests.service.conftest import NAMES
@@ -19,21 +17,11 @@ ITEMS, STRINGS = "/v1/tables/item_id/search", "/v1/tables/name/search"
 
 
 @pytest.fixture
-def search(make_engine):
+def search(talk):
     """search(engine=None, **fields of SearchRequest): the reply, over a real channel, or an AioRpcError."""
 
     def send(engine=None, **fields):
-        async def scenario():
-            server = GrpcServer(engine or make_engine())
-            port = await server.start("127.0.0.1:0")
-            await server.serve()
-            try:
-                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                    return await pb_grpc.EmbeddingServiceStub(channel).Search(pb.SearchRequest(**fields))
-            finally:
-                await server.stop(0)
-
-        return asyncio.run(scenario())
+        return talk(lambda channel: pb_grpc.EmbeddingServiceStub(channel).Search(pb.SearchRequest(**fields)), engine)
 
     return send
 
