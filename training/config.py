@@ -77,6 +77,8 @@ class TwoTowerOptions:
         temperature: divides the similarity before the softmax; 0.1 suits cosines, 1 dot products.
         negatives: what an example's item is told from: items drawn uniformly, the other examples' items, or both.
         num_negatives: uniform negatives a rank draws per step, shared by its examples; none: as many as these.
+        history: a user's vector is the mean of the items that it chose, and users have no table: in a step of at most
+            so many items, drawn, and never of the example's own; of all where metrics are measured. 0 gives users rows.
         log_q: subtract the logarithm of how likely an item is to be a candidate (Yi et al., 2019).
         max_eval_users: measure metrics on at most so many users, drawn at random.
     """
@@ -85,11 +87,14 @@ class TwoTowerOptions:
     temperature: float = 0.1
     negatives: Literal["uniform", "in-batch", "both"] = "uniform"
     num_negatives: int | None = None
+    history: int = 0
     log_q: bool = True
     max_eval_users: int = 50_000
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature", "num_negatives", "max_eval_users")
+        if self.history < 0:
+            raise ConfigError(f"--history: got {self.history}, want 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

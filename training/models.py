@@ -19,10 +19,11 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from dpq_rec.nn import DPQEmbeddingBagCollection, freeze
 from training.config import DLRMOptions, EmbeddingOptions, TwoTowerOptions
+from training.data.batches import Bag
 from training.per_table import check_tables
 from training.sampled_softmax import sampled_softmax
 
-USER, ITEM, NEGATIVE = "user_id", "item_id", "negative_item_id"
+USER, ITEM, NEGATIVE, HISTORY = "user_id", "item_id", "negative_item_id", "history_item_id"
 _META = torch.device("meta")
 
 
@@ -86,6 +87,8 @@ BY_CONFIGURATION = TableKind()
 class TwoTower(nn.Module):
     """Similarity of a user's and an item's vector, trained by a softmax against sampled items.
 
+    A user's vector is its row or, with `history`, the mean of the items that the user chose.
+
     With `log_q`, a candidate's score is s / temperature - log Q: s the similarity, Q how many candidates of a step are
     expected to be this item (Yi et al., 2019, eq. 4 and 5: from the probability it differs by a constant, which cancels
     out). In-batch candidates are drawn as the training split is: of B examples B * share are the item's. N uniform ones
@@ -94,7 +97,8 @@ class TwoTower(nn.Module):
 
     Args:
         options: of the recipe.
-        tables: vectors of `user_id`, `item_id` and, where negatives are drawn, `negative_item_id`.
+        tables: sums of vectors of `item_id`, of `user_id` or `history_item_id` and, where negatives are drawn, of
+            `negative_item_id`.
         item_shares_V: each item's share of the training split, float32.
         device: of the buffers.
     """
@@ -120,7 +124,11 @@ class TwoTower(nn.Module):
             negatives_N: the sampled rows again, to leave out a candidate that is the example's own item.
         """
         pooled = self.tables(features)
-        users_BE, positives_BE = self._scaled(pooled[USER]), self._scaled(pooled[ITEM])
+        if self.options.history:
+            users_BE = pooled[HISTORY] / features[HISTORY].lengths().clamp(min=1)[:, None]
+        else:
+            users_BE = pooled[USER]
+        users_BE, positives_BE = self._scaled(users_BE), self._scaled(pooled[ITEM])
         drawn = [(self._scaled(pooled[NEGATIVE][: len(negatives_N)]), negatives_N)] if len(negatives_N) else []
         in_batch = [] if self.options.negatives == "uniform" else [(positives_BE, items_B)]
         vectors, rows = zip(*drawn, *in_batch, strict=True)
@@ -138,18 +146,26 @@ class TwoTower(nn.Module):
         return (num_examples * self.item_shares_V[rows_N] + num_negatives / len(self.item_shares_V)).log()
 
 
-def two_tower_features(users_B: torch.Tensor, items_B: torch.Tensor, negatives_N: torch.Tensor) -> KeyedJaggedTensor:
-    """Rows (int64) as TorchRec takes them. Only the first N bags of the negatives hold one; N is at most B."""
-    ones_B = torch.ones_like(users_B)
-    if not len(negatives_N):
-        values, lengths = torch.cat([users_B, items_B]), torch.cat([ones_B, ones_B])
-        return KeyedJaggedTensor(keys=[USER, ITEM], values=values, lengths=lengths)
-    with_negative_B = (torch.arange(len(users_B), device=users_B.device) < len(negatives_N)).long()
-    return KeyedJaggedTensor(
-        keys=[USER, ITEM, NEGATIVE],
-        values=torch.cat([users_B, items_B, negatives_N]),
-        lengths=torch.cat([ones_B, ones_B, with_negative_B]),
-    )
+def two_tower_features(
+    users: torch.Tensor | Bag, items_B: torch.Tensor, negatives_N: torch.Tensor
+) -> KeyedJaggedTensor:
+    """Rows (int64) as TorchRec takes them. Only the first N bags of the negatives hold one; N is at most B.
+
+    Args:
+        users: rows [B] of users, or the rows of items that users chose.
+        items_B: rows of the examples' own items.
+        negatives_N: rows of those sampled.
+    """
+    ones_B, device = torch.ones_like(items_B), items_B.device
+    features = {ITEM: (items_B, ones_B)}
+    if isinstance(users, Bag):
+        features[HISTORY] = (torch.from_numpy(users.rows_T).to(device), torch.from_numpy(users.lengths_B).to(device))
+    else:
+        features[USER] = (users, ones_B)
+    if len(negatives_N):
+        features[NEGATIVE] = (negatives_N, (torch.arange(len(items_B), device=device) < len(negatives_N)).long())
+    values, lengths = zip(*features.values(), strict=True)
+    return KeyedJaggedTensor(keys=list(features), values=torch.cat(values), lengths=torch.cat(lengths))
 
 
 class ClickThrough(nn.Module):

@@ -24,8 +24,9 @@ from torchrec.optim.keyed import KeyedOptimizer
 from dpq_rec import EmbeddingStore
 from dpq_rec.vocabulary import Vocabulary
 from training.config import DLRMOptions, OptimisationOptions, RunConfig, TwoTowerOptions
-from training.data.batches import Batch, eval_batches, train_batches
+from training.data.batches import Bag, Batch, eval_batches, train_batches
 from training.data.dense import dense_statistics
+from training.data.histories import Histories
 from training.data.splits import TEST, VALIDATION
 from training.evaluation.clicks import click_metrics
 from training.evaluation.ranking import RetrievalMetrics
@@ -33,6 +34,7 @@ from training.evaluation.retrieval import Retrieval
 from training.evaluation.served import ServedTables
 from training.models import (
     BY_CONFIGURATION,
+    HISTORY,
     ITEM,
     NEGATIVE,
     USER,
@@ -157,11 +159,18 @@ class RetrievalTask(_InteractionTask):
         assert isinstance(config.model, TwoTowerOptions), "the configuration is checked"
         self.options, self.kind = config.model, kind
         super().__init__(config, device)
-        self.retrieval = Retrieval(self.source, config.model)
+        self.histories = None
+        if self.options.history:
+            self.histories = Histories(self.source.interactions, self.source.vocabularies)
+            self.vocabularies = {ITEM: self.source.vocabularies[ITEM]}
+        self.retrieval = Retrieval(self.source, config.model, self.histories)
 
     def model(self) -> TwoTower:
         """See `Task.model`."""
-        features = {USER: [USER], ITEM: [ITEM] if self.options.negatives == "in-batch" else [ITEM, NEGATIVE]}
+        features = {} if self.options.history else {USER: [USER]}
+        features[ITEM] = [ITEM] if self.options.negatives == "in-batch" else [ITEM, NEGATIVE]
+        if self.options.history:
+            features[ITEM].append(HISTORY)
         tables = self.kind.make(features, self.source.num_embeddings, self.config.embedding)
         counts_V = torch.from_numpy(self.source.columns[ITEM].counts_V)
         return TwoTower(self.options, tables, (counts_V / counts_V.sum()).float(), self.device)
@@ -171,10 +180,14 @@ class RetrievalTask(_InteractionTask):
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """See `Task.loss`."""
-        users_B, items_B = (torch.from_numpy(batch.bags[name].rows_T).to(self.device) for name in (USER, ITEM))
-        num_items, num_negatives = self.source.num_embeddings[ITEM], self._negatives_of(len(users_B))
+        users, items = batch.bags[USER].rows_T, batch.bags[ITEM].rows_T
+        items_B = torch.from_numpy(items).to(self.device)
+        num_items, num_negatives = self.source.num_embeddings[ITEM], self._negatives_of(len(items))
         negatives_N = torch.randint(num_items, (num_negatives,), generator=generator).to(self.device)
-        return model(two_tower_features(users_B, items_B, negatives_N), items_B, negatives_N)
+        told_by: torch.Tensor | Bag = torch.from_numpy(users).to(self.device)
+        if self.histories is not None:
+            told_by = self.histories.draw(users, items, self.options.history, generator)
+        return model(two_tower_features(told_by, items_B, negatives_N), items_B, negatives_N)
 
     def measure(self, folder: Path, split: str) -> dict[str, float]:
         """See `Task.measure`: recall and ndcg at 10 and 20."""

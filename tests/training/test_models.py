@@ -7,6 +7,7 @@ from torch.nn import functional
 from torchrec import KeyedJaggedTensor
 
 from training.config import with_changes
+from training.data.batches import Bag
 from training.models import ClickThrough, TwoTower, make_tables, two_tower_features
 from training.recipes import RECIPES
 
@@ -22,8 +23,10 @@ def two_tower(**changes):
     small = {"embedding": "full", "embedding-dim": 8} | {name.replace("_", "-"): v for name, v in changes.items()}
     config = with_changes(RECIPES["two-tower"]("synthetic", "run").as_dict(), small)
     served = ["item_id"] if config.model.negatives == "in-batch" else ["item_id", "negative_item_id"]
+    served += ["history_item_id"] if config.model.history else []
     sizes = {"user_id": 300, "item_id": NUM_ITEMS}
-    tables = make_tables({"user_id": ["user_id"], "item_id": served}, sizes, config.embedding, CPU)
+    users = {} if config.model.history else {"user_id": ["user_id"]}
+    tables = make_tables({**users, "item_id": served}, sizes, config.embedding, CPU)
     return TwoTower(config.model, tables, COUNTS / COUNTS.sum(), CPU).eval()
 
 
@@ -67,6 +70,24 @@ def test_in_batch_negatives_are_the_other_items_corrected_by_how_often_they_are_
     got = model(two_tower_features(USERS, ITEMS, drawn), ITEMS, drawn)
     expected = 600 * COUNTS / COUNTS.sum() + len(drawn) / NUM_ITEMS
     torch.testing.assert_close(got, naive_loss(model, drawn, expected=expected if log_q else None))
+
+
+@pytest.mark.parametrize("embedding", ["full", "dpq-vq"])
+def test_with_a_history_a_user_is_the_mean_of_those_items(embedding):
+    dpq = {} if embedding == "full" else {"num_subspaces": 4, "num_codes": 5}
+    model = two_tower(embedding=embedding, history=3, **dpq)
+    lengths = np.arange(len(USERS)) % 4  # none among them
+    history = Bag(np.arange(lengths.sum()) * 13 % NUM_ITEMS, lengths)
+    features = two_tower_features(history, ITEMS, NEGATIVES)
+    got, vectors = model(features, ITEMS, NEGATIVES), model.tables(features)["item_id"]
+    item_vectors = dict(zip(ITEMS.tolist(), vectors, strict=True))
+    losses, rows = [], history.rows_T.tolist()
+    for length, item, vector in zip(lengths.tolist(), ITEMS, vectors, strict=True):
+        own, rows = rows[:length], rows[length:]
+        user = torch.stack([item_vectors[row] for row in own]).mean(0) if own else torch.zeros(8)
+        compared = torch.stack([vector, *(item_vectors[n] for n in NEGATIVES.tolist() if n != int(item))])
+        losses.append(-(torch.cosine_similarity(user[None], compared) / 0.1).log_softmax(0)[0])
+    torch.testing.assert_close(got, torch.stack(losses).mean())
 
 
 def test_log_q_changes_nothing_where_all_negatives_are_uniform():

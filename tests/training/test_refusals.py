@@ -58,6 +58,7 @@ from training.recipes import RECIPES
             {"per-table": {"item_id": {"num_levels": 2}}, "target-ratio": 20.0},
             "--per-table: item_id.num_levels: --target-ratio chooses it for each table",
         ),
+        ({"history": -1}, "--history: got -1, want 0 or more"),
         ({"full-epochs": -1}, "--full-epochs: got -1, want 0 or more"),
         ({"full-epochs": 20}, "--full-epochs: got 20 of 20 epochs; want fewer than --epochs"),
         (

@@ -41,7 +41,8 @@ def two_tower(tmp_path_factory):
     def folder_of(kind):
         if kind not in folders:
             folder = tmp_path_factory.mktemp(kind) / "run"
-            result = run("two-tower", *{**KINDS, "running means": RUNNING}[kind], "--out", folder, *QUICK)
+            more = {"running means": RUNNING, "history": [*RUNNING, "--history", "8"]}
+            result = run("two-tower", *{**KINDS, **more}[kind], "--out", folder, *QUICK)
             assert result.returncode == 0, result.stderr[-3000:]
             folders[kind] = folder
         return folders[kind]
@@ -105,6 +106,30 @@ def test_reported_metrics_are_those_of_the_served_vectors(finished):
         known = at < len(items) and items[at] == item and np.isfinite(scores[at])
         hits.append(known and (scores >= scores[at] - 1e-5).sum() <= 10)
     assert metrics_of(finished)["metrics"]["recall@10"] == pytest.approx(np.mean(hits), abs=0.005)
+
+
+def test_with_a_history_users_have_no_table_and_are_told_by_the_mean_of_their_items(two_tower):
+    """recall@10 of the artifact, as the one above, each user's vector averaged over the items of its training rows."""
+    finished = two_tower("history")
+    assert list(metrics_of(finished)["tables"]) == list(verify(finished / "artifact").tables) == ["item_id"]
+    data = ds.dataset(finished / "synthetic", format="parquet", exclude_invalid_files=True).to_table()
+    columns = [data[name].to_pylist() for name in ("user_id", "item_id", "split")]
+    chosen, seen, hits = {}, {}, []
+    for user, item, split in zip(*columns, strict=True):
+        chosen.setdefault(user, set()).update([item] if split == 0 else [])
+        seen.setdefault(user, set()).update([item] if split < 2 else [])
+    items = np.array(sorted(set.union(*chosen.values())))
+    vectors = EmbeddingStore.open(finished / "artifact").lookup("item_id", items).vectors
+    directions = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for user, item, split in zip(*columns, strict=True):
+        if split == 2:
+            scores = directions @ vectors[np.isin(items, list(chosen[user]))].mean(0)
+            scores[np.isin(items, list(seen[user]))] = -np.inf
+            at = np.searchsorted(items, item)
+            known = at < len(items) and items[at] == item and np.isfinite(scores[at])
+            hits.append(known and (scores >= scores[at] - 1e-5).sum() <= 10)
+    assert metrics_of(finished)["metrics"]["recall@10"] == pytest.approx(np.mean(hits), abs=0.005)
+    assert metrics_of(finished)["metrics"]["recall@20"] > 0.08  # a random ranking: 0.04
 
 
 def test_training_learns_the_planted_structure(finished):

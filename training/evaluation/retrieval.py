@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from dpq_rec import ConfigError, EmbeddingStore
+from dpq_rec.artifact import Table
 from dpq_rec.decode import decode_rows
 from training.config import TwoTowerOptions
-from training.evaluation.ranking import EvaluatedUsers, RetrievalMetrics, VectorsOf, evaluate, evaluated_users
+from training.data.histories import Histories
+from training.evaluation.ranking import EvaluatedUsers, RetrievalMetrics, evaluate, evaluated_users
+from training.evaluation.served import ServedEmbeddingBag
 from training.models import ITEM, USER
 from training.parallel import add_up
 from training.source import Source, distinct_values
@@ -30,10 +33,11 @@ class Retrieval:
     Args:
         source: the data and the vocabularies of user_id and item_id.
         options: how many users to measure at most, and whether by cosine or by dot product.
+        histories: the items whose mean is a user's vector; None where users have rows.
     """
 
-    def __init__(self, source: Source, options: TwoTowerOptions) -> None:
-        self.interactions, self.options = source.interactions, options
+    def __init__(self, source: Source, options: TwoTowerOptions, histories: Histories | None = None) -> None:
+        self.interactions, self.options, self.histories = source.interactions, options, histories
         candidates = distinct_values(source, ITEM)
         self.vocabularies = {USER: source.vocabularies[USER], ITEM: candidates.vocabulary}
         self._item_rows_C = np.arange(candidates.num_embeddings)
@@ -61,19 +65,24 @@ class Retrieval:
         if split not in self._users:
             users = evaluated_users(self.interactions, self.vocabularies, split, max_users=self.options.max_eval_users)
             self._users[split] = users.take(np.arange(dist.get_rank(), len(users.user_ids_U), dist.get_world_size()))
-        item_vectors = self._vectors(store, ITEM)
+        items = store.table(ITEM)
         return evaluate(
             self._users[split],
-            self._vectors(store, USER),
-            lambda candidates_N: item_vectors(self._item_rows_C[candidates_N]),
+            lambda rows_N: self._scaled(self._user_vectors(store, rows_N)),
+            lambda candidates_N: self._scaled(_decoded(items, self._item_rows_C[candidates_N])),
             num_items=len(self._item_rows_C),
         )
 
-    def _vectors(self, store: EmbeddingStore, table: str) -> VectorsOf:
+    def _user_vectors(self, store: EmbeddingStore, rows_N: NDArray[np.int64]) -> torch.Tensor:
+        if self.histories is None:
+            return _decoded(store.table(USER), rows_N)
+        rows_T, lengths_N = (torch.from_numpy(each) for each in self.histories.whole(rows_N))
+        return ServedEmbeddingBag(store.table(ITEM))(rows_T, lengths_N.cumsum(0) - lengths_N)
+
+    def _scaled(self, vectors_NE: torch.Tensor) -> torch.Tensor:
         """What the model compares: by cosine, vectors of length one."""
+        return functional.normalize(vectors_NE, dim=1) if self.options.similarity == "cosine" else vectors_NE
 
-        def vectors_of(rows_N: NDArray[np.int64]) -> torch.Tensor:
-            vectors_NE = torch.from_numpy(decode_rows(store.table(table), rows_N))
-            return functional.normalize(vectors_NE, dim=1) if self.options.similarity == "cosine" else vectors_NE
 
-        return vectors_of
+def _decoded(table: Table, rows_N: NDArray[np.int64]) -> torch.Tensor:
+    return torch.from_numpy(decode_rows(table, rows_N))

@@ -16,6 +16,7 @@ from dpq_rec import EmbeddingStore, Int64Vocabulary
 from dpq_rec.artifact import TableContents, write_artifact
 from training.config import TwoTowerOptions
 from training.data import files
+from training.data.histories import Histories
 from training.data.interactions import Interactions
 from training.data.splits import TEST, TRAIN, VALIDATION
 from training.data.vocabularies import VocabularyPolicy, build_vocabulary, count_ids
@@ -327,7 +328,8 @@ class TestRetrieval:
     @pytest.mark.parametrize(
         ("policy", "strings"), [*((name, False) for name in POLICIES), ("shared rows for rare ids", True)]
     )
-    def test_ranks_items_and_not_the_rows_they_share(self, tmp_path, policy, strings):
+    @pytest.mark.parametrize("history", [0, 3])
+    def test_ranks_items_and_not_the_rows_they_share(self, tmp_path, policy, strings, history):
         rng = np.random.default_rng(0)
         pairs = zip(rng.integers(0, 30, 400).tolist(), rng.integers(40, 90, 400).tolist(), strict=True)
         rows = [(u, i, int(rng.choice([TRAIN, TRAIN, VALIDATION, TEST]))) for u, i in pairs]
@@ -343,13 +345,25 @@ class TestRetrieval:
         store = EmbeddingStore.open(write_artifact(tmp_path / "artifact", tables))
         rows_of = [columns[name].vocabulary.rows for name in ("user_id", "item_id")]
 
+        def row_of(column, each):
+            return int(rows_of[column]([f"{each:02}" if strings else each])[0])
+
+        chosen = {}  # user row -> the item rows of its training rows
+        for user, item, split in rows:
+            if split == TRAIN and history:
+                chosen.setdefault(row_of(0, user), set()).add(row_of(1, item))
+
         def score(user, item):
-            ids = [f"{each:02}" if strings else each for each in (user, item)]
-            user_row, item_row = (rows([each])[0] for rows, each in zip(rows_of, ids, strict=True))
-            return round(float(vectors[0][user_row] @ vectors[1][item_row]), 5)
+            user_vector = vectors[0][row_of(0, user)]
+            if history:  # all of them, however many a step would draw; a user that does not train has none
+                own = chosen.get(row_of(0, user))
+                user_vector = np.mean([vectors[1][row] for row in own], 0) if own else np.zeros(3)
+            return round(float(user_vector @ vectors[1][row_of(1, item)]), 5)
 
         for split in (VALIDATION, TEST):
             expected = naive_metrics(rows, split, score, (10, 20), everyone=policy == "modulo")
             with process_group(torch.device("cpu")):
-                found = Retrieval(source, TwoTowerOptions(similarity="dot")).measure(store, split)
+                histories = Histories(interactions, source.vocabularies) if history else None
+                options = TwoTowerOptions(similarity="dot", history=history)
+                found = Retrieval(source, options, histories).measure(store, split)
             assert list(found.values()) == pytest.approx(np.mean(list(expected.values()), 0))
