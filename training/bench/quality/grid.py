@@ -30,6 +30,7 @@ class Study:
         metric: that choices go by, on the validation split; the larger the better. Epochs are the trainer's choice.
         flags: of the trainer.
         full_share: of the epochs, those that a DPQ with a full phase trains before it is quantized; one at least.
+        full_phase: more flags of a DPQ that has one.
         tuned_on: the data set on which methods that are trained have their trials, where it is another one.
         ratios: at which methods that are trained are run.
         more_ratios: at which tables are compressed afterwards, too.
@@ -42,6 +43,7 @@ class Study:
     metric: str
     flags: Settings
     full_share: float
+    full_phase: Settings = dataclasses.field(default_factory=dict)
     tuned_on: str = ""
     ratios: tuple[float, ...] = (20.0, 40.0)
     more_ratios: tuple[float, ...] = (10.0, 80.0)
@@ -88,16 +90,22 @@ STUDIES = (
         rows=(6040, 3416),
         epochs=12,
         metric="ndcg@10",
-        flags={"embedding-dim": 64, "learning-rate": 0.2, "dense-learning-rate": 0.001, "num-negatives": 2048},
+        flags={"embedding-dim": 64, "learning-rate": 0.2, "dense-learning-rate": 0.003, "num-negatives": 2048},
         full_share=1 / 3,
     ),
     Study(
         dataset="gowalla",
         recipe="two-tower",
-        rows=(29858, 40979),
+        rows=(40979,),
         epochs=24,
         metric="ndcg@20",
-        flags={"embedding-dim": 64, "learning-rate": 0.2, "dense-learning-rate": 0.001, "num-negatives": 4096},
+        flags={
+            "embedding-dim": 64,
+            "learning-rate": 0.2,
+            "dense-learning-rate": 0.003,
+            "num-negatives": 4096,
+            "history": 32,
+        },
         full_share=1 / 3,
         tuned_on="movielens_1m",  # a trial takes minutes there, and tens of them here
     ),
@@ -113,6 +121,7 @@ STUDIES = (
             "learning-rate": 0.02,
             "dense-learning-rate": 0.001,
         },
+        full_phase={"value-rate": 0.1},
         full_share=1 / 6,  # full tables are best after three of twelve epochs
     ),
 )
@@ -124,10 +133,9 @@ def codes(num_subspaces: int, num_codes: int, num_levels: int = 1) -> Settings:
     return {**size, "values-dtype": "float16"}
 
 
-def _tiers(num_levels: int, of_items: int, *rarer: tuple[float, int]) -> Settings:
-    """K=16 in one subspace: levels of users; of the most frequent items; of items from a share of the rows on."""
-    items = {"num_levels": of_items, "tiers": [list(tier) for tier in rarer]}
-    return {**codes(1, 16, num_levels), "per-table": {"item_id": items}}
+def _tiers(num_levels: int, *rarer: tuple[float, int]) -> Settings:
+    """K=16 in one subspace: levels of the most frequent rows; of those from a share of the rows on."""
+    return {**codes(1, 16, num_levels), "tiers": [list(tier) for tier in rarer]}
 
 
 # Data set -> ratio -> D, K and L that keep within it, all tables together. One level, all else as the recipe has it.
@@ -143,15 +151,15 @@ _DPQ_LEVELS = {
 }
 _DPQ_TIERS = {
     "gowalla": {
-        20.0: _tiers(22, 44, (0.05, 32), (0.2, 16)),
-        40.0: _tiers(11, 22, (0.05, 15), (0.2, 7)),
+        20.0: _tiers(44, (0.06, 32), (0.25, 16)),
+        40.0: _tiers(22, (0.06, 15), (0.25, 8)),
     },
     "movielens_1m": {20.0: codes(4, 8, 7), 40.0: codes(4, 8, 3)},
     "movielens_100k": _DPQ_LEVELS["movielens_100k"],
 }
 # A full phase first; then values that the task's gradient moves, and nothing else, in steps shorter than theirs are.
-_WARM_VQ = {"value-gradient": True, "penalty-weight": 0.0, "batch-norm": False, "value-rate": 0.1}
-_WARM_SX = {"metric": "euclidean", "hard-values": True, "batch-norm": False, "value-rate": 0.1}
+_WARM_VQ = {"value-gradient": True, "penalty-weight": 0.0, "batch-norm": False}
+_WARM_SX = {"metric": "euclidean", "hard-values": True, "batch-norm": False}
 _RATES = tuple(Trial(times={"learning-rate": factor}) for factor in (1, 0.5, 2, 4))
 # A tensor train has no tables: its cores move at the dense rate.
 _DENSE_RATES = tuple(Trial(times={"dense-learning-rate": factor}) for factor in (1, 0.1, 0.3, 3))

@@ -133,7 +133,7 @@ class _Planner:
     def _flags(self, trial: Trial, epochs: int) -> dict[str, Any]:
         flags = {flag: float(f"{self.study.flags[flag] * factor:.6g}") for flag, factor in trial.times.items()}
         if trial.has_full_phase:
-            flags["full-epochs"] = max(1, round(self.study.full_share * epochs))
+            flags |= {"full-epochs": max(1, round(self.study.full_share * epochs)), **self.study.full_phase}
         return {**flags, **trial.flags}
 
     def _full(self, seed: int) -> Known | None:

@@ -16,7 +16,6 @@ from training.recipes import ANYWHERE, RECIPES
 
 STUDY = STUDIES[0]
 METRICS = {study.metric for study in STUDIES}
-NAMES = ["user_id", "item_id"]
 
 
 def line_of(case, validation, test=0.5, num_bytes=None):
@@ -206,10 +205,9 @@ def test_dpq_sizes_keep_within_their_ratio_and_use_it(method):
             for ratio, size in trial.sizes[study.dataset].items():
                 flags = {**study.flags, **trial.flags, **size, "embedding": method}
                 options = with_changes(RECIPES[study.recipe](ANYWHERE, ANYWHERE).as_dict(), flags).embedding
-                tables = NAMES if study.recipe == "two-tower" else [str(number) for number in range(len(study.rows))]
                 taken = 0
-                for name, rows in zip(tables, study.rows, strict=True):
-                    config = options.dpq_of(name, rows)
+                for number, rows in enumerate(study.rows):
+                    config = options.dpq_of(str(number), rows)
                     codes = sum(tier.num_rows * tier.layout.row_bytes for tier in config.tiers_of(rows))
                     taken += codes + 2 * config.num_levels * config.num_codes * 64
                 assert ratio <= 256 * sum(study.rows) / taken < 1.4 * ratio, (study.dataset, ratio, size)
