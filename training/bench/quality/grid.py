@@ -87,10 +87,16 @@ STUDIES = (
     Study(
         dataset="movielens_1m",
         recipe="two-tower",
-        rows=(6040, 3416),
-        epochs=12,
+        rows=(3416,),
+        epochs=8,
         metric="ndcg@10",
-        flags={"embedding-dim": 64, "learning-rate": 0.2, "dense-learning-rate": 0.003, "num-negatives": 2048},
+        flags={
+            "embedding-dim": 64,
+            "learning-rate": 0.2,
+            "dense-learning-rate": 0.003,
+            "num-negatives": 2048,
+            "history": 32,
+        },
         full_share=1 / 3,
     ),
     Study(
@@ -134,8 +140,8 @@ def codes(num_subspaces: int, num_codes: int, num_levels: int = 1) -> Settings:
 
 
 def _tiers(num_levels: int, *rarer: tuple[float, int]) -> Settings:
-    """K=16 in one subspace: levels of the most frequent rows; of those from a share of the rows on."""
-    return {**codes(1, 16, num_levels), "tiers": [list(tier) for tier in rarer]}
+    """Bytes by frequency: levels of the most frequent rows; of those from a share of the rows on. Values are shared."""
+    return {**codes(4, 256, num_levels), "share-subspaces": True, "tiers": [list(tier) for tier in rarer]}
 
 
 # Data set -> ratio -> D, K and L that keep within it, all tables together. One level, all else as the recipe has it.
@@ -146,15 +152,15 @@ _DPQ_PLAIN = {
 }
 _DPQ_LEVELS = {
     "gowalla": {20.0: codes(8, 64, 2), 40.0: codes(4, 16, 3)},
-    "movielens_1m": {20.0: codes(8, 32, 2), 40.0: codes(4, 16, 2)},
+    "movielens_1m": {20.0: codes(8, 32, 2), 40.0: codes(4, 8, 3)},
     "movielens_100k": {20.0: codes(8, 8, 2), 40.0: codes(8, 4, 2)},
 }
 _DPQ_TIERS = {
     "gowalla": {
-        20.0: _tiers(44, (0.06, 32), (0.25, 16)),
-        40.0: _tiers(22, (0.06, 15), (0.25, 8)),
+        20.0: _tiers(8, (0.02, 6), (0.06, 4), (0.2, 3), (0.42, 2)),
+        40.0: _tiers(5, (0.02, 3), (0.06, 2), (0.22, 1)),
     },
-    "movielens_1m": {20.0: codes(4, 8, 7), 40.0: codes(4, 8, 3)},
+    "movielens_1m": {20.0: codes(4, 4, 11), 40.0: codes(4, 4, 5)},
     "movielens_100k": _DPQ_LEVELS["movielens_100k"],
 }
 # A full phase first; then values that the task's gradient moves, and nothing else, in steps shorter than theirs are.
