@@ -97,7 +97,7 @@ STUDIES = (
             "num-negatives": 2048,
             "history": 32,
         },
-        full_share=1 / 3,
+        full_share=3 / 4,
     ),
     Study(
         dataset="gowalla",
@@ -112,7 +112,7 @@ STUDIES = (
             "num-negatives": 4096,
             "history": 32,
         },
-        full_share=1 / 3,
+        full_share=2 / 3,
         tuned_on="movielens_1m",  # a trial takes minutes there, and tens of them here
     ),
     Study(
@@ -160,7 +160,7 @@ _DPQ_TIERS = {
         20.0: _tiers(8, (0.02, 6), (0.06, 4), (0.2, 3), (0.42, 2)),
         40.0: _tiers(5, (0.02, 3), (0.06, 2), (0.22, 1)),
     },
-    "movielens_1m": {20.0: codes(4, 4, 11), 40.0: codes(4, 4, 5)},
+    "movielens_1m": {20.0: codes(32, 8), 40.0: codes(16, 8)},  # few rows leave room for few values
     "movielens_100k": _DPQ_LEVELS["movielens_100k"],
 }
 # A full phase first; then values that the task's gradient moves, and nothing else, in steps shorter than theirs are.
