@@ -140,7 +140,7 @@ class EmbeddingOptions:
             'item_id.num_levels=44 item_id.tiers=0.05:32,0.2:16'.
         start: keys and values begin uniformly, or as the k-means centroids of the queries they stand for.
         full_epochs: the first so many epochs train without quantizing, as plain tables do; after them keys and values
-            begin as k-means centroids. none is a third of the epochs, where queries are as wide as vectors.
+            begin as k-means centroids. none is two thirds of the epochs, where queries are as wide as vectors.
     """
 
     kind: Literal["full", "dpq-sx", "dpq-vq"] = field(default="dpq-vq", metadata={"flag": "embedding"})
@@ -217,7 +217,7 @@ class EmbeddingOptions:
     def full_epochs_of(self, epochs: int) -> int:
         """How many of a run's epochs come before tables are quantized; 0 of plain tables."""
         if self.full_epochs is None:
-            return epochs // 3 if self.dpq is not None and self._queries_are_vectors(self.dpq) else 0
+            return 2 * epochs // 3 if self.dpq is not None and self._queries_are_vectors(self.dpq) else 0
         return self.full_epochs
 
     def _queries_are_vectors(self, dpq: DPQConfig) -> bool:

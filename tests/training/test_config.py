@@ -89,18 +89,18 @@ def test_what_was_asked_for_does_not_give_way():
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("two-tower --epochs 20", 6),
-        ("two-tower --epochs 2", 0),
+        ("two-tower --epochs 20", 13),
+        ("two-tower --epochs 2", 1),
         ("two-tower --epochs 20 --full-epochs 2", 2),
         ("two-tower --epochs 20 --embedding full", 0),
         ("two-tower --epochs 20 --embedding dpq-sx --key-dim 2", 0),
-        ("two-tower --epochs 20 --embedding dpq-sx --key-dim 4", 6),  # as wide as a subspace of 64 / 16
+        ("two-tower --epochs 20 --embedding dpq-sx --key-dim 4", 13),  # as wide as a subspace of 64 / 16
         ("two-tower --epochs 20 --embedding dpq-sx --per-table item_id.key_dim=2", 0),
         ("dlrm --epochs 20", 0),
-        ("dlrm --epochs 20 --full-epochs none", 6),
+        ("dlrm --epochs 20 --full-epochs none", 13),
     ],
 )
-def test_full_epochs_are_a_third_where_none_are_given(flags, expected):
+def test_full_epochs_are_two_thirds_where_none_are_given(flags, expected):
     assert parsed(flags).full_epochs == expected
 
 

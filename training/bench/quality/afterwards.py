@@ -90,7 +90,8 @@ METHODS: dict[str, Callable[..., Largest[Compressor]]] = {
 def compress(run: Path, method: str, settings: Mapping[str, Any], ratio: float | None) -> Compressed:
     """Compress the tables of a full run.
 
-    Where vectors are compared by cosine their lengths mean nothing, and rows of length one are compressed.
+    Where vectors are compared by cosine rows of length one are compressed: their lengths mean nothing or, where items
+    are averaged, less than what it costs to keep them.
 
     Args:
         run: its folder.
