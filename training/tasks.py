@@ -167,10 +167,9 @@ class RetrievalTask(_InteractionTask):
 
     def model(self) -> TwoTower:
         """See `Task.model`."""
-        features = {} if self.options.history else {USER: [USER]}
-        features[ITEM] = [ITEM] if self.options.negatives == "in-batch" else [ITEM, NEGATIVE]
-        if self.options.history:
-            features[ITEM].append(HISTORY)
+        drawn = [] if self.options.negatives == "in-batch" else [NEGATIVE]
+        by_rows, by_history = {USER: [USER], ITEM: [ITEM, *drawn]}, {ITEM: [ITEM, *drawn, HISTORY]}
+        features = by_history if self.options.history else by_rows
         tables = self.kind.make(features, self.source.num_embeddings, self.config.embedding)
         counts_V = torch.from_numpy(self.source.columns[ITEM].counts_V)
         return TwoTower(self.options, tables, (counts_V / counts_V.sum()).float(), self.device)
@@ -184,8 +183,10 @@ class RetrievalTask(_InteractionTask):
         items_B = torch.from_numpy(items).to(self.device)
         num_items, num_negatives = self.source.num_embeddings[ITEM], self._negatives_of(len(items))
         negatives_N = torch.randint(num_items, (num_negatives,), generator=generator).to(self.device)
-        told_by: torch.Tensor | Bag = torch.from_numpy(users).to(self.device)
-        if self.histories is not None:
+        told_by: torch.Tensor | Bag
+        if self.histories is None:
+            told_by = torch.from_numpy(users).to(self.device)
+        else:
             told_by = self.histories.draw(users, items, self.options.history, generator)
         return model(two_tower_features(told_by, items_B, negatives_N), items_B, negatives_N)
 
