@@ -18,6 +18,7 @@ from training.data.columns import Values
 from training.data.files import IDS, RowGroup
 from training.data.interactions import Interactions, Piece
 from training.data.splits import TRAIN
+from training.data.stretches import places
 from training.data.vocabularies import find_rows
 
 _WINDOW_ROWS = 1 << 22  # rows mixed with each other: their ids take 128 MB
@@ -39,9 +40,8 @@ class Bag(NamedTuple):
         lengths_N = self.lengths_B[order_N]
         if len(self.rows_T) == len(self.lengths_B) and (self.lengths_B == 1).all():
             return Bag(self.rows_T[order_N], lengths_N)
-        starts_N = (np.cumsum(self.lengths_B) - self.lengths_B)[order_N]
-        shifts_T = np.repeat(starts_N - (np.cumsum(lengths_N) - lengths_N), lengths_N)
-        return Bag(self.rows_T[np.arange(len(shifts_T)) + shifts_T], lengths_N)
+        firsts_N = (np.cumsum(self.lengths_B) - self.lengths_B)[order_N]
+        return Bag(self.rows_T[places(firsts_N, lengths_N)], lengths_N)
 
 
 class Batch(NamedTuple):

@@ -13,6 +13,7 @@ from training.data.batches import Bag
 from training.data.files import IDS
 from training.data.interactions import Interactions
 from training.data.splits import TRAIN
+from training.data.stretches import places
 from training.data.vocabularies import find_rows
 
 _ITEM_BITS = 32  # rows are below 2^32, by the artifact's format
@@ -48,7 +49,7 @@ class Histories:
         others_B = lengths_B - 1
         taken_B = np.minimum(others_B, most)
         others_T = np.repeat(others_B, taken_B)
-        at_T = _count_up(taken_B)
+        at_T = places(0, taken_B)
         drawn_T = (torch.rand(len(at_T), generator=rng, dtype=torch.float64).numpy() * others_T).astype(np.int64)
         at_T = np.where(others_T > most, drawn_T, at_T)
         own_B = np.searchsorted(self._pairs_T, _pairs(users_B, items_B)) - firsts_B
@@ -58,7 +59,7 @@ class Histories:
     def whole(self, users_N: NDArray[np.int64]) -> Bag:
         """All items of users, by their rows; none of a row that does not train."""
         firsts_N, lengths_N = self._spans(users_N)
-        return Bag(self._items(np.repeat(firsts_N, lengths_N) + _count_up(lengths_N)), lengths_N)
+        return Bag(self._items(places(firsts_N, lengths_N)), lengths_N)
 
     def _spans(self, users_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where each user's pairs begin, and how many they are."""
@@ -71,8 +72,3 @@ class Histories:
 
 def _pairs(users_N: NDArray[np.int64], items_N: NDArray[np.int64]) -> NDArray[np.int64]:
     return users_N << _ITEM_BITS | items_N
-
-
-def _count_up(lengths_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0, 1, ... of each length."""
-    return np.arange(lengths_N.sum()) - np.repeat(np.cumsum(lengths_N) - lengths_N, lengths_N)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
 from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.stretches import places
 from training.data.synthetic_clicks import draw_clicks
 
 _FORMAT = 1  # of what is generated: another number where the same settings give other rows
@@ -157,7 +158,7 @@ def _draw_block(config: SyntheticConfig, activity: _Activity, block_B: NDArray[n
     rng = np.random.default_rng([config.seed, 1, number])
     num_rows_B = activity.rows_per_user[block_B]
     users_N = np.repeat(block_B, num_rows_B)
-    place_N = np.arange(len(users_N)) - np.repeat(np.cumsum(num_rows_B) - num_rows_B, num_rows_B)
+    place_N = places(0, num_rows_B)
     covering_N = place_N < _num_covering(config, activity.num_covered, users_N)
     drawn_N = np.flatnonzero(~covering_N)
     items_N = users_N % _num_coverers(config) + place_N * _num_coverers(config)

@@ -18,6 +18,7 @@ from dpq_rec.vocabulary import Vocabulary
 from training.data.columns import Values, id_array
 from training.data.interactions import Interactions, held_out
 from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.stretches import places
 from training.data.vocabularies import find_rows
 
 VectorsOf: TypeAlias = Callable[[NDArray[np.int64]], torch.Tensor]
@@ -50,9 +51,7 @@ class UserItems(NamedTuple):
     def take(self, users_N: NDArray[np.int64]) -> UserItems:
         """Those of some users, in the order given."""
         lengths_N = np.diff(self.offsets)[users_N]
-        offsets = np.append(0, np.cumsum(lengths_N))
-        shifts_T = np.repeat(self.offsets[users_N] - offsets[:-1], lengths_N)
-        return UserItems(offsets, self.item_rows_T[np.arange(offsets[-1]) + shifts_T])
+        return UserItems(np.append(0, np.cumsum(lengths_N)), self.item_rows_T[places(self.offsets[users_N], lengths_N)])
 
 
 class EvaluatedUsers(NamedTuple):
