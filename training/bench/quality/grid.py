@@ -181,7 +181,7 @@ METHODS: dict[str, Method] = {
             Trial(sizes=_DPQ_PLAIN),
             Trial(sizes=_DPQ_LEVELS, flags=_WARM_VQ, has_full_phase=True, times={"learning-rate": 4}),
             Trial(sizes=_DPQ_TIERS, flags=_WARM_VQ, has_full_phase=True),
-            Trial(sizes=_DPQ_TIERS, flags=_WARM_VQ, has_full_phase=True, times={"learning-rate": 2}),
+            Trial(sizes=_DPQ_TIERS, flags={**_WARM_VQ, "commitment-weight": 10.0}, has_full_phase=True),
         ),
     ),
     "dpq-sx": Method(
