@@ -238,7 +238,9 @@ class OptimisationOptions:
         dense_learning_rate: of all other weights (Adam).
         value_rate: what dense_learning_rate is multiplied by for keys and values of DPQ tables. Adam's steps are as
             long as its rate, and values of late residual levels are short: 0.03 suits levels that k-means has placed.
-        rate_decay: both rates stay, or fall linearly to 0, over all steps of all epochs or, late, over the last third.
+        quantized_rate: what all rates are multiplied by after the full epochs: the less a row moves, the less often it
+            changes its codes.
+        rate_decay: all rates stay, or fall linearly to 0, over all steps of all epochs or, late, over the last third.
     """
 
     epochs: int = 20
@@ -248,10 +250,12 @@ class OptimisationOptions:
     learning_rate: float = 0.1
     dense_learning_rate: float = 0.003
     value_rate: float = 1.0
+    quantized_rate: float = 1.0
     rate_decay: Literal["none", "linear", "late"] = "none"
 
     def __post_init__(self) -> None:
-        check_positive(self, "epochs", "patience", "batch_size", "learning_rate", "dense_learning_rate", "value_rate")
+        check_positive(self, "epochs", "patience", "batch_size")
+        check_positive(self, "learning_rate", "dense_learning_rate", "value_rate", "quantized_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

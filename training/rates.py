@@ -1,32 +1,60 @@
-"""Learning rates, step by step. In: an optimizer, how its rates fall, a step. Out: the rates of its groups, set.
+"""Learning rates, step by step. In: an optimizer, a schedule, a step. Out: the rates of the optimizer's groups, set.
 
 A rate is a function of the step alone: a run that goes on needs no state of it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torchrec.optim.keyed import KeyedOptimizer
 
-from training.config import OptimisationOptions
+from training.config import OptimisationOptions, RunConfig
 
 
-def falling_steps(options: OptimisationOptions, num_steps: int) -> range | None:
-    """The steps in which the rates of a run of so many fall, by number; None where they stay."""
-    if options.rate_decay == "none":
-        return None
-    return range(0 if options.rate_decay == "linear" else num_steps * 2 // 3, num_steps)
+@dataclass(frozen=True)
+class Schedule:
+    """What all rates of a run are multiplied by.
+
+    Attributes:
+        falls: steps in which they fall linearly to 0, by number; None where they stay.
+        full_steps: steps before tables are quantized, and
+        quantized_rate: what rates are multiplied by after them.
+    """
+
+    falls: range | None = None
+    full_steps: int = 0
+    quantized_rate: float = 1.0
+
+    @classmethod
+    def of(cls, config: RunConfig, steps_per_epoch: int) -> Schedule:
+        """As the options say; rates stay in recipes that have no such options."""
+        options = config.optimisation
+        if not isinstance(options, OptimisationOptions):
+            return cls()
+        num_steps = options.epochs * steps_per_epoch
+        firsts = {"none": num_steps, "late": num_steps * 2 // 3, "linear": 0}
+        falls = range(firsts[options.rate_decay], num_steps)
+        if not config.full_epochs:
+            return cls(falls or None)
+        return cls(falls or None, config.full_epochs * steps_per_epoch, options.quantized_rate)
+
+    def factor(self, num_done: int) -> float:
+        """Of the step after so many."""
+        left = 1.0 if self.falls is None else min(1.0, (self.falls.stop - num_done) / len(self.falls))
+        return left if num_done < self.full_steps else left * self.quantized_rate
 
 
 class Rates:
-    """The learning rates of all groups of an optimizer, which may differ, and keep their proportions as they fall.
+    """The learning rates of all groups of an optimizer, which may differ, and keep their proportions.
 
     Args:
         optimizer: at its first rates: made, not loaded yet.
-        falls: steps in which the rates fall linearly to 0, by number; None where they stay.
+        schedule: of the run.
     """
 
-    def __init__(self, optimizer: KeyedOptimizer, falls: range | None) -> None:
-        self.optimizer, self.falls = optimizer, falls
+    def __init__(self, optimizer: KeyedOptimizer, schedule: Schedule) -> None:
+        self.optimizer, self.schedule = optimizer, schedule
         self.firsts = [float(group["lr"]) for group in optimizer.param_groups]
 
     def set(self, num_done: int, rate: float | None = None) -> None:
@@ -34,8 +62,8 @@ class Rates:
 
         Args:
             num_done: steps of the whole run before this one.
-            rate: what all groups fall from; each one's first rate where it is None.
+            rate: the first rate of all groups; None leaves each its own.
         """
-        left = 1.0 if self.falls is None else min(1.0, (self.falls.stop - num_done) / len(self.falls))
+        factor = self.schedule.factor(num_done)
         for group, first in zip(self.optimizer.param_groups, self.firsts, strict=True):
-            group["lr"] = (first if rate is None else rate) * left
+            group["lr"] = (first if rate is None else rate) * factor

@@ -48,7 +48,9 @@ def two_tower(data: str, out: str) -> RunConfig:
         model=TwoTowerOptions(),
         embedding=EmbeddingOptions(dpq=dpq, full_epochs=None),
         # Without patience: a run that ended early would never have learned at a low rate.
-        optimisation=OptimisationOptions(patience=None, learning_rate=0.2, rate_decay="late", value_rate=0.03),
+        optimisation=OptimisationOptions(
+            patience=None, learning_rate=0.2, rate_decay="late", value_rate=0.03, quantized_rate=0.5
+        ),
         run=RunOptions(out=out),
     )
 

@@ -76,7 +76,10 @@ def refuse_meaningless(options: Iterable[Option], values: Mapping[str, Any], fla
         wrong["patience"] = "with --refit the validation split trains, and no run ends before --epochs"
     if values.get("embedding") == "full":
         wrong["value-rate"] = "plain tables have no keys and values"
+        wrong["quantized-rate"] = "plain tables are never quantized"
     is_phased_by_default = values.get("full-epochs", 0) is None and values.get("key-dim") is None
+    if not (values.get("full-epochs") or is_phased_by_default):
+        wrong["quantized-rate"] = "without --full-epochs tables are quantized from the start, at --learning-rate"
     if values.get("full-epochs") or (is_phased_by_default and flags.get("start-from") == "uniform"):
         wrong["start-from"] = "after --full-epochs keys and values always begin as k-means centroids"
     for flag, reason in wrong.items():

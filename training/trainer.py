@@ -33,12 +33,12 @@ from training.checkpoint import (
     finished_results,
     write_json,
 )
-from training.config import OptimisationOptions, RunConfig
+from training.config import RunConfig
 from training.evaluation.code_stats import code_stats
 from training.models import BY_CONFIGURATION, TableKind
 from training.parallel import add_up, choose_device, on_rank_0, process_group, stored
 from training.phases import enter
-from training.rates import Rates, falling_steps
+from training.rates import Rates, Schedule
 from training.results import Used, results
 from training.tasks import TASKS
 
@@ -89,11 +89,8 @@ class Run:
         self.tables = str(model.TABLES)
         torch.manual_seed(config.run.seed + self.rank)  # shards start anew, and two ranks' must not start alike
         self.model, self.optimizer = self.task.distribute(model)
-        limits = config.optimisation
-        falls = (
-            falling_steps(limits, limits.epochs * self.num_steps) if isinstance(limits, OptimisationOptions) else None
-        )
-        self.rates = Rates(self.optimizer, falls)  # before a checkpoint is loaded, with the last step's
+        schedule = Schedule.of(config, self.num_steps)
+        self.rates = Rates(self.optimizer, schedule)  # before a checkpoint is loaded, with the last step's
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, stored(self.model), self.optimizer, self.task.digest())
 
     def finish(self) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from dpq_rec import DPQConfig
 from dpq_rec.nn import DPQEmbeddingBagCollection
+from tests.training.command_line import parsed
 from training.config import OptimisationOptions
 from training.parallel import shard
-from training.rates import Rates, falling_steps
+from training.rates import Rates, Schedule
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -37,11 +38,11 @@ class Summed(nn.Module):
         return self.tables(features).values().sum() + self.dense.sum()
 
 
-def moves(falls, rate=None):
+def moves(schedule, rate=None):
     """By how much each step moves a number of a row, and a dense one."""
     options = OptimisationOptions(optimizer="sgd", learning_rate=0.5, dense_learning_rate=0.01)
     model, optimizer = shard(Summed(), options, CPU)
-    rates = Rates(optimizer, falls)
+    rates = Rates(optimizer, schedule)
     features = KeyedJaggedTensor(keys=["t"], values=torch.tensor([1]), lengths=torch.tensor([1]))
     (weight,) = (w for name, w in model.state_dict().items() if name.endswith("t.weight"))
     table_VE, dense_F = weight.local_shards()[0].tensor, model.state_dict()["dense"]
@@ -57,36 +58,53 @@ def moves(falls, rate=None):
     return of_row, of_dense
 
 
-def shares(falls, rate=None):
+def shares(schedule, rate=None):
     """Of what each step would move them by if rates stayed; Adam's moves are in proportion to its rate too."""
-    pairs = zip(moves(falls, rate), moves(None), strict=True)
+    pairs = zip(moves(schedule, rate), moves(Schedule()), strict=True)
     return [[fallen / whole for fallen, whole in zip(*pair, strict=True)] for pair in pairs]
 
 
 def test_rates_of_tables_and_of_dense_weights_fall_linearly():
-    of_row, of_dense = shares(range(STEPS))
+    of_row, of_dense = shares(Schedule(range(STEPS)))
     assert of_row == pytest.approx([1, 0.75, 0.5, 0.25], rel=1e-4)
     assert of_dense == pytest.approx([1, 0.75, 0.5, 0.25], rel=1e-4)
 
 
 def test_rates_stay_until_the_steps_in_which_they_fall():
-    of_row, of_dense = shares(range(2, STEPS))
+    of_row, of_dense = shares(Schedule(range(2, STEPS)))
     assert of_row == pytest.approx([1, 1, 1, 0.5], rel=1e-4)
     assert of_dense == pytest.approx([1, 1, 1, 0.5], rel=1e-4)
 
 
-@pytest.mark.parametrize(("decay", "expected"), [("none", None), ("linear", range(60)), ("late", range(40, 60))])
-def test_rates_fall_over_all_steps_or_the_last_third(decay, expected):
-    assert falling_steps(OptimisationOptions(rate_decay=decay), 60) == expected
+def test_rates_are_others_once_tables_are_quantized():
+    of_row, of_dense = shares(Schedule(range(2, STEPS), full_steps=1, quantized_rate=0.4))
+    assert of_row == pytest.approx([1, 0.4, 0.4, 0.2], rel=1e-4)
+    assert of_dense == pytest.approx([1, 0.4, 0.4, 0.2], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("two-tower --epochs 6 --embedding full", Schedule(range(40, 60))),
+        ("two-tower --epochs 6 --embedding full --rate-decay linear", Schedule(range(60))),
+        ("two-tower --epochs 6", Schedule(range(40, 60), 40, 0.5)),
+        ("two-tower --epochs 6 --full-epochs 1 --quantized-rate 0.1", Schedule(range(40, 60), 10, 0.1)),
+        ("two-tower --epochs 6 --full-epochs 0 --rate-decay none", Schedule()),
+        ("dlrm --epochs 6", Schedule()),
+        ("language-model --epochs 6 --rate-decay 0.5", Schedule()),
+    ],
+)
+def test_schedule_is_what_the_flags_say(flags, expected):
+    assert Schedule.of(parsed(flags), 10) == expected
 
 
 def test_rates_that_do_not_fall_are_those_of_the_options():
     """SGD moves by its rate, the gradient being 1."""
-    assert moves(None)[0] == pytest.approx([0.5] * STEPS, rel=1e-4)
+    assert moves(Schedule())[0] == pytest.approx([0.5] * STEPS, rel=1e-4)
 
 
 def test_the_rate_of_an_epoch_takes_the_place_of_first_rates():
-    of_row, of_dense = shares(range(2 * STEPS), rate=0.2)
+    of_row, of_dense = shares(Schedule(range(2 * STEPS)), rate=0.2)
     assert of_row == pytest.approx([0.4, 0.35, 0.3, 0.25], rel=1e-4)
     assert of_dense == pytest.approx([20, 17.5, 15, 12.5], rel=1e-4)
 
@@ -94,7 +112,7 @@ def test_the_rate_of_an_epoch_takes_the_place_of_first_rates():
 def test_rates_fall_from_the_first_ones_whatever_the_groups_hold_since():
     """As after a checkpoint, which brings the rate of its last step."""
     optimizer = shard(Summed(), OptimisationOptions(learning_rate=0.5), CPU)[1]
-    rates = Rates(optimizer, range(10))
+    rates = Rates(optimizer, Schedule(range(10)))
     rates.set(9)
     rates.set(5)
     assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([0.0015, 0.25])

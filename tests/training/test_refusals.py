@@ -179,6 +179,12 @@ def test_options_that_several_other_recipes_have_are_refused_by_naming_them(monk
         ("two-tower --data . --num-items 5", "--num-items: --data . is read"),
         ("dlrm --data . --num-interactions 5", "--num-interactions: --data . is read"),
         ("dlrm --data . --no-string-ids", "--string-ids: --data . is read"),
+        ("two-tower --embedding full --quantized-rate 0.5", "--quantized-rate: plain tables are never quantized"),
+        (
+            "two-tower --full-epochs 0 --quantized-rate 0.5",
+            "--quantized-rate: without --full-epochs tables",
+        ),
+        ("dlrm --quantized-rate 0.5", "--quantized-rate: without --full-epochs tables are quantized from the start"),
         ("two-tower --negatives in-batch --num-negatives 5", "--num-negatives: --negatives in-batch draws none"),
         ("two-tower --no-log-q", "--log-q: with --negatives uniform"),
         ("two-tower --negatives uniform --log-q", "--log-q: with --negatives uniform"),
