@@ -94,12 +94,19 @@ def auc_of(logits_N: NDArray[Any], labels_N: NDArray[Any], users_N: NDArray[np.i
     return auc
 
 
-def compare(lines: Sequence[Mapping[str, Any]], out: Path, *, num_draws: int = NUM_DRAWS) -> list[dict[str, Any]]:
+def compare(
+    lines: Sequence[Mapping[str, Any]],
+    out: Path,
+    *,
+    wanted: Callable[[Case], bool] = lambda _: True,
+    num_draws: int = NUM_DRAWS,
+) -> list[dict[str, Any]]:
     """Every final method against full, on the seeds that both have.
 
     Args:
         lines: of results.
-        out: folder of cases, where they left BY_USER.
+        out: folder of cases, where they and full's left BY_USER.
+        wanted: which cases to compare with full's.
         num_draws: resamples.
 
     Returns:
@@ -116,7 +123,7 @@ def compare(lines: Sequence[Mapping[str, Any]], out: Path, *, num_draws: int = N
         of_full = finals.get((dataset, "full", None), {})
         seeds = sorted(set(of_method) & set(of_full))
         recipe = next(iter(of_method.values())).recipe
-        if method == "full" or not seeds:
+        if method == "full" or not seeds or not any(wanted(case) for case in of_method.values()):
             continue
         pairs = [[_by_user(out, each[seed]) for seed in seeds] for each in (of_method, of_full)]
         for metric in METRICS[recipe]:
@@ -150,10 +157,15 @@ def _statistics(pairs: list[list[ByUser]], metric: str) -> tuple[list[Statistic]
 
 
 def write(compared: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-    """The comparisons, beside the results: sums over users alone."""
+    """The comparisons, beside the results: sums over users alone. What else was compared before stays."""
     path = folder / FILE
-    path.write_text("[\n" + ",\n".join(json.dumps(each) for each in compared) + "\n]\n")
+    kept = {_about(each): each for each in (*read(folder), *compared)}
+    path.write_text("[\n" + ",\n".join(json.dumps(each) for each in kept.values()) + "\n]\n")
     return path
+
+
+def _about(compared: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(compared[name] for name in ("dataset", "method", "ratio", "metric"))
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

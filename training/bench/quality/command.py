@@ -20,7 +20,8 @@ _EXAMPLES = """examples:
   python -m training.bench quality --data DATA --out quality-run            # all that is missing; the same to go on
   python -m training.bench quality --data DATA --out quality-run --only 'gowalla/dpq-*' --only '*/full'
   python -m training.bench quality --list
-  python -m training.bench quality --out quality-run --compare              # DPQ against full, user by user
+  python -m training.bench quality --out quality-run --compare              # all against full, user by user
+  python -m training.bench quality --out quality-run --compare --only 'gowalla/dpq-*'   # what else is known stays
   python -m training.bench quality --draw"""
 
 
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(path, file=sys.stderr)
             print(report.tables(lines, bootstrap.read(options.results.parent)))
         elif options.compare:
-            compared = bootstrap.compare(lines, _given(options.out, "--out"))
+            out = _given(options.out, "--out")
+            compared = bootstrap.compare(lines, out, wanted=lambda case: bool(_wanted([case], options.only)))
             print(bootstrap.write(compared, options.results.parent))
         else:
             places = Places(_given(options.data, "--data"), _given(options.out, "--out"), options.results)
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--list", action="store_true", help="show what is done and what is left, and how long it may take"
     )
     what.add_argument("--draw", action="store_true", help="draw the pictures, print the tables")
-    what.add_argument("--compare", action="store_true", help="bootstrap over users, of what lies in --out")
+    what.add_argument("--compare", action="store_true", help="bootstrap over users, of cases in --out")
     return parser
 
 

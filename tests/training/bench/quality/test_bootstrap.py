@@ -84,6 +84,24 @@ def test_compare_averages_the_seeds_that_both_methods_have(tmp_path):
     assert bootstrap.read(tmp_path) == json.loads(json.dumps(found))
 
 
+def test_what_is_compared_anew_takes_the_place_of_what_was_and_the_rest_stays(tmp_path):
+    values = {method: RNG.random(NUM_USERS) for method in ("full", "dpq-vq", "pq")}
+    lines = [
+        leave(tmp_path, case(m, 0, "two-tower"), user_ids_U=np.arange(NUM_USERS), **{"ndcg@10": v, "ndcg@20": v})
+        for m, v in values.items()
+    ]
+    bootstrap.write(compare(lines, tmp_path, num_draws=40), tmp_path)
+    found = compare(lines, tmp_path, wanted=lambda each: each.method == "pq", num_draws=50)
+    assert {each["method"] for each in found} == {"pq"}
+    bootstrap.write(found, tmp_path)
+    assert [(each["method"], each["metric"], each["num_draws"]) for each in bootstrap.read(tmp_path)] == [
+        ("dpq-vq", "ndcg@10", 40),
+        ("dpq-vq", "ndcg@20", 40),
+        ("pq", "ndcg@10", 50),
+        ("pq", "ndcg@20", 50),
+    ]
+
+
 def test_compare_of_clicks_is_by_auc(tmp_path):
     by_method = {"full": LOGITS, "dpq-sx": LOGITS + RNG.standard_normal(len(LOGITS)).astype(np.float32)}
     lines = [
