@@ -374,7 +374,7 @@ def options_of(recipe: str) -> list[flags.Option]:
 
 
 def value_of(content: Mapping[str, Any], option: flags.Option) -> Any:
-    """An option's value in what `as_dict` gave; where tables are plain, the default of what is DPQ's."""
+    """An option's value in what `as_dict` gave; where that has no DPQ, the default of what is DPQ's."""
     value: Any = content
     for name in option.path:
         value = (value if value is not None else dataclasses.asdict(DPQConfig()))[name]

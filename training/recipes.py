@@ -116,7 +116,7 @@ RECIPES: dict[str, Callable[[str, str], RunConfig]] = {
 def load(path: str) -> dict[str, Any]:
     """The configuration of a run that was, from its metrics.json, as `RunConfig.as_dict` gave it; not checked yet.
 
-    An option that it lacks, since it came later, has the recipe's default.
+    An option that it lacks, since it came later or is of DPQ and tables were plain, has the recipe's default.
 
     Raises:
         ConfigError: the file holds none.
@@ -137,8 +137,9 @@ def _completed(given: dict[str, Any], defaults: dict[str, Any], where: str) -> d
     """Options as given, groups of them too, and the defaults of those that are not there."""
     completed = {**defaults, **given}
     for name, default in defaults.items():
-        may_lack = name == "dpq" and completed[name] is None  # of plain tables
-        if isinstance(default, dict) and not may_lack:
+        if name == "dpq" and completed[name] is None:  # of plain tables
+            completed[name] = default
+        elif isinstance(default, dict):
             if not isinstance(completed[name], dict):
                 raise ConfigError(f"{where}{name}: got {completed[name]!r}, want a group of options")
             completed[name] = _completed(completed[name], default, f"{where}{name}.")

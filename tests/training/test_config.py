@@ -164,6 +164,16 @@ def test_config_file_may_be_refitted_whatever_patience_it_had(tmp_path):
     assert [refit.is_refit, config.is_refit, parsed("language-model").is_refit] == [True, False, False]
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_config_file_of_a_full_run_becomes_the_recipes_own_dpq(recipe, tmp_path):
+    full = parsed(f"{recipe} --embedding full --epochs 5")
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": full.as_dict()}))
+    kind = RECIPES[recipe](**HERE).embedding.kind
+    again = parse(["--config", str(tmp_path / "metrics.json"), "--embedding", kind, "--out", "run"])
+    assert again == parsed(f"{recipe} --epochs 5")
+    assert parse(["--config", str(tmp_path / "metrics.json"), "--out", "run"]) == full
+
+
 def test_config_file_of_another_recipe_is_refused(earlier):
     with pytest.raises(ConfigError, match="--config: got a run of two-tower, and the recipe dlrm"):
         parse(["dlrm", "--config", earlier[1], "--out", "again"])
