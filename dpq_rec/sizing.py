@@ -1,6 +1,7 @@
 """How large codes and values of a table may be. In: V, E, a ratio. Out: D, K, L and the dtype of values.
 
-The rule is one line, `_told_bits`, and takes the layout that tells most: other measurements make another line.
+Of the layouts that tell about as much of a row as the best one, by the one line of `_told_bits`, the quickest to decode
+is taken: other measurements make another line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dpq_rec.errors import ConfigError
 
 _NUM_CODES = (256, 128, 64, 32, 16, 8, 4, 2)
 _MOST_LEVELS = 24  # that were measured
-ENOUGH = 0.98  # of the most that a layout tells: one that tells so much is as good
+_ENOUGH = 0.98  # of the most that a layout tells: one that tells so much is as good
 _VALUE_BYTES = 2  # of fp16
 
 
@@ -68,7 +69,7 @@ def choose_layout(
         raise ConfigError(
             f"target_ratio: got {got}, want at most {int(largest * 100) / 100:g}: it is too small for more"
         )
-    enough = ENOUGH * max(map(_told_bits, fits))
+    enough = _ENOUGH * max(map(_told_bits, fits))
     layout = min(
         (fit for fit in fits if _told_bits(fit) >= enough),
         key=lambda fit: (fit.codes_per_row, -table.ratio(fit)),

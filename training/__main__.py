@@ -15,7 +15,12 @@ from dpq_rec import ConfigError, DpqRecError
 from training.config import RunConfig, options_of, value_of, with_changes
 from training.flags import add_flag
 from training.recipes import ANYWHERE, RECIPES, load
-from training.refusals import options_of_others, refuse_meaningless, refuse_options_of_others
+from training.refusals import (
+    options_of_others,
+    refuse_meaningless,
+    refuse_options_of_others,
+    refuse_quantized_rate,
+)
 
 PROGRAM = "python -m training"
 EXAMPLES = """examples:
@@ -54,7 +59,9 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     refuse_options_of_others(name, RECIPES, flags)
     options = options_of(name)
     refuse_meaningless(options, {option.flag: value_of(start, option) for option in options} | flags, flags)
-    return with_changes(start, flags)
+    config = with_changes(start, flags)
+    refuse_quantized_rate(config, flags)
+    return config
 
 
 def _config_file(given: Sequence[str]) -> dict[str, Any] | None:

@@ -12,17 +12,17 @@ from torchrec.optim.keyed import KeyedOptimizer
 from training.config import OptimisationOptions, RunConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """What all rates of a run are multiplied by.
 
     Attributes:
-        falls: steps in which they fall linearly to 0, by number; None where they stay.
-        full_steps: steps before tables are quantized, and
-        quantized_rate: what rates are multiplied by after them.
+        falls: steps in which they fall linearly to 0, by number; empty where they stay.
+        full_steps: steps of the full epochs, and
+        quantized_rate: what comes after them is multiplied by this too.
     """
 
-    falls: range | None = None
+    falls: range = range(0)
     full_steps: int = 0
     quantized_rate: float = 1.0
 
@@ -34,14 +34,15 @@ class Schedule:
             return cls()
         num_steps = options.epochs * steps_per_epoch
         firsts = {"none": num_steps, "late": num_steps * 2 // 3, "linear": 0}
-        falls = range(firsts[options.rate_decay], num_steps)
-        if not config.full_epochs:
-            return cls(falls or None)
-        return cls(falls or None, config.full_epochs * steps_per_epoch, options.quantized_rate)
+        return cls(
+            falls=range(firsts[options.rate_decay], num_steps),
+            full_steps=config.full_epochs * steps_per_epoch,
+            quantized_rate=options.quantized_rate if config.full_epochs else 1.0,
+        )
 
     def factor(self, num_done: int) -> float:
         """Of the step after so many."""
-        left = 1.0 if self.falls is None else min(1.0, (self.falls.stop - num_done) / len(self.falls))
+        left = min(1.0, (self.falls.stop - num_done) / len(self.falls)) if self.falls else 1.0
         return left if num_done < self.full_steps else left * self.quantized_rate
 
 

@@ -48,6 +48,7 @@ def two_tower(data: str, out: str) -> RunConfig:
         model=TwoTowerOptions(),
         embedding=EmbeddingOptions(dpq=dpq, full_epochs=None),
         # Without patience: a run that ended early would never have learned at a low rate.
+        # At half the rates tables are quantized with less noise: Gowalla's validation, in README.md.
         optimisation=OptimisationOptions(
             patience=None, learning_rate=0.2, rate_decay="late", value_rate=0.03, quantized_rate=0.5
         ),
@@ -114,9 +115,9 @@ RECIPES: dict[str, Callable[[str, str], RunConfig]] = {
 
 
 def load(path: str) -> dict[str, Any]:
-    """The configuration of a run that was, from its metrics.json, as `RunConfig.as_dict` gave it; not checked yet.
+    """The configuration of a run that was, from its metrics.json, for `with_changes`; not checked yet.
 
-    An option that it lacks, since it came later or is of DPQ and tables were plain, has the recipe's default.
+    What it lacks has the recipe's default: options that came later, and DPQ's where tables were plain.
 
     Raises:
         ConfigError: the file holds none.
@@ -137,7 +138,7 @@ def _completed(given: dict[str, Any], defaults: dict[str, Any], where: str) -> d
     """Options as given, groups of them too, and the defaults of those that are not there."""
     completed = {**defaults, **given}
     for name, default in defaults.items():
-        if name == "dpq" and completed[name] is None:  # of plain tables
+        if name == "dpq" and completed[name] is None and completed.get("kind") == "full":
             completed[name] = default
         elif isinstance(default, dict):
             if not isinstance(completed[name], dict):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpq_rec import ConfigError
-from training.config import SYNTHETIC, options_of
+from training.config import SYNTHETIC, RunConfig, options_of
 from training.flags import Option
 
 _ONE_SGD = "language-model clips and moves all its weights together, by SGD"
@@ -48,6 +48,19 @@ def refuse_options_of_others(recipe: str, recipes: Iterable[str], flags: Mapping
             raise ConfigError(f"--{flag} is an option of {' and '.join(owners)}{why}; leave it out")
 
 
+def refuse_quantized_rate(config: RunConfig, flags: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a rate after the full epochs where there are none.
+
+    Args:
+        config: what all flags together make.
+        flags: those that were given.
+    """
+    if "quantized-rate" in flags and not config.full_epochs:
+        plain = config.embedding.dpq is None
+        reason = "plain tables never are quantized" if plain else "without full epochs tables are from the start"
+        raise ConfigError(f"--quantized-rate: {reason}; leave it out")
+
+
 def refuse_meaningless(options: Iterable[Option], values: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
     """Raises ConfigError for a flag without a use beside other options.
 
@@ -76,10 +89,7 @@ def refuse_meaningless(options: Iterable[Option], values: Mapping[str, Any], fla
         wrong["patience"] = "with --refit the validation split trains, and no run ends before --epochs"
     if values.get("embedding") == "full":
         wrong["value-rate"] = "plain tables have no keys and values"
-        wrong["quantized-rate"] = "plain tables are never quantized"
     is_phased_by_default = values.get("full-epochs", 0) is None and values.get("key-dim") is None
-    if not (values.get("full-epochs") or is_phased_by_default):
-        wrong["quantized-rate"] = "without --full-epochs tables are quantized from the start, at --learning-rate"
     if values.get("full-epochs") or (is_phased_by_default and flags.get("start-from") == "uniform"):
         wrong["start-from"] = "after --full-epochs keys and values always begin as k-means centroids"
     for flag, reason in wrong.items():

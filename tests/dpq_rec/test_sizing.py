@@ -59,20 +59,19 @@ def test_artifact_of_the_chosen_layout_has_the_ratio(tmp_path, num_embeddings, r
 
 
 @pytest.mark.parametrize(
-    ("num_embeddings", "ratio", "layout"),
+    ("num_embeddings", "embedding_dim", "ratio", "layout"),
     [
-        (1_000_000, 20, (4, 256, 3)),
-        (1_000_000, 40, (2, 256, 3)),
-        (40_979, 20, (16, 64, 1)),
-        (29_858, 20, (16, 64, 1)),
-        (29_858, 40, (8, 64, 1)),
-        (6_040, 20, (32, 8, 1)),
-        (3_416, 20, (32, 8, 1)),
-        (3_416, 40, (16, 8, 1)),
+        (1_000_000, 64, 20, (4, 256, 3)),
+        (1_000_000, 64, 40, (2, 256, 3)),
+        (40_979, 64, 20, (16, 64, 1)),
+        (29_858, 64, 40, (8, 64, 1)),
+        (3_416, 64, 20, (32, 8, 1)),
+        (3_416, 64, 40, (16, 8, 1)),
+        (17_379, 96, 26, (16, 64, 1)),  # (8, 4, 7) if all bits told as much, (12, 8, 3) if only the most would do
     ],
 )
-def test_layout_is_what_was_measured_or_inferred(num_embeddings, ratio, layout):
-    changes = choose_layout(num_embeddings, 64, ratio)
+def test_layout_tells_about_the_most_in_the_fewest_codes(num_embeddings, embedding_dim, ratio, layout):
+    changes = choose_layout(num_embeddings, embedding_dim, ratio)
     assert (changes["num_subspaces"], changes["num_codes"], changes["num_levels"]) == layout
 
 

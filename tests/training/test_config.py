@@ -79,6 +79,12 @@ def test_options_that_a_recipe_begins_with_give_way_to_what_leaves_them_no_use(f
     assert parsed(f"two-tower {flags}").embedding.dpq == expected
 
 
+def test_a_rate_after_the_full_epochs_is_taken_where_keys_are_as_wide_as_vectors():
+    """A key_dim that is given rules a full phase out, unless it is the width that keys have anyway."""
+    config = parsed("two-tower --embedding dpq-sx --key-dim 4 --epochs 6 --quantized-rate 0.3")
+    assert (config.full_epochs, config.optimisation.quantized_rate) == (4, 0.3)
+
+
 def test_what_was_asked_for_does_not_give_way():
     with pytest.raises(ConfigError, match="value_gradient: got True with ema_decay"):
         parsed("two-tower --ema-decay 0.9 --value-gradient")

@@ -170,6 +170,16 @@ def test_run_that_goes_on_in_either_phase_ends_as_an_undisturbed_one(phased, tmp
     assert [one[name] == other[name] for name in ("metrics", "history", "best_epoch")] == [True] * 3
 
 
+def test_codes_stand_still_where_the_quantized_rate_is_next_to_nothing(tmp_path):
+    """The rates of a run are those of its schedule."""
+    arguments = [*PHASED, "--epochs", "3", "--full-epochs", "1", "--rate-decay", "none"]
+    changed = {}
+    for rate in ("1e-9", "1"):
+        assert run(tmp_path / rate, *arguments, "--quantized-rate", rate) == 0
+        changed[rate] = max(metrics_of(tmp_path / rate)["history"][2]["codes"]["item_id"]["changed"])
+    assert changed["1e-9"] == 0 < changed["1"]
+
+
 def test_target_ratio_is_reached_by_each_table_with_a_layout_of_its_own(tmp_path):
     assert run(tmp_path / "run", *SMALL, "--epochs", "2", "--full-epochs", "1", "--target-ratio", "8") == 0
     tables, stored = metrics_of(tmp_path / "run")["tables"], verify(tmp_path / "run" / "artifact").tables

@@ -1,4 +1,4 @@
-"""DPQ against full, user by user. In: what cases left by user. Out: relative differences and their bounds.
+"""Methods against full, user by user. In: what cases left by user. Out: relative differences and their bounds.
 
 A paired bootstrap: users are drawn with replacement, the same ones for both methods. Several seeds of a method are
 averaged, user by user for retrieval, draw by draw for AUC; so the bound is one over users, given these trained models.
@@ -94,19 +94,12 @@ def auc_of(logits_N: NDArray[Any], labels_N: NDArray[Any], users_N: NDArray[np.i
     return auc
 
 
-def compare(
-    lines: Sequence[Mapping[str, Any]],
-    out: Path,
-    *,
-    wanted: Callable[[Case], bool] = lambda _: True,
-    num_draws: int = NUM_DRAWS,
-) -> list[dict[str, Any]]:
+def compare(lines: Sequence[Mapping[str, Any]], out: Path, *, num_draws: int = NUM_DRAWS) -> list[dict[str, Any]]:
     """Every final method against full, on the seeds that both have.
 
     Args:
-        lines: of results.
-        out: folder of cases, where they and full's left BY_USER.
-        wanted: which cases to compare with full's.
+        lines: of results, full's among them.
+        out: folder of cases, where they left BY_USER.
         num_draws: resamples.
 
     Returns:
@@ -123,7 +116,7 @@ def compare(
         of_full = finals.get((dataset, "full", None), {})
         seeds = sorted(set(of_method) & set(of_full))
         recipe = next(iter(of_method.values())).recipe
-        if method == "full" or not seeds or not any(wanted(case) for case in of_method.values()):
+        if method == "full" or not seeds:
             continue
         pairs = [[_by_user(out, each[seed]) for seed in seeds] for each in (of_method, of_full)]
         for metric in METRICS[recipe]:
@@ -156,11 +149,17 @@ def _statistics(pairs: list[list[ByUser]], metric: str) -> tuple[list[Statistic]
     return one, other, len(users)
 
 
-def write(compared: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-    """The comparisons, beside the results: sums over users alone. What else was compared before stays."""
+def write(compared: Sequence[Mapping[str, Any]], folder: Path, *, keep_others: bool = False) -> Path:
+    """The comparisons, beside the results: sums over users alone.
+
+    Args:
+        compared: what `compare` found.
+        folder: of the file.
+        keep_others: whether what the file has of other methods, ratios and metrics stays.
+    """
     path = folder / FILE
-    kept = {_about(each): each for each in (*read(folder), *compared)}
-    path.write_text("[\n" + ",\n".join(json.dumps(each) for each in kept.values()) + "\n]\n")
+    found = {_about(each): each for each in (*(read(folder) if keep_others else ()), *compared)}
+    path.write_text("[\n" + ",\n".join(json.dumps(each) for each in found.values()) + "\n]\n")
     return path
 
 

@@ -37,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(path, file=sys.stderr)
             print(report.tables(lines, bootstrap.read(options.results.parent)))
         elif options.compare:
-            out = _given(options.out, "--out")
-            compared = bootstrap.compare(lines, out, wanted=lambda case: bool(_wanted([case], options.only)))
-            print(bootstrap.write(compared, options.results.parent))
+            some = [line for line in lines if line["method"] == "full" or _is_wanted(line, options.only)]
+            compared = bootstrap.compare(some, _given(options.out, "--out"))
+            if not compared:
+                raise ConfigError(f"--only: got {', '.join(options.only)}; no finished case of --list is so named")
+            print(bootstrap.write(compared, options.results.parent, keep_others=bool(options.only)))
         else:
             places = Places(_given(options.data, "--data"), _given(options.out, "--out"), options.results)
             return 1 if run(lambda seen: _wanted(plan(seen), options.only), places, jobs=options.jobs) else 0
@@ -86,6 +88,10 @@ def _wanted(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
         if not patterns
         or any(fnmatch.fnmatch(case.name, each) or fnmatch.fnmatch(case.name, f"{each}*") for each in patterns)
     ]
+
+
+def _is_wanted(line: Line, patterns: Sequence[str]) -> bool:
+    return bool(_wanted([Case.from_dict(line["case"])], patterns))
 
 
 def listing(lines: Sequence[Line], patterns: Sequence[str] = ()) -> str:

@@ -10,6 +10,7 @@ from dpq_rec import ConfigError
 from training.bench.quality import bootstrap
 from training.bench.quality.bootstrap import auc_of, compare, mean_of, relative_difference
 from training.bench.quality.case import Case
+from training.bench.quality.command import main
 from training.bench.quality.judge import BY_USER
 from training.bench.quality.worker import RUN
 
@@ -84,22 +85,33 @@ def test_compare_averages_the_seeds_that_both_methods_have(tmp_path):
     assert bootstrap.read(tmp_path) == json.loads(json.dumps(found))
 
 
-def test_what_is_compared_anew_takes_the_place_of_what_was_and_the_rest_stays(tmp_path):
+def test_some_cases_are_compared_where_the_others_are_not_and_those_stay_in_the_file(tmp_path):
     values = {method: RNG.random(NUM_USERS) for method in ("full", "dpq-vq", "pq")}
     lines = [
         leave(tmp_path, case(m, 0, "two-tower"), user_ids_U=np.arange(NUM_USERS), **{"ndcg@10": v, "ndcg@20": v})
         for m, v in values.items()
     ]
-    bootstrap.write(compare(lines, tmp_path, num_draws=40), tmp_path)
-    found = compare(lines, tmp_path, wanted=lambda each: each.method == "pq", num_draws=50)
-    assert {each["method"] for each in found} == {"pq"}
-    bootstrap.write(found, tmp_path)
-    assert [(each["method"], each["metric"], each["num_draws"]) for each in bootstrap.read(tmp_path)] == [
-        ("dpq-vq", "ndcg@10", 40),
-        ("dpq-vq", "ndcg@20", 40),
-        ("pq", "ndcg@10", 50),
-        ("pq", "ndcg@20", 50),
+    results = tmp_path / "quality.jsonl"
+    results.write_text("".join(json.dumps({**line, "method": line["case"]["method"]}) + "\n" for line in lines))
+    arguments = ["--results", str(results), "--out", str(tmp_path), "--compare"]
+    assert main(arguments) == 0
+    every = bootstrap.read(tmp_path)
+    assert [(each["method"], each["metric"]) for each in every] == [
+        (method, metric) for method in ("dpq-vq", "pq") for metric in ("ndcg@10", "ndcg@20")
     ]
+    (tmp_path / case("dpq-vq", 0, "two-tower").name / RUN / BY_USER).unlink()
+    np.savez(
+        tmp_path / case("pq", 0, "two-tower").name / RUN / BY_USER,
+        user_ids_U=np.arange(NUM_USERS),
+        **{"ndcg@10": values["full"], "ndcg@20": values["full"]},
+    )
+    assert main([*arguments, "--only", "d/pq"]) == 0
+    again = bootstrap.read(tmp_path)
+    assert again[:2] == every[:2]
+    assert [each["observed"] for each in again[2:]] == [0, 0]
+    assert main(arguments) == 2  # a case that is wanted has left nothing
+    assert main([*arguments, "--only", "d/opq"]) == 2
+    assert bootstrap.read(tmp_path) == again
 
 
 def test_compare_of_clicks_is_by_auc(tmp_path):
