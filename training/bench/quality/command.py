@@ -37,14 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(path, file=sys.stderr)
             print(report.tables(lines, bootstrap.read(options.results.parent)))
         elif options.compare:
-            some = [line for line in lines if line["method"] == "full" or _is_wanted(line, options.only)]
+            some = [
+                line
+                for line in lines
+                if line["method"] == "full" or _is_wanted(Case.from_dict(line["case"]), options.only)
+            ]
             compared = bootstrap.compare(some, _given(options.out, "--out"))
             if not compared:
                 raise ConfigError(f"--only: got {', '.join(options.only)}; no finished case of --list is so named")
             print(bootstrap.write(compared, options.results.parent, keep_others=bool(options.only)))
         else:
             places = Places(_given(options.data, "--data"), _given(options.out, "--out"), options.results)
-            return 1 if run(lambda seen: _wanted(plan(seen), options.only), places, jobs=options.jobs) else 0
+            return 1 if run(lambda seen: _wanted(seen, options.only), places, jobs=options.jobs) else 0
     except DpqRecError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
@@ -80,23 +84,20 @@ def _given(path: Path | None, flag: str) -> Path:
     return path
 
 
-def _wanted(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
-    """The cases whose name, or a beginning of it, one of the patterns describes."""
-    return [
-        case
-        for case in cases
-        if not patterns
-        or any(fnmatch.fnmatch(case.name, each) or fnmatch.fnmatch(case.name, f"{each}*") for each in patterns)
-    ]
+def _is_wanted(case: Case, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns, if there are any, describes the case's name or a beginning of it."""
+    endings = ("", "*")
+    return not patterns or any(fnmatch.fnmatch(case.name, each + end) for each in patterns for end in endings)
 
 
-def _is_wanted(line: Line, patterns: Sequence[str]) -> bool:
-    return bool(_wanted([Case.from_dict(line["case"])], patterns))
+def _wanted(lines: Sequence[Line], patterns: Sequence[str]) -> list[Case]:
+    """The cases that are determined by now and that the patterns describe."""
+    return [case for case in plan(lines) if _is_wanted(case, patterns)]
 
 
 def listing(lines: Sequence[Line], patterns: Sequence[str] = ()) -> str:
     """What is done and what is left, with seconds; an estimate is what an epoch of the like took."""
-    cases = _wanted(plan(lines), patterns)
+    cases = _wanted(lines, patterns)
     left = {case.name for case in missing(plan, lines)}
     seconds = {Case.from_dict(line["case"]).name: line["seconds"] for line in lines}
     rows, total = [], 0.0
