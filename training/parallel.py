@@ -7,6 +7,7 @@ with small tables is whole on every rank instead, under DistributedDataParallel.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -78,6 +79,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.barrier()  # time for gloo's threads to let go of the last collective's tensors: see `freeze`
     finally:
         dist.destroy_process_group()
+        gc.collect()  # sharded modules hold the group in cycles, and a gloo thread that outlives Python aborts it
 
 
 def shard(

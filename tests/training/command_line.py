@@ -10,6 +10,7 @@ from training.__main__ import main, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = {"data": ".", "out": "run"}  # what every recipe needs
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for a busy core make minutes of seconds
 
 
 def parsed(text):
@@ -24,9 +25,8 @@ def command(*arguments, ranks=2, restarts=0):
 
 
 def run(*arguments, ranks=2):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for a busy core make minutes of seconds
     return subprocess.run(
-        command(*arguments, ranks=ranks), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        command(*arguments, ranks=ranks), cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False
     )
 
 
