@@ -38,7 +38,7 @@ check: venv  ## ruff, ruff format, mypy
 	$(BIN)/mypy
 
 bench: venv  ## the decode kernel beside torch.index_select
-	$(BIN)/python -m dpq_rec.kernels.bench
+	$(BIN)/python -m dpq_rec.bench decode
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis

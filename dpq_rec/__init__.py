@@ -15,7 +15,7 @@ Read the modules in this order and you have read DPQ:
 10. `code_use`      how rows use their codes; `report` shows it, and more, as a page
 11. `export`, `cli`, `errors`
 
-Importing this package needs numpy alone. `dpq_rec.nn` imports torch; nothing else does, but for `kernels.bench`, which
+Importing this package needs numpy alone. `dpq_rec.nn` imports torch; nothing else does, but for `bench`, which
 compares with it where it is installed.
 """
 

@@ -27,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training.bench.machine import where_and_when
+from dpq_rec.bench.machine import where_and_when
+from training.bench import PACKAGES
 from training.config import RunConfig, with_changes
 from training.data.batches import Batch, train_batches
 from training.data.synthetic import SyntheticConfig, generate
@@ -91,7 +92,7 @@ def main() -> None:
                 memory[case.embedding] = _alone(peak_memory, case)
                 bar.update()
             line = {"num_codes": num_codes, "num_subspaces": num_subspaces, "seconds": seconds, "memory": dict(memory)}
-            results.append({**line, **sizes, "batch_size": options.batch_size, **where_and_when()})
+            results.append({**line, **sizes, "batch_size": options.batch_size, **where_and_when(PACKAGES)})
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / "cost.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in results)

@@ -19,7 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.bench.machine import where_and_when
+from dpq_rec.bench.machine import where_and_when
+from training.bench import PACKAGES
 from training.data.synthetic import SyntheticConfig, generate
 
 EMBEDDINGS = ("full", "dpq-sx", "dpq-vq")
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace, data: Path, embedding: str, number: int) ->
     )
     return {
         **{name: metrics[name] for name in kept},
-        **where_and_when(),
+        **where_and_when(PACKAGES),
     }
 
 

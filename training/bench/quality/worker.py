@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dpq_rec import ConfigError, DpqRecError
-from training.bench.machine import PACKAGES, where_and_when
+from dpq_rec.bench.machine import where_and_when
+from training.bench import PACKAGES
 from training.bench.quality import afterwards, baselines
 from training.bench.quality.case import Case
 from training.bench.quality.judge import Judge, config_of

@@ -10,11 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("dpq-rec", "torch", "torchrec", "fbgemm-gpu-cpu", "numpy")
 
-
-def where_and_when(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
-    """Date, machine and versions."""
+def where_and_when(packages: Iterable[str]) -> dict[str, Any]:
+    """Date, machine, and the versions of packages."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",

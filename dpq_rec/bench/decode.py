@@ -1,0 +1,123 @@
+"""Rows to vectors, beside what an fp32 table costs. In: sizes. Out: times and ratios; lines of results.
+
+All find the vectors of the same number of rows, on one thread: ours from an artifact that is mapped from its file, as a
+server has it, torch from the fp32 table that the artifact replaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpq_rec.artifact import Table, TableContents, open_artifact, write_artifact
+from dpq_rec.bench.record import add_results_flag, append, head, line_of
+from dpq_rec.bench.rounds import POPULARITIES, Popularity, draw_rows, take_turns
+from dpq_rec.codes import CodeLayout, pack_codes
+from dpq_rec.decode import decode_rows
+from dpq_rec.errors import ConfigError
+from dpq_rec.vocabulary import IdentityVocabulary
+
+BASELINE = "torch.index_select"
+_CHUNK_ROWS = 1 << 17
+_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """What is measured: V rows of E numbers, D groups of K codes in L levels, and how many ids a lookup asks for."""
+
+    num_embeddings: int = 2_000_000
+    embedding_dim: int = 64
+    num_subspaces: int = 16
+    num_codes: int = 256
+    num_levels: int = 1
+    num_ids: int = 16_384
+    num_rounds: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("num_embeddings", "num_ids", "num_rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, want 1 or more")
+
+    @property
+    def layout(self) -> CodeLayout:
+        """How the codes of a row are laid out."""
+        return CodeLayout(num_subspaces=self.num_subspaces, num_codes=self.num_codes, num_levels=self.num_levels)
+
+
+def measure(config: DecodeConfig, popularity: Popularity) -> dict[str, Any]:
+    """Settings and figures of one kind of ids.
+
+    Raises:
+        ConfigError: sizes that do not fit each other.
+    """
+    torch.set_num_threads(1)
+    generator = np.random.default_rng(_SEED)
+    full_VE = torch.randn(config.num_embeddings, config.embedding_dim)
+    with tempfile.TemporaryDirectory(prefix="dpq-rec-bench-") as folder:
+        table = random_table(config, Path(folder) / "artifact", generator)
+        rounds = take_turns(
+            {
+                "decode": lambda rows_N: decode_rows(table, rows_N),
+                BASELINE: lambda rows_N: torch.index_select(full_VE, 0, torch.from_numpy(rows_N)),
+            },
+            lambda: draw_rows(popularity, config.num_embeddings, config.num_ids, generator),
+            config.num_rounds,
+            f"{popularity} rows",
+        )
+    return {"ids": popularity, "threads": 1, **vars(config), "contenders": rounds.summary(BASELINE, config.num_ids)}
+
+
+def random_table(config: DecodeConfig, path: Path, generator: np.random.Generator) -> Table:
+    """A table of random codes and values, mapped from its file."""
+    layout = config.layout
+    value_shape = (layout.codes_per_row, layout.num_codes, config.embedding_dim // layout.num_subspaces)
+
+    def chunks() -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, config.num_embeddings, _CHUNK_ROWS):
+            shape = (min(_CHUNK_ROWS, config.num_embeddings - start), layout.codes_per_row)
+            yield pack_codes(generator.integers(0, layout.num_codes, shape, np.uint16), layout)
+
+    contents = TableContents(
+        num_embeddings=config.num_embeddings,
+        embedding_dim=config.embedding_dim,
+        vocabulary=IdentityVocabulary(config.num_embeddings),
+        layout=layout,
+        values=generator.standard_normal(value_shape, np.float32),
+        chunks=chunks(),
+    )
+    return open_artifact(write_artifact(path, {"table": contents})).tables["table"]
+
+
+def report(line: dict[str, Any]) -> str:
+    """The figures of a line, and what is needed to judge them."""
+    sizes = "V={num_embeddings:,} E={embedding_dim} D={num_subspaces} K={num_codes} L={num_levels}".format_map(line)
+    rounds = f"{line['num_ids']:,} {line['ids']} ids, {line['threads']} thread, median of {line['num_rounds']} rounds"
+    figures = [
+        f"{name:20s}{1e3 * of_it['seconds']:8.3f} ms{1e9 / of_it['per_second']:8.1f} ns an id"
+        f"{of_it['times_baseline']:7.2f} times as fast as {BASELINE}"
+        for name, of_it in line["contenders"].items()
+    ]
+    return "\n".join([head(line), f"{sizes}, {rounds}", *figures])
+
+
+def main(flags: list[str]) -> None:
+    """Measure, print, and add to the results."""
+    parser = argparse.ArgumentParser("python -m dpq_rec.bench decode", description=__doc__.split("\n")[0])
+    for field, default in vars(DecodeConfig()).items():
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default, help=f"{default:,}")
+    add_results_flag(parser)
+    options = vars(parser.parse_args(flags))
+    results, config = options.pop("results"), DecodeConfig(**options)
+    for popularity in POPULARITIES:
+        line = line_of("decode", measure(config, popularity))
+        append(results, [line])
+        print(report(line), end="\n\n")
