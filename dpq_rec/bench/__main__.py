@@ -9,8 +9,9 @@ from dpq_rec.errors import ConfigError, MissingDependencyError
 
 BENCHMARKS = {
     "decode": "rows to vectors, beside torch.index_select from the fp32 table",
+    "search": "the best ids for a query, beside a matrix product and faiss",
 }
-_EXTRAS = {"torch": "train", "fbgemm_gpu": "train", "tqdm": "train", "faiss": "dev"}
+_EXTRAS = {"torch": "train", "fbgemm_gpu": "train", "tqdm": "train", "faiss": "dev", "threadpoolctl": "dev"}
 _USAGE = "usage: python -m dpq_rec.bench {" + ",".join(BENCHMARKS) + "} ..."
 
 

@@ -230,7 +230,15 @@ def scan_top(
     by_code = np.full((layout.codes_per_row, 1 << layout.code_bits), np.nan, np.float32)  # also those there are not
     by_code[:, : layout.num_codes] = scores_MK
     num_found, bad_row_at = _native.scan_top(
-        packed_VW, by_code, scales_V, layout.code_bits, first_row, rows_T, scores_T, len(before.rows_T)
+        packed_VW,
+        by_code,
+        scales_V,
+        layout.num_codes,
+        layout.code_bits,
+        first_row,
+        rows_T,
+        scores_T,
+        len(before.rows_T),
     )
     if bad_row_at >= 0:
         row = first_row + bad_row_at

@@ -52,6 +52,7 @@ def scan_top(
     packed: NDArray[np.uint8],
     scores: NDArray[np.float32],
     scales: NDArray[np.float32] | None,
+    num_codes: int,
     code_bits: int,
     first_row: int,
     best_rows: NDArray[np.int64],

@@ -10,10 +10,12 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "codes.h"
+#include "scan.h"
 #include "simd.h"
 
 namespace nb = nanobind;
@@ -21,18 +23,12 @@ namespace nb = nanobind;
 namespace {
 
 using dpq::BitCodes;
+using dpq::Bounds;
 using dpq::ByteCodes;
 using dpq::kSlackBytes;
+using dpq::ScanArgs;
 
 constexpr int64_t kRowsAtOnce = 8;  // sums that go on beside each other: one of M numbers in a row waits for its adder
-
-struct ScanArgs {
-  const uint8_t* packed;  // [V, W]
-  const float* scores;    // [M, 2^b]: of each code of each group with the query; NaN where there is no such code
-  const float* scales;    // [V]: each row's score is multiplied by; null where it stays
-  int64_t num_rows, row_bytes, codes_per_row, code_bits;
-  int64_t first_row;  // of the table, where this part of it begins
-};
 
 struct Found {
   float score;
@@ -50,6 +46,7 @@ class Best {
   Best(std::vector<Found>& heap, size_t most) : heap_(heap), most_(most) { note_worst(); }
 
   DPQ_INLINE bool wants(float score) const { return score > worst_; }
+  DPQ_INLINE float worst() const { return worst_; }
 
   // Rows come in ascending order, so that one of the worst score is no better than what is there.
   void add(const Found& found) {
@@ -89,43 +86,79 @@ DPQ_INLINE void add_up(const ScanArgs& a, const Codes (&rows)[kRowsAtOnce], floa
 DPQ_INLINE ByteCodes codes_at(const uint8_t* row, int64_t, ByteCodes*) { return {row}; }
 DPQ_INLINE BitCodes codes_at(const uint8_t* row, int64_t code_bits, BitCodes*) { return {row, code_bits}; }
 
-// Position of the first row whose score is no number, or infinitely low, -1 where there is none.
+// Some rows, in ascending order, and where the table's bytes lie from the row `origin` on.
+struct Some {
+  const uint8_t* packed;
+  int64_t origin;
+  int64_t rows[kRowsAtOnce];
+  int64_t count;
+};
+
+// Takes some rows into the best. The first one whose score is no number, or infinitely low; -1 where there is none.
 template <typename Codes>
-DPQ_INLINE int64_t scan_block(const ScanArgs& a, const uint8_t* packed, int64_t first, int64_t count, Best& best) {
+DPQ_INLINE int64_t scan_some(const ScanArgs& a, const Some& some, Best& best) {
   Codes rows[kRowsAtOnce];
-  // A block that is not full has its first row several times, and takes only the first count of the sums.
-  for (int64_t i = 0; i < kRowsAtOnce; ++i) {
-    rows[i] = codes_at(packed + (i < count ? i : 0) * a.row_bytes, a.code_bits, static_cast<Codes*>(nullptr));
+  for (int64_t i = 0; i < kRowsAtOnce; ++i) {  // where they are fewer, the first takes the places of the others
+    const int64_t row = some.rows[i < some.count ? i : 0];
+    rows[i] = codes_at(some.packed + (row - some.origin) * a.row_bytes, a.code_bits, static_cast<Codes*>(nullptr));
   }
   float sums[kRowsAtOnce];
   add_up(a, rows, sums);
-  for (int64_t i = 0; i < count; ++i) {
-    const float score = a.scales == nullptr ? sums[i] : sums[i] * a.scales[first + i];
-    if (!(score > -std::numeric_limits<float>::infinity())) return first + i;
-    if (best.wants(score)) best.add({score, a.first_row + first + i});
+  for (int64_t i = 0; i < some.count; ++i) {
+    const int64_t row = some.rows[i];
+    const float score = a.scales == nullptr ? sums[i] : sums[i] * a.scales[row];
+    if (!(score > -std::numeric_limits<float>::infinity())) return row;
+    if (best.wants(score)) best.add({score, a.first_row + row});
   }
   return -1;
 }
 
+// The rows from first to last - 1, one behind the other.
 template <typename Codes>
-DPQ_INLINE int64_t scan_rows(const ScanArgs& a, Best& best) {
-  // BitCodes read kSlackBytes beyond a row: the last rows are read from a copy that has them.
-  const int64_t num_bytes = a.num_rows * a.row_bytes;
-  const int64_t tail_rows = std::min(a.num_rows, kRowsAtOnce + kSlackBytes / a.row_bytes + 1);
-  const int64_t tail_first = (a.num_rows - tail_rows) / kRowsAtOnce * kRowsAtOnce;
-  std::vector<uint8_t> tail(num_bytes - tail_first * a.row_bytes + kSlackBytes);
-  std::memcpy(tail.data(), a.packed + tail_first * a.row_bytes, num_bytes - tail_first * a.row_bytes);
-  for (int64_t first = 0; first < a.num_rows; first += kRowsAtOnce) {
-    const uint8_t* packed =
-        first < tail_first ? a.packed + first * a.row_bytes : tail.data() + (first - tail_first) * a.row_bytes;
-    const int64_t bad = scan_block<Codes>(a, packed, first, std::min(kRowsAtOnce, a.num_rows - first), best);
+DPQ_INLINE int64_t scan_run(const ScanArgs& a, const uint8_t* packed, int64_t origin, int64_t first, int64_t last,
+                            Best& best) {
+  for (; first < last; first += kRowsAtOnce) {
+    Some some{packed, origin, {}, std::min(kRowsAtOnce, last - first)};
+    for (int64_t i = 0; i < kRowsAtOnce; ++i) some.rows[i] = first + i;
+    const int64_t bad = scan_some<Codes>(a, some, best);
     if (bad >= 0) return bad;
   }
   return -1;
 }
 
-DPQ_MULTIVERSION int64_t scan_all(const ScanArgs& a, Best& best) {
-  return a.code_bits == 8 ? scan_rows<ByteCodes>(a, best) : scan_rows<BitCodes>(a, best);
+// Those of the first rows that may be among the best.
+template <typename Codes>
+DPQ_INLINE int64_t scan_candidates(const ScanArgs& a, const Bounds& bounds, Best& best) {
+  for (int64_t first = 0; first < bounds.num_rows(); first += Bounds::kRows) {
+    uint64_t left = bounds.candidates(first, best.worst());
+    while (left != 0) {
+      Some some{a.packed, 0, {}, 0};
+      for (; left != 0 && some.count < kRowsAtOnce; left &= left - 1) {
+        some.rows[some.count++] = first + __builtin_ctzll(left);
+      }
+      const int64_t bad = scan_some<Codes>(a, some, best);
+      if (bad >= 0) return bad;
+    }
+  }
+  return -1;
+}
+
+template <typename Codes>
+DPQ_INLINE int64_t scan_rows(const ScanArgs& a, const Bounds* bounds, Best& best) {
+  // BitCodes read kSlackBytes beyond a row: the last rows are read from a copy that has them.
+  const int64_t tail_rows = std::min(a.num_rows, kSlackBytes / a.row_bytes + 1);
+  const int64_t first = bounds == nullptr ? 0 : bounds->num_rows(), last = a.num_rows - tail_rows;
+  const int64_t tail_bytes = tail_rows * a.row_bytes;
+  std::vector<uint8_t> tail(tail_bytes + kSlackBytes);
+  std::memcpy(tail.data(), a.packed + last * a.row_bytes, tail_bytes);
+  int64_t bad = bounds == nullptr ? -1 : scan_candidates<Codes>(a, *bounds, best);
+  if (bad < 0) bad = scan_run<Codes>(a, a.packed, 0, first, last, best);
+  if (bad < 0) bad = scan_run<Codes>(a, tail.data(), last, last, a.num_rows, best);
+  return bad;
+}
+
+DPQ_MULTIVERSION int64_t scan_all(const ScanArgs& a, const Bounds* bounds, Best& best) {
+  return a.code_bits == 8 ? scan_rows<ByteCodes>(a, bounds, best) : scan_rows<BitCodes>(a, bounds, best);
 }
 
 template <typename T, int kDims>
@@ -134,14 +167,15 @@ using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 // Takes the rows of one part of a table into the best so far, [k] rows and scores of which the first num_found are some.
 // Returns (how many there are now, position of the first row without a score or -1).
 nb::tuple scan_top(Array<const uint8_t, 2> packed, Array<const float, 2> scores,
-                   std::optional<Array<const float, 1>> scales, int64_t code_bits, int64_t first_row,
-                   Array<int64_t, 1> best_rows, Array<float, 1> best_scores, int64_t num_found) {
+                   std::optional<Array<const float, 1>> scales, int64_t num_codes, int64_t code_bits,
+                   int64_t first_row, Array<int64_t, 1> best_rows, Array<float, 1> best_scores, int64_t num_found) {
   const ScanArgs args{packed.data(),
                       scores.data(),
                       scales ? scales->data() : nullptr,
                       static_cast<int64_t>(packed.shape(0)),
                       static_cast<int64_t>(packed.shape(1)),
                       static_cast<int64_t>(scores.shape(0)),
+                      num_codes,
                       code_bits,
                       first_row};
   std::vector<Found> heap;
@@ -153,7 +187,8 @@ nb::tuple scan_top(Array<const uint8_t, 2> packed, Array<const float, 2> scores,
     for (int64_t i = 0; i < num_found; ++i) heap.push_back({best_scores.data()[i], best_rows.data()[i]});
     std::make_heap(heap.begin(), heap.end(), comes_first);
     Best best(heap, most);
-    bad = scan_all(args, best);
+    const std::unique_ptr<Bounds> bounds = Bounds::of(args);
+    bad = scan_all(args, bounds.get(), best);
     std::sort(heap.begin(), heap.end(), comes_first);
     for (size_t i = 0; i < heap.size(); ++i) {
       best_rows.data()[i] = heap[i].row;
@@ -167,5 +202,5 @@ nb::tuple scan_top(Array<const uint8_t, 2> packed, Array<const float, 2> scores,
 
 void define_scan(nb::module_& m) {
   m.def("scan_top", &scan_top, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg());
+        nb::arg(), nb::arg());
 }

@@ -22,11 +22,11 @@ def assert_same(got, wanted):
 
 
 @given(
-    num_rows=st.integers(0, 70),
-    num_subspaces=st.integers(1, 5),
+    num_rows=st.one_of(st.integers(0, 70), st.sampled_from([127, 128, 200, 500])),
+    num_subspaces=st.sampled_from([1, 2, 3, 5, 8, 9, 16]),
     num_levels=st.integers(1, 3),
-    num_codes=st.sampled_from([2, 3, 5, 16, 31, 256, 1000, 65_536]),
-    most=st.integers(0, 80),
+    num_codes=st.sampled_from([2, 3, 5, 16, 31, 64, 100, 128, 256, 1000, 65_536]),
+    most=st.one_of(st.integers(0, 5), st.integers(0, 80)),
     few=st.booleans(),
     with_scales=st.booleans(),
     seed=st.integers(0, 9),
@@ -38,6 +38,29 @@ def test_scan_is_its_twin(num_rows, num_subspaces, num_levels, num_codes, most, 
     scales = scales_V if with_scales else None
     got = kernels.scan_top(packed_VW, scores_MK, layout, most, scales_V=scales, first_row=7)
     assert_same(got, reference.scan_top(packed_VW, scores_MK, layout, most, scales_V=scales, first_row=7))
+
+
+@pytest.mark.parametrize("factor", [1e-45, 1e-38, 1e-20, 1e30])
+@pytest.mark.parametrize("offset", [0, 1e4, -1e4])
+def test_scan_is_its_twin_where_scores_are_hard_to_bound(factor, offset):
+    """So small or so near each other that rounding decides; and one group alone of all that tells rows apart."""
+    layout = CodeLayout(num_subspaces=6, num_codes=256)
+    packed_VW, scores_MK, scales_V = random_table(1000, layout, 3)
+    scores_MK[2:] *= 1e-3
+    scores_MK = ((scores_MK + np.float32(offset)) * np.float32(factor)).astype(np.float32)
+    scales_V[::3] = 0
+    for scales in (None, scales_V):
+        got = kernels.scan_top(packed_VW, scores_MK, layout, 5, scales_V=scales)
+        assert_same(got, reference.scan_top(packed_VW, scores_MK, layout, 5, scales_V=scales))
+
+
+def test_scan_is_its_twin_where_scales_are_negative():
+    layout = CodeLayout(num_subspaces=3, num_codes=16)
+    packed_VW, scores_MK, scales_V = random_table(500, layout, 0)
+    scores_MK[0, 0] = 1000  # bounds of the others are coarse then
+    scales_V *= -1
+    got = kernels.scan_top(packed_VW, scores_MK, layout, 5, scales_V=scales_V)
+    assert_same(got, reference.scan_top(packed_VW, scores_MK, layout, 5, scales_V=scales_V))
 
 
 @pytest.mark.parametrize("num_codes", [256, 31])
@@ -60,11 +83,13 @@ def test_scan_reads_nothing_beyond_the_rows():
     assert (len(got.rows_T), got.scores_T.max()) == (11, 0)
 
 
-@pytest.mark.parametrize("row", [0, 7, 8, 18])
-def test_scan_refuses_a_code_that_there_is_not(row):
+@pytest.mark.parametrize(("row", "num_rows"), [(0, 19), (7, 19), (8, 19), (18, 19), (1, 300), (100, 300), (299, 300)])
+def test_scan_refuses_a_code_that_there_is_not(row, num_rows):
+    """Its row would not be among the best."""
     layout = CodeLayout(num_subspaces=3, num_codes=5)
-    packed_VW, scores_MK, _ = random_table(19, layout, 0)
-    packed_VW[row] |= 0b111 << 3  # code 1 is 7
+    packed_VW, scores_MK, _ = random_table(num_rows, layout, 0)
+    scores_MK[0, 0] = -100
+    packed_VW[row] = [0b111 << 3, 0]  # code 0 is 0, code 1 is 7
     with pytest.raises(DamagedArtifactError, match=f"row {100 + row} holds a code of 5 or more"):
         kernels.scan_top(packed_VW, scores_MK, layout, 3, first_row=100)
 
