@@ -33,9 +33,8 @@ def test_command_works_with_numpy_alone(tmp_path, command):
 
 
 def test_bench_says_how_to_install_torch():
-    done = run_without(
-        ("torch",), "from dpq_rec.bench.__main__ import main; sys.argv[1:] = ['decode']; sys.exit(main())"
-    )
+    code = "from dpq_rec.bench.command import run; sys.exit(run('dpq_rec.bench', {'decode': ''}))"
+    done = run_without(("torch",), code, "decode")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("torch")
     assert "pip install 'dpq-rec[train]'" in done.stderr
