@@ -23,7 +23,8 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from dpq_rec import ConfigError
 from training.board import TENSORBOARD
-from training.config import SYNTHETIC, RunConfig
+from training.config import RunConfig
+from training.interaction_options import SYNTHETIC
 from training.parallel import on_rank_0
 
 CONFIG, CHECKPOINTS, METRICS, ARTIFACT = "config.json", "checkpoints", "metrics.json", "artifact"

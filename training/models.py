@@ -18,8 +18,9 @@ from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from dpq_rec.nn import DPQEmbeddingBagCollection, freeze
-from training.config import DLRMOptions, EmbeddingOptions, TwoTowerOptions
+from training.config import EmbeddingOptions
 from training.data.batches import Bag
+from training.interaction_options import DLRMOptions, TwoTowerOptions
 from training.per_table import check_tables
 from training.sampled_softmax import sampled_softmax
 

@@ -16,7 +16,8 @@ from torchrec.optim.keyed import KeyedOptimizer
 from dpq_rec.nn import Quantizer, bypass, start
 from dpq_rec.nn.find import find_tables
 from dpq_rec.nn.shards import shards_of
-from training.config import RunConfig, TwoTowerOptions
+from training.config import RunConfig
+from training.interaction_options import TwoTowerOptions
 
 _LEAST_LENGTH = 1e-12  # of a row: one of zeros stays as it is
 

@@ -13,14 +13,12 @@ from typing import Any
 
 from dpq_rec import ConfigError, DPQConfig
 from training.config import (
-    DataOptions,
-    DLRMOptions,
     EmbeddingOptions,
     OptimisationOptions,
     RunConfig,
     RunOptions,
-    TwoTowerOptions,
 )
+from training.interaction_options import DataOptions, DLRMOptions, TwoTowerOptions
 from training.text_options import (
     ClassifierOptimisation,
     ClassifierOptions,

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpq_rec import ConfigError
-from training.config import SYNTHETIC, RunConfig, options_of
+from training.config import RunConfig, options_of
 from training.flags import Option
+from training.interaction_options import SYNTHETIC
 
 _ONE_SGD = "language-model clips and moves all its weights together, by SGD"
 _ONE_ADAM = "text-classification moves all its weights alike, by Adam"

@@ -16,12 +16,13 @@ from torch import nn
 
 from dpq_rec import ConfigError
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
-from training.config import SYNTHETIC, DataOptions, RunConfig
+from training.config import RunConfig
 from training.data.files import IDS
 from training.data.interactions import Interactions
 from training.data.splits import SplitCounts
 from training.data.synthetic import SyntheticConfig, generate
 from training.data.vocabularies import ColumnVocabulary, VocabularyPolicy, build_vocabulary
+from training.interaction_options import SYNTHETIC, DataOptions
 from training.parallel import on_rank_0
 
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")  # an artifact takes dots too, torch's ModuleDict none

@@ -23,7 +23,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from dpq_rec import EmbeddingStore
 from dpq_rec.vocabulary import Vocabulary
-from training.config import DLRMOptions, OptimisationOptions, RunConfig, TwoTowerOptions
+from training.config import OptimisationOptions, RunConfig
 from training.data.batches import Bag, Batch, eval_batches, train_batches
 from training.data.dense import dense_statistics
 from training.data.histories import Histories
@@ -32,6 +32,7 @@ from training.evaluation.clicks import click_metrics
 from training.evaluation.ranking import RetrievalMetrics
 from training.evaluation.retrieval import Retrieval
 from training.evaluation.served import ServedTables
+from training.interaction_options import DLRMOptions, TwoTowerOptions
 from training.models import (
     BY_CONFIGURATION,
     HISTORY,

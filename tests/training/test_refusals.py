@@ -10,7 +10,8 @@ from dpq_rec import ConfigError
 from tests.training.command_line import HERE, parsed
 from training import config as config_module
 from training.__main__ import main, parse
-from training.config import RunConfig, TwoTowerOptions, with_changes
+from training.config import RunConfig, with_changes
+from training.interaction_options import TwoTowerOptions
 from training.recipes import RECIPES
 
 

@@ -15,10 +15,10 @@ from torch.nn import functional
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.artifact import Table
 from dpq_rec.decode import decode_rows
-from training.config import TwoTowerOptions
 from training.data.histories import Histories
 from training.evaluation.ranking import EvaluatedUsers, RetrievalMetrics, evaluate, evaluated_users
 from training.evaluation.served import ServedEmbeddingBag
+from training.interaction_options import TwoTowerOptions
 from training.models import ITEM, USER
 from training.parallel import add_up
 from training.source import Source, distinct_values

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from dpq_rec import EmbeddingStore, Int64Vocabulary
 from dpq_rec.artifact import TableContents, write_artifact
-from training.config import TwoTowerOptions
 from training.data import files
 from training.data.histories import Histories
 from training.data.interactions import Interactions
@@ -23,6 +22,7 @@ from training.data.vocabularies import VocabularyPolicy, build_vocabulary, count
 from training.evaluation import ranking as module
 from training.evaluation.ranking import EvaluatedUsers, UserItems, evaluate, evaluated_users, training_items
 from training.evaluation.retrieval import Retrieval
+from training.interaction_options import TwoTowerOptions
 from training.parallel import process_group
 from training.source import Source
 
