@@ -145,7 +145,7 @@ class _Column:
 
     def _vectors(self, rows_N: NDArray[np.int64]) -> NDArray[Any]:
         """Vectors [N, E] of rows."""
-        return decode_rows(self.table, rows_N).astype(self.config.dtype, copy=False)
+        return decode_rows(self.table, rows_N, dtype=self.config.dtype)
 
     def _codes(self, rows_N: NDArray[np.int64]) -> list[NDArray[np.uint16]]:
         """Codes [P, M] of ascending rows, tier by tier."""

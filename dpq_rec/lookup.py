@@ -99,8 +99,7 @@ class EmbeddingStore:
         missing_positions = np.flatnonzero(rows_N == kernels.MISSING_ROW).astype(np.uint32)
         if missing == "error" and len(missing_positions):
             raise UnknownIdsError(table, [ids[i] for i in missing_positions], missing_positions.tolist())
-        vectors_NE = decode_rows(found, rows_N)
-        return Lookup(vectors_NE if dtype == "float32" else vectors_NE.astype(np.float16), missing_positions)
+        return Lookup(decode_rows(found, rows_N, dtype=dtype), missing_positions)
 
     def search(self, table: str, queries: Any, k: int, *, similarity: Similarity = "dot") -> Neighbours:
         """The k ids of a table whose vectors are most similar to each query, exactly: every row is looked at.

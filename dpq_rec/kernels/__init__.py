@@ -7,13 +7,14 @@ file, rows, codes and offsets, is checked as it is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import DamagedArtifactError, IdTypeError
+from dpq_rec.tiers import PackedTier
 
 try:
     from dpq_rec.kernels import _native
@@ -24,36 +25,79 @@ except ImportError as error:
 MISSING_ROW = -1
 
 
+class Coded(NamedTuple):
+    """Vectors that are stored as codes.
+
+    Attributes:
+        tiers: packed codes, and how they are laid out, in the order of rows; one tier where all have as many levels.
+        values_MKS: values (float32) [L*D, K, S], or [L, K, S] where the subspaces share them; L is the first tier's.
+    """
+
+    tiers: Sequence[PackedTier]
+    values_MKS: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, packed_VW: NDArray[np.uint8], values_MKS: NDArray[np.float32], layout: CodeLayout) -> Coded:
+        """Of one tier."""
+        return cls((PackedTier(0, layout, packed_VW),), values_MKS)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the subspaces share their values."""
+        layout = self.tiers[0].layout
+        return len(self.values_MKS) == layout.num_levels != layout.codes_per_row
+
+    @property
+    def embedding_dim(self) -> int:
+        """E = D * S."""
+        return self.tiers[0].layout.num_subspaces * self.values_MKS.shape[2]
+
+
+Stored = Coded | NDArray[np.float32]  # vectors as codes, or as they are: [V, E]
+
+
 def decode(
-    packed_VW: NDArray[np.uint8],
-    values_MKS: NDArray[np.float32],
-    rows_N: NDArray[np.int64],
-    layout: CodeLayout,
-) -> NDArray[np.float32]:
+    stored: Stored, rows_N: NDArray[np.int64], *, dtype: DTypeLike = np.float32, num_threads: int = 1
+) -> NDArray[Any]:
     """Vectors of rows.
 
     Args:
-        packed_VW: packed codes (uint8).
-        values_MKS: values (float32) [L*D, K, S], or [L, K, S] where the subspaces share them.
-        rows_N: rows to decode (int64); MISSING_ROW gives zeros.
-        layout: how the codes of a row are laid out.
+        stored: the vectors of all rows.
+        rows_N: rows to decode (int64), contiguous; MISSING_ROW gives zeros.
+        dtype: float32, or float16: the same numbers, rounded to nearest, ties to even.
+        num_threads: that the work is shared among, this one included.
 
     Returns:
-        vectors_NE (float32), E = D * S.
+        vectors_NE, in the dtype asked for.
 
     Raises:
         DamagedArtifactError: a row outside the table, or a code of K or more: nothing is read outside the arrays.
     """
-    shared = len(values_MKS) == layout.num_levels != layout.codes_per_row
-    out_NE = np.empty((len(rows_N), layout.num_subspaces * values_MKS.shape[2]), np.float32)
-    bad_row_at, bad_code_at = _native.decode(
-        packed_VW, values_MKS, rows_N, out_NE, layout.num_levels, layout.num_subspaces, layout.code_bits, shared
-    )
-    if bad_row_at >= 0:
-        raise DamagedArtifactError(f"row {rows_N[bad_row_at]} is outside the table's {len(packed_VW)} rows")
-    if bad_code_at >= 0:
-        raise DamagedArtifactError(f"row {rows_N[bad_code_at]} holds a code of {layout.num_codes} or more")
+    out_NE = np.empty((len(rows_N), _embedding_dim(stored)), dtype)
+    _check(stored, rows_N, _native.decode(_vectors(stored), rows_N, out_NE, num_threads))
     return out_NE
+
+
+def _embedding_dim(stored: Stored) -> int:
+    return stored.embedding_dim if isinstance(stored, Coded) else int(stored.shape[1])
+
+
+def _vectors(stored: Stored) -> _native.Vectors:
+    if not isinstance(stored, Coded):
+        return _native.Vectors(stored)
+    layout, packed = stored.tiers[0].layout, [(tier.packed_VW, tier.layout.num_levels) for tier in stored.tiers]
+    return _native.Vectors(packed, stored.values_MKS, layout.num_subspaces, layout.code_bits, stored.shared)
+
+
+def _check(stored: Stored, rows_N: NDArray[np.int64], bad_at: tuple[int, int]) -> None:
+    """Say what is damaged: a row, or the codes of one."""
+    bad_row_at, bad_code_at = bad_at
+    if bad_row_at >= 0:
+        num_rows = sum(len(tier.packed_VW) for tier in stored.tiers) if isinstance(stored, Coded) else len(stored)
+        raise DamagedArtifactError(f"row {rows_N[bad_row_at]} is outside the table's {num_rows} rows")
+    if bad_code_at >= 0 and isinstance(stored, Coded):
+        num_codes = stored.tiers[0].layout.num_codes
+        raise DamagedArtifactError(f"row {rows_N[bad_code_at]} holds a code of {num_codes} or more")
 
 
 def encode(

@@ -1,18 +1,24 @@
+from typing import Any, overload
+
 import numpy as np
 from numpy.typing import NDArray
 
 LANES: int
 
-def decode(
-    packed: NDArray[np.uint8],
-    values: NDArray[np.float32],
-    rows: NDArray[np.int64],
-    out: NDArray[np.float32],
-    num_levels: int,
-    num_subspaces: int,
-    code_bits: int,
-    shared: bool,
-) -> tuple[int, int]: ...
+class Vectors:
+    @overload
+    def __init__(self, dense: NDArray[np.float32]) -> None: ...
+    @overload
+    def __init__(
+        self,
+        packed: list[tuple[NDArray[np.uint8], int]],
+        values: NDArray[np.float32],
+        num_subspaces: int,
+        code_bits: int,
+        shared: bool,
+    ) -> None: ...
+
+def decode(vectors: Vectors, rows: NDArray[np.int64], out: NDArray[Any], num_threads: int) -> tuple[int, int]: ...
 def encode(
     queries: NDArray[np.float32],
     keys: NDArray[np.float32],

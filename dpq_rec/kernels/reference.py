@@ -7,31 +7,48 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.codes import CodeLayout, unpack_codes
-from dpq_rec.kernels import Best, SoftmaxGradients
+from dpq_rec.kernels import Best, Coded, SoftmaxGradients, Stored
+from dpq_rec.tiers import PackedTier
 
 
 def decode(
-    packed_VW: NDArray[np.uint8],
-    values_MKS: NDArray[np.float32],
-    rows_N: NDArray[np.int64],
-    layout: CodeLayout,
-) -> NDArray[np.float32]:
-    """Vectors [N, E]: group j is the sum over levels l of values[l*D + j, code(row, l*D + j)], added in order."""
+    stored: Stored, rows_N: NDArray[np.int64], *, dtype: DTypeLike = np.float32, num_threads: int = 1
+) -> NDArray[Any]:
+    """Vectors [N, E], from the tier that each row is in; its first row is the one behind the last of those before."""
+    del num_threads  # as many do the same
     present_N = rows_N >= 0
-    codes_NM = unpack_codes(packed_VW[np.where(present_N, rows_N, 0)], layout)
-    shared = len(values_MKS) == layout.num_levels != layout.codes_per_row
-    group_values = values_MKS.repeat(layout.num_subspaces, axis=0) if shared else values_MKS
-    chosen_NMS = np.stack([values_KS[codes_NM[:, m]] for m, values_KS in enumerate(group_values)], axis=1)
-    levels_NLE = chosen_NMS.reshape(len(rows_N), layout.num_levels, layout.num_subspaces * values_MKS.shape[2])
-    vectors_NE = levels_NLE[:, 0]
+    vectors_NE = np.zeros((len(rows_N), _embedding_dim(stored)), np.float32)
+    if not isinstance(stored, Coded):
+        vectors_NE[present_N] = stored[rows_N[present_N]]
+        return vectors_NE.astype(dtype)
+    first = 0
+    for tier in stored.tiers:
+        here_N = present_N & (rows_N >= first) & (rows_N < first + len(tier.packed_VW))
+        vectors_NE[here_N] = _decode_tier(stored, tier, rows_N[here_N] - first)
+        first += len(tier.packed_VW)
+    return vectors_NE.astype(dtype)
+
+
+def _embedding_dim(stored: Stored) -> int:
+    return stored.embedding_dim if isinstance(stored, Coded) else int(stored.shape[1])
+
+
+def _decode_tier(stored: Coded, tier: PackedTier, rows_N: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Group j is the sum over the tier's levels l of values[l*D + j, code(row, l*D + j)], added in order."""
+    layout, values_MKS = tier.layout, stored.values_MKS
+    codes_NM = unpack_codes(tier.packed_VW[rows_N], layout)
+    group_values = values_MKS.repeat(layout.num_subspaces, axis=0) if stored.shared else values_MKS
+    chosen_NMS = np.stack([group_values[m][codes_NM[:, m]] for m in range(layout.codes_per_row)], axis=1)
+    levels_NLE = chosen_NMS.reshape(len(rows_N), layout.num_levels, stored.embedding_dim)
+    vectors_NE: NDArray[np.float32] = levels_NLE[:, 0]
     for level in range(1, layout.num_levels):
         vectors_NE = vectors_NE + levels_NLE[:, level]
-    vectors_NE[~present_N] = 0
     return vectors_NE
 
 

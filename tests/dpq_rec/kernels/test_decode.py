@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
-from dpq_rec.kernels import MISSING_ROW, reference
+from dpq_rec.kernels import MISSING_ROW, Coded, reference
 from tests.dpq_rec.builders import random_codes, random_values
 
 WIDTHS = [1, 2, 3, 4, 5, 8, 16, 20, 32]
@@ -23,8 +23,9 @@ def problem(layout, subspace_dim, *, num_rows=37, num_ids=101, shared=False, see
 
 
 def assert_decodes_as_the_reference(layout, packed_VW, values_MKS, rows_N):
-    vectors_NE = kernels.decode(packed_VW, values_MKS, rows_N, layout)
-    wanted_NE = reference.decode(packed_VW, values_MKS, rows_N, layout)
+    stored = Coded.of(packed_VW, values_MKS, layout)
+    vectors_NE = kernels.decode(stored, rows_N)
+    wanted_NE = reference.decode(stored, rows_N)
     assert (vectors_NE.dtype, vectors_NE.shape) == (np.float32, wanted_NE.shape)
     assert vectors_NE.tobytes() == wanted_NE.tobytes()
 
@@ -66,33 +67,35 @@ def test_decode_of_a_row_worked_out_by_hand():
     layout = CodeLayout(num_subspaces=2, num_codes=2, num_levels=2)
     values_MKS = np.array([[[1.0], [2.0]], [[10.0], [20.0]], [[100.0], [200.0]], [[1000.0], [2000.0]]], np.float32)
     packed_VW = pack_codes(np.array([[0, 0, 0, 0], [1, 0, 0, 1]]), layout)
-    assert kernels.decode(packed_VW, values_MKS, np.array([1]), layout).tolist() == [[102.0, 2010.0]]
+    assert kernels.decode(Coded.of(packed_VW, values_MKS, layout), np.array([1])).tolist() == [[102.0, 2010.0]]
 
 
 def test_decode_adds_levels_in_order():
     layout = CodeLayout(num_subspaces=1, num_codes=2, num_levels=3)
     values_MKS = np.array([[[1e8], [0]], [[-1e8], [0]], [[1], [0]]], np.float32)  # 1e8 + (-1e8 + 1) would be 0
-    assert kernels.decode(np.zeros((1, 1), np.uint8), values_MKS, np.array([0]), layout).tolist() == [[1.0]]
+    assert kernels.decode(Coded.of(np.zeros((1, 1), np.uint8), values_MKS, layout), np.array([0])).tolist() == [[1.0]]
 
 
 def test_decode_keeps_every_bit_of_a_value():
     layout = CodeLayout(num_subspaces=2, num_codes=4)
     bits = np.array([0x80000000, 0x7FC00001, 0x7F800000, 0x00000001, 0xFF800000, 0x3F800001, 0, 0x807FFFFF], np.uint32)
     codes_NM = np.array([[0, 3], [1, 2], [2, 1], [3, 0]])
-    decoded = kernels.decode(pack_codes(codes_NM, layout), bits.view(np.float32).reshape(2, 4, 1), np.arange(4), layout)
+    decoded = kernels.decode(
+        Coded.of(pack_codes(codes_NM, layout), bits.view(np.float32).reshape(2, 4, 1), layout), np.arange(4)
+    )
     assert decoded.view(np.uint32).tolist() == [[int(bits[a]), int(bits[4 + b])] for a, b in codes_NM]
 
 
 def test_decode_of_no_rows_is_no_vectors():
     layout = CodeLayout(num_subspaces=3, num_codes=5)
     packed_VW, values_MKS, _ = problem(layout, 4)
-    assert kernels.decode(packed_VW, values_MKS, np.empty(0, np.int64), layout).shape == (0, 12)
+    assert kernels.decode(Coded.of(packed_VW, values_MKS, layout), np.empty(0, np.int64)).shape == (0, 12)
 
 
 def test_decode_of_missing_rows_is_zeros_even_in_an_empty_table():
     layout = CodeLayout(num_subspaces=3, num_codes=5)
     vectors_NE = kernels.decode(
-        np.empty((0, layout.row_bytes), np.uint8), random_values(layout, 4), np.full(40, MISSING_ROW), layout
+        Coded.of(np.empty((0, layout.row_bytes), np.uint8), random_values(layout, 4), layout), np.full(40, MISSING_ROW)
     )
     assert (vectors_NE == np.zeros((40, 12))).all()
 
@@ -105,7 +108,7 @@ def test_decode_raises_for_a_row_outside_the_table(num_codes, row, at):
     packed_VW, values_MKS, rows_N = problem(layout, 4)
     rows_N[at] = row
     with pytest.raises(DamagedArtifactError, match=f"row {row} is outside the table's 37 rows"):
-        kernels.decode(packed_VW, values_MKS, rows_N, layout)
+        kernels.decode(Coded.of(packed_VW, values_MKS, layout), rows_N)
 
 
 @pytest.mark.parametrize("num_levels", [1, 2])
@@ -118,7 +121,7 @@ def test_decode_raises_for_a_code_that_cannot_be_wherever_it_stands(num_codes, n
         codes_NM = random_codes(9, layout)
         codes_NM[6, m] = num_codes
         with pytest.raises(DamagedArtifactError, match=f"row 6 holds a code of {num_codes} or more"):
-            kernels.decode(pack_codes(codes_NM, wider), values_MKS, np.arange(9), layout)
+            kernels.decode(Coded.of(pack_codes(codes_NM, wider), values_MKS, layout), np.arange(9))
 
 
 # Packed codes and values end where readable memory ends: to read a byte beyond either is to crash.
@@ -126,7 +129,7 @@ AT_THE_END_OF_MEMORY = """
 import ctypes, mmap
 import numpy as np
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels
-from dpq_rec.kernels import reference
+from dpq_rec.kernels import Coded, reference
 
 libc = ctypes.CDLL(None, use_errno=True)
 keep = []
@@ -154,15 +157,15 @@ for num_codes in (2, 3, 5, 16, 31, 64, 200, 256, 257, 2048, 40_000, 65_536):
             packed, values, rows = at_the_end(bytes_), at_the_end(values), np.arange(6)
             for row in range(6):
                 try:
-                    vectors = kernels.decode(packed, values, rows[row:], layout)
+                    vectors = kernels.decode(Coded.of(packed, values, layout), rows[row:])
                 except DamagedArtifactError:
                     refused += 1
                 else:
                     decoded += 1
-                    assert vectors.tobytes() == reference.decode(packed, values, rows[row:], layout).tobytes()
+                    assert vectors.tobytes() == reference.decode(Coded.of(packed, values, layout), rows[row:]).tobytes()
             for wild in (-2, 6, 2**40, -(2**63)):
                 try:
-                    kernels.decode(packed, values, np.array([0] * 30 + [wild]), layout)
+                    kernels.decode(Coded.of(packed, values, layout), np.array([0] * 3_000 + [wild]), num_threads=2)
                 except DamagedArtifactError:
                     refused += 1
                 else:
@@ -185,7 +188,7 @@ def test_decode_equals_faiss(code_bits):
     packed_VW, values_MKS, _ = problem(layout, 4, num_rows=50)
     quantizer = faiss.ProductQuantizer(24, 6, code_bits)
     faiss.copy_array_to_vector(values_MKS.ravel(), quantizer.centroids)
-    decoded_VE = kernels.decode(packed_VW, values_MKS, np.arange(50), layout)
+    decoded_VE = kernels.decode(Coded.of(packed_VW, values_MKS, layout), np.arange(50))
     assert decoded_VE.tobytes() == quantizer.decode(packed_VW).tobytes()
 
 

@@ -1,0 +1,77 @@
+// Where the vectors of rows lie, as Python hands it over.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "vectors.h"
+
+namespace dpq {
+
+template <typename T, int kDims>
+using Array = nanobind::ndarray<T, nanobind::ndim<kDims>, nanobind::c_contig, nanobind::device::cpu>;
+
+// A Source, and the arrays that it points into.
+class Vectors {
+ public:
+  explicit Vectors(Array<const float, 2> dense) : dense_(std::move(dense)) {
+    source_.vectors = dense_.data();
+    source_.num_rows = static_cast<int64_t>(dense_.shape(0));
+    source_.dim = static_cast<int64_t>(dense_.shape(1));
+  }
+
+  // Packed codes and levels of each tier, in the order of rows.
+  Vectors(std::vector<std::pair<Array<const uint8_t, 2>, int64_t>> packed, Array<const float, 3> values,
+          int64_t num_subspaces, int64_t code_bits, bool shared)
+      : packed_(std::move(packed)), values_(std::move(values)) {
+    int64_t first_row = 0;
+    for (const auto& [codes, num_levels] : packed_) {
+      const int64_t end_row = first_row + static_cast<int64_t>(codes.shape(0));
+      tiers_.push_back(Tier{codes.data(), first_row, end_row, static_cast<int64_t>(codes.shape(1)), num_levels});
+      source_.max_row_bytes = std::max(source_.max_row_bytes, tiers_.back().row_bytes);
+      source_.max_levels = std::max(source_.max_levels, num_levels);
+      first_row = end_row;
+    }
+    source_.tiers = tiers_.data();
+    source_.values = values_.data();
+    source_.num_rows = first_row;
+    source_.num_subspaces = num_subspaces;
+    source_.num_codes = static_cast<int64_t>(values_.shape(1));
+    source_.subspace_dim = static_cast<int64_t>(values_.shape(2));
+    source_.dim = num_subspaces * source_.subspace_dim;
+    source_.code_bits = code_bits;
+    source_.shared = shared;
+  }
+
+  Vectors(const Vectors&) = delete;
+  Vectors& operator=(const Vectors&) = delete;
+
+  const Source& source() const { return source_; }
+
+ private:
+  Array<const float, 2> dense_;
+  std::vector<std::pair<Array<const uint8_t, 2>, int64_t>> packed_;
+  Array<const float, 3> values_;
+  std::vector<Tier> tiers_;
+  Source source_{};
+};
+
+// Vectors [N, E] to be written, in either type.
+using Out = nanobind::ndarray<nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
+inline bool is_half(const Out& out) { return out.dtype().bits == 16; }
+
+// (position of the first bad row, position of the first bad code), -1 where there is none; of several parts of the work,
+// in order, the first damage.
+inline nanobind::tuple first_of(const std::vector<Damage>& parts) {
+  for (const Damage& damage : parts) {
+    if (damage.any()) return nanobind::make_tuple(damage.bad_row_at, damage.bad_code_at);
+  }
+  return nanobind::make_tuple(-1, -1);
+}
+
+}  // namespace dpq

@@ -1,0 +1,205 @@
+// Where the vectors of rows lie, and a walk over rows that gives each vector to a sink, piece by piece.
+// Shapes are trusted to fit each other (artifact.py checks a file's); rows and codes are checked as they are read.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "codes.h"
+#include "simd.h"
+
+namespace dpq {
+
+constexpr int64_t kMissingRow = -1;
+constexpr int64_t kPrefetchRows = 24;  // rows between the one decoded and the one asked from memory
+constexpr int64_t kCacheLine = 64;
+
+// What went wrong, and where. A walk stops at the first bad row, so nothing is read outside the arrays.
+struct Damage {
+  int64_t bad_row_at = -1;   // position in the rows that holds neither a row nor kMissingRow
+  int64_t bad_code_at = -1;  // position in the rows whose row holds a code >= num_codes
+  bool any() const { return bad_row_at >= 0 || bad_code_at >= 0; }
+};
+
+// Rows first_row .. end_row - 1 of a table, which have as many levels.
+struct Tier {
+  const uint8_t* packed;  // [end_row - first_row, row_bytes]
+  int64_t first_row, end_row, row_bytes, num_levels;
+};
+
+struct Source {
+  const Tier* tiers;     // by rising rows; null where the vectors are dense
+  const float* values;   // [M, K, S], or [L, K, S] where shared
+  const float* vectors;  // [V, E] where dense
+  int64_t num_rows, dim, max_row_bytes, max_levels, num_subspaces, num_codes, subspace_dim, code_bits;
+  bool shared;
+};
+
+template <int kPiece>
+struct Piece {
+  typedef float Floats __attribute__((vector_size(kPiece * sizeof(float))));
+};
+
+template <int kPiece>
+DPQ_INLINE void load_piece(const float* from, typename Piece<kPiece>::Floats& to) {
+  std::memcpy(&to, from, sizeof(to));
+}
+
+// Vectors as codes. The arguments come by value: a copy that no pointer can reach stays in registers whatever is
+// written.
+template <int kPiece, bool kByteCodes, bool kOneLevel>
+struct Coded {
+  const Source a;
+  uint8_t* tail;  // room for one row and kSlackBytes
+
+  DPQ_INLINE const Tier& tier_of(int64_t row) const {
+    const Tier* tier = a.tiers;
+    while (row >= tier->end_row) ++tier;
+    return *tier;
+  }
+
+  DPQ_INLINE void prefetch(int64_t row) const {
+    const Tier& tier = tier_of(row);
+    const uint8_t* packed = tier.packed + (row - tier.first_row) * tier.row_bytes;
+    __builtin_prefetch(packed);
+    for (int64_t byte = kCacheLine; byte < tier.row_bytes; byte += kCacheLine) __builtin_prefetch(packed + byte);
+    __builtin_prefetch(packed + tier.row_bytes - 1);
+  }
+
+  // False where a code is none: then the sink has got nothing.
+  template <typename Sink>
+  DPQ_INLINE bool emit(int64_t row, Sink& sink) const {
+    const Tier& tier = tier_of(row);
+    const uint8_t* packed = tier.packed + (row - tier.first_row) * tier.row_bytes;
+    if (kByteCodes) return emit_codes(ByteCodes{packed}, tier.num_levels, sink);
+    if ((row + 1 - tier.first_row) * tier.row_bytes + kSlackBytes >
+        (tier.end_row - tier.first_row) * tier.row_bytes) {
+      std::memcpy(tail, packed, tier.row_bytes);
+      packed = tail;
+    }
+    return emit_codes(BitCodes{packed, a.code_bits}, tier.num_levels, sink);
+  }
+
+  template <typename Codes, typename Sink>
+  DPQ_INLINE bool emit_codes(Codes codes, int64_t num_levels, Sink& sink) const {
+    if (kOneLevel) num_levels = 1;
+    if (!every_code_exists(codes, num_levels * a.num_subspaces)) return false;
+    if (a.subspace_dim == kPiece) {  // the common case, without an inner loop: half the time
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < a.num_subspaces; ++j) emit_piece(codes, num_levels, j, 0, kPiece, sink);
+      return true;
+    }
+    for (int64_t j = 0; j < a.num_subspaces; ++j) {
+      for (int64_t s = 0; s < a.subspace_dim; s += kPiece) emit_piece(codes, num_levels, j, s, a.subspace_dim, sink);
+    }
+    return true;
+  }
+
+  template <typename Codes>
+  DPQ_INLINE bool every_code_exists(Codes codes, int64_t num_codes_of_row) const {
+    if (a.num_codes == int64_t{1} << a.code_bits) return true;
+    int64_t largest = 0;
+    for (int64_t m = 0; m < num_codes_of_row; ++m) largest = std::max(largest, codes[m]);
+    return largest < a.num_codes;
+  }
+
+  // Numbers s .. s + kPiece - 1 of group j: level 0's value, and those of higher levels added in order. The width of a
+  // group comes as a number where the compiler knows it.
+  template <typename Codes, typename Sink>
+  DPQ_INLINE void emit_piece(Codes codes, int64_t num_levels, int64_t j, int64_t s, int64_t width, Sink& sink) const {
+    const int64_t group_values = a.num_codes * a.subspace_dim;
+    const float* values = a.values + (a.shared ? 0 : j * group_values) + s;
+    typename Piece<kPiece>::Floats sum, value;
+    load_piece<kPiece>(values + codes[j] * width, sum);
+    if (!kOneLevel) {
+      for (int64_t level = 1; level < num_levels; ++level) {
+        values += a.shared ? group_values : a.num_subspaces * group_values;
+        load_piece<kPiece>(values + codes[level * a.num_subspaces + j] * width, value);
+        sum = sum + value;
+      }
+    }
+    sink.template put<kPiece>(j * width + s, sum);
+  }
+};
+
+// Vectors as they are.
+template <int kLanes>
+struct Dense {
+  const Source a;
+
+  DPQ_INLINE void prefetch(int64_t row) const {
+    const float* vector = a.vectors + row * a.dim;
+    for (int64_t s = 0; s < a.dim; s += kCacheLine / sizeof(float)) __builtin_prefetch(vector + s);
+  }
+
+  template <typename Sink>
+  DPQ_INLINE bool emit(int64_t row, Sink& sink) const {
+    const float* vector = a.vectors + row * a.dim;
+    int64_t s = 0;
+    typename Piece<kLanes>::Floats piece;
+    typename Piece<1>::Floats number;
+    for (; s + kLanes <= a.dim; s += kLanes) {
+      load_piece<kLanes>(vector + s, piece);
+      sink.template put<kLanes>(s, piece);
+    }
+    for (; s < a.dim; ++s) {
+      load_piece<1>(vector + s, number);
+      sink.template put<1>(s, number);
+    }
+    return true;
+  }
+};
+
+// Gives the vectors of rows[begin] .. rows[end - 1] to the sink. The cost of a row is the cache miss on it, so it is
+// asked from memory long before it is used; rows up to `last` may be.
+template <typename Vectors, typename Sink>
+DPQ_INLINE Damage walk(const Vectors vectors, const int64_t* rows, int64_t begin, int64_t end, int64_t last,
+                       Sink& sink) {
+  const int64_t num_rows = vectors.a.num_rows;
+  Damage damage;
+  for (int64_t n = begin; n < end; ++n) {
+    if (n + kPrefetchRows < last) {
+      const int64_t ahead = rows[n + kPrefetchRows];
+      if (ahead >= 0 && ahead < num_rows) vectors.prefetch(ahead);
+    }
+    const int64_t row = rows[n];
+    if (row == kMissingRow) {
+      sink.missing(n);
+      continue;
+    }
+    if (row < 0 || row >= num_rows) {
+      damage.bad_row_at = n;
+      return damage;
+    }
+    sink.at(n);
+    if (!vectors.emit(row, sink)) {
+      damage.bad_code_at = n;
+      return damage;
+    }
+  }
+  return damage;
+}
+
+// body(vectors) with the kind of vectors that the source has.
+template <int kPiece, bool kByteCodes, typename Body>
+DPQ_INLINE void with_levels(const Source& a, uint8_t* tail, const Body& body) {
+  a.max_levels == 1 ? body(Coded<kPiece, kByteCodes, true>{a, tail}) : body(Coded<kPiece, kByteCodes, false>{a, tail});
+}
+
+template <int kPiece, typename Body>
+DPQ_INLINE void with_codes(const Source& a, uint8_t* tail, const Body& body) {
+  a.code_bits == 8 ? with_levels<kPiece, true>(a, tail, body) : with_levels<kPiece, false>(a, tail, body);
+}
+
+template <int kLanes, typename Body>
+DPQ_INLINE void with_vectors(const Source& a, uint8_t* tail, const Body& body) {
+  if (a.tiers == nullptr) return body(Dense<kLanes>{a});
+  if (kLanes >= 16 && a.subspace_dim % 16 == 0) return with_codes<(kLanes >= 16 ? 16 : 1)>(a, tail, body);
+  if (kLanes >= 8 && a.subspace_dim % 8 == 0) return with_codes<(kLanes >= 8 ? 8 : 1)>(a, tail, body);
+  if (a.subspace_dim % 4 == 0) return with_codes<4>(a, tail, body);
+  if (a.subspace_dim % 2 == 0) return with_codes<2>(a, tail, body);
+  return with_codes<1>(a, tail, body);
+}
+
+}  // namespace dpq
