@@ -1,4 +1,4 @@
-"""Rows to vectors, whatever the table's kind. In: a table and rows. Out: vectors_NE."""
+"""Rows to vectors, or to pooled bags of them, whatever the table's kind. In: a table and rows. Out: vectors_NE."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def decode_rows(
     Raises:
         DamagedArtifactError: a row outside the table, or an impossible code.
     """
-    return kernels.decode(stored(table), rows_N, dtype=dtype, num_threads=num_threads)
+    return kernels.decode(stored_vectors(table), rows_N, dtype=dtype, num_threads=num_threads)
 
 
-def stored(table: Table) -> kernels.Stored:
+def stored_vectors(table: Table) -> kernels.Stored:
     """A table's vectors, as the kernels take them."""
     if table.manifest.has_codes:
         return kernels.Coded(table.tiers, table.tensors["values_fp32"])

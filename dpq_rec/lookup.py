@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec import kernels
 from dpq_rec.artifact import Artifact, Table, open_artifact
-from dpq_rec.decode import decode_rows
+from dpq_rec.decode import decode_rows, stored_vectors
 from dpq_rec.errors import ConfigError, IdTypeError, UnknownIdsError, UnknownTableError
 from dpq_rec.search import Neighbours, Similarity, TableSearch
 
 MissingPolicy = Literal["zeros", "error"]
 VectorType = Literal["float32", "float16"]
+Pooling = Literal["sum", "mean"]
 
 
 class Lookup(NamedTuple):
     """What a lookup found.
 
     Attributes:
-        vectors: [N, E], float32 or float16 as asked; zeros where an id is missing.
+        vectors: [N, E], float32 or float16 as asked; zeros where an id is missing. Of bags: [B, E].
         missing: positions of unknown ids in the request, ascending (uint32).
     """
 
@@ -73,7 +74,13 @@ class EmbeddingStore:
             raise UnknownTableError(name, self.artifact.tables) from None
 
     def lookup(
-        self, table: str, ids: Any, *, dtype: VectorType = "float32", missing: MissingPolicy = "zeros"
+        self,
+        table: str,
+        ids: Any,
+        *,
+        dtype: VectorType = "float32",
+        missing: MissingPolicy = "zeros",
+        num_threads: int = 1,
     ) -> Lookup:
         """Vectors of ids.
 
@@ -82,24 +89,75 @@ class EmbeddingStore:
             ids: [N], a list or an array of the vocabulary's type: integers, or strings.
             dtype: of the vectors.
             missing: "zeros" gives zero vectors to unknown ids and reports their positions; "error" raises.
+            num_threads: that a lookup of thousands of ids is shared among, this one included.
 
         Raises:
             UnknownTableError: no such table.
             IdTypeError: ids of another type than the vocabulary's.
             UnknownIdsError: an id is not in the vocabulary and `missing` is "error".
             DamagedArtifactError: a row's codes are not what was published.
-            ConfigError: another dtype or policy than those named.
+            ConfigError: another dtype or policy than those named, or no thread.
         """
-        if dtype not in ("float32", "float16"):
-            raise ConfigError(f"dtype: got {dtype!r}, want float32 or float16")
-        if missing not in ("zeros", "error"):
+        _check_options(dtype=dtype, num_threads=num_threads)
+        rows_N, missing_positions = self._find_rows(table, ids, missing)
+        vectors_NE = decode_rows(self.table(table), rows_N, dtype=dtype, num_threads=num_threads)
+        return Lookup(vectors_NE, missing_positions)
+
+    def lookup_bags(
+        self,
+        table: str,
+        ids: Any,
+        bag_lengths: Any,
+        *,
+        pooling: Pooling = "sum",
+        weights: Any = None,
+        dtype: VectorType = "float32",
+        missing: MissingPolicy = "zeros",
+        num_threads: int = 1,
+    ) -> Lookup:
+        """Pooled vectors of bags of ids: each vector is added to its bag's, in fp32 and in order, as it is decoded.
+
+        >>> pooled, missing = store.lookup_bags("item_id", [42, 7, 9], [2, 0, 1], pooling="mean")  # three bags
+
+        Args:
+            table: the table's name.
+            ids: [N], as in `lookup`, bag after bag.
+            bag_lengths: [B], ids of each bag; they sum to N. An empty bag is zeros.
+            pooling: "sum", or "mean", which divides by the number of a bag's ids that are not missing.
+            weights: [N], a factor of each id's vector in a sum (float32); none for ones.
+            dtype: of the result: sums are rounded once.
+            missing: as in `lookup`; an unknown id adds nothing, and its position among the ids is reported.
+            num_threads: that thousands of ids are shared among, this one included.
+
+        Raises:
+            ConfigError: bag lengths or weights that do not fit the ids, weights in a mean, another option than those
+                named, or no thread.
+            UnknownTableError, IdTypeError, UnknownIdsError, DamagedArtifactError: as in `lookup`.
+        """
+        _check_options(dtype=dtype, num_threads=num_threads, pooling=pooling)
+        if pooling == "mean" and weights is not None:
+            raise ConfigError("weights: got some with pooling mean, want sum; a weighted mean is not defined")
+        rows_N, missing_positions = self._find_rows(table, ids, missing)
+        pooled_BE = kernels.decode_bags(
+            stored_vectors(self.table(table)),
+            rows_N,
+            _bag_lengths(bag_lengths, len(rows_N)),
+            mean=pooling == "mean",
+            weights_N=None if weights is None else _weights(weights, len(rows_N)),
+            dtype=dtype,
+            num_threads=num_threads,
+        )
+        return Lookup(pooled_BE, missing_positions)
+
+    def _find_rows(self, table: str, ids: Any, missing: MissingPolicy) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """Rows of ids, and the positions of those that have none."""
+        if missing not in get_args(MissingPolicy):
             raise ConfigError(f"missing: got {missing!r}, want zeros or error")
-        found = self.table(table)
-        rows_N = found.vocabulary.rows(ids)
-        missing_positions = np.flatnonzero(rows_N == kernels.MISSING_ROW).astype(np.uint32)
-        if missing == "error" and len(missing_positions):
-            raise UnknownIdsError(table, [ids[i] for i in missing_positions], missing_positions.tolist())
-        return Lookup(decode_rows(found, rows_N, dtype=dtype), missing_positions)
+        rows_N = self.table(table).vocabulary.rows(ids)
+        positions = np.flatnonzero(rows_N == kernels.MISSING_ROW).astype(np.uint32)
+        if missing == "error" and len(positions):
+            raise UnknownIdsError(table, [ids[i] for i in positions], positions.tolist())
+        return rows_N, positions
 
     def search(self, table: str, queries: Any, k: int, *, similarity: Similarity = "dot") -> Neighbours:
         """The k ids of a table whose vectors are most similar to each query, exactly: every row is looked at.
@@ -123,6 +181,33 @@ class EmbeddingStore:
             DamagedArtifactError: a row's codes are not what was published.
         """
         return self._searches[self.table(table).name](queries, k, similarity)
+
+
+def _check_options(*, dtype: VectorType, num_threads: int, pooling: Pooling = "sum") -> None:
+    if dtype not in get_args(VectorType):
+        raise ConfigError(f"dtype: got {dtype!r}, want float32 or float16")
+    if pooling not in get_args(Pooling):
+        raise ConfigError(f"pooling: got {pooling!r}, want sum or mean")
+    if num_threads < 1:
+        raise ConfigError(f"num_threads: got {num_threads}, want 1 or more")
+
+
+def _bag_lengths(bag_lengths: Any, num_ids: int) -> NDArray[np.int64]:
+    lengths_B = np.asarray(bag_lengths)
+    if lengths_B.ndim != 1 or (lengths_B.size and not np.issubdtype(lengths_B.dtype, np.integer)):
+        raise ConfigError(f"bag_lengths: got {lengths_B.dtype} {lengths_B.shape}, want integers [B]")
+    if lengths_B.size and not (lengths_B.min() >= 0 and lengths_B.max() <= num_ids):  # so that the sum is no other's
+        raise ConfigError(f"bag_lengths: got {lengths_B.min()} to {lengths_B.max()}, want 0 to the {num_ids} ids")
+    if lengths_B.sum() != num_ids:
+        raise ConfigError(f"bag_lengths: got a sum of {lengths_B.sum()}, want the {num_ids} ids")
+    return lengths_B.astype(np.int64)
+
+
+def _weights(weights: Any, num_ids: int) -> NDArray[np.float32]:
+    weights_N = np.ascontiguousarray(weights, np.float32)
+    if weights_N.shape != (num_ids,):
+        raise ConfigError(f"weights: got shape {weights_N.shape}, want one for each of the {num_ids} ids")
+    return weights_N
 
 
 def ids_of_texts(table: Table, texts: Sequence[str]) -> list[int] | list[str]:

@@ -50,7 +50,7 @@ class Coded(NamedTuple):
     @property
     def embedding_dim(self) -> int:
         """E = D * S."""
-        return self.tiers[0].layout.num_subspaces * self.values_MKS.shape[2]
+        return self.tiers[0].layout.num_subspaces * int(self.values_MKS.shape[2])
 
 
 Stored = Coded | NDArray[np.float32]  # vectors as codes, or as they are: [V, E]
@@ -76,6 +76,40 @@ def decode(
     out_NE = np.empty((len(rows_N), _embedding_dim(stored)), dtype)
     _check(stored, rows_N, _native.decode(_vectors(stored), rows_N, out_NE, num_threads))
     return out_NE
+
+
+def decode_bags(
+    stored: Stored,
+    rows_N: NDArray[np.int64],
+    bag_lengths_B: NDArray[np.int64],
+    *,
+    mean: bool = False,
+    weights_N: NDArray[np.float32] | None = None,
+    dtype: DTypeLike = np.float32,
+    num_threads: int = 1,
+) -> NDArray[Any]:
+    """The sum or the mean of each bag's vectors, which are added in fp32, in order, as they are decoded.
+
+    Args:
+        stored: the vectors of all rows.
+        rows_N: rows (int64), contiguous, bag after bag; MISSING_ROW adds nothing and does not count in a mean.
+        bag_lengths_B: rows of each bag (int64); they sum to N. A bag without any, or of missing ones, is zeros.
+        mean: divide by the number of rows that are there.
+        weights_N: a factor of each row's vector (float32), contiguous.
+        dtype: of the result, as in `decode`: the sums are rounded once.
+        num_threads: that the work is shared among, this one included.
+
+    Returns:
+        pooled_BE, in the dtype asked for.
+
+    Raises:
+        DamagedArtifactError: as in `decode`.
+    """
+    out_BE = np.empty((len(bag_lengths_B), _embedding_dim(stored)), dtype)
+    ends_B = bag_lengths_B.cumsum(dtype=np.int64)
+    bad_at = _native.decode_bags(_vectors(stored), rows_N, weights_N, ends_B, mean, out_BE, num_threads)
+    _check(stored, rows_N, bad_at)
+    return out_BE
 
 
 def _embedding_dim(stored: Stored) -> int:

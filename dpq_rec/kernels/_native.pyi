@@ -19,6 +19,15 @@ class Vectors:
     ) -> None: ...
 
 def decode(vectors: Vectors, rows: NDArray[np.int64], out: NDArray[Any], num_threads: int) -> tuple[int, int]: ...
+def decode_bags(
+    vectors: Vectors,
+    rows: NDArray[np.int64],
+    weights: NDArray[np.float32] | None,
+    ends: NDArray[np.int64],
+    mean: bool,
+    out: NDArray[Any],
+    num_threads: int,
+) -> tuple[int, int]: ...
 def encode(
     queries: NDArray[np.float32],
     keys: NDArray[np.float32],

@@ -100,6 +100,7 @@ void encode(Array<const float, 3> queries, Array<const float, 3> keys, Array<con
 
 }  // namespace
 
+void define_bags(nb::module_& m);               // bags.cpp
 void define_central_moments(nb::module_& m);    // central_moments.cpp
 void define_decode(nb::module_& m);             // decode.cpp
 void define_find_rows(nb::module_& m);          // find_rows.cpp
@@ -109,6 +110,7 @@ void define_softmax_gradients(nb::module_& m);  // softmax_gradients.cpp
 NB_MODULE(_native, m) {
   m.attr("LANES") = dpq::kMaxLanes;
   m.def("encode", &encode);
+  define_bags(m);
   define_central_moments(m);
   define_decode(m);
   define_find_rows(m);

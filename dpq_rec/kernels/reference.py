@@ -52,6 +52,31 @@ def _decode_tier(stored: Coded, tier: PackedTier, rows_N: NDArray[np.int64]) -> 
     return vectors_NE
 
 
+def decode_bags(
+    stored: Stored,
+    rows_N: NDArray[np.int64],
+    bag_lengths_B: NDArray[np.int64],
+    *,
+    mean: bool = False,
+    weights_N: NDArray[np.float32] | None = None,
+    dtype: DTypeLike = np.float32,
+    num_threads: int = 1,
+) -> NDArray[Any]:
+    """Pooled [B, E]: not by np.add.reduceat, which adds pairwise and gives an empty bag the next one's first vector."""
+    del num_threads
+    present_N = rows_N >= 0
+    bags_P = np.repeat(np.arange(len(bag_lengths_B)), bag_lengths_B)[present_N]
+    vectors_PE = decode(stored, rows_N[present_N])
+    if weights_N is not None:
+        vectors_PE = vectors_PE * weights_N[present_N, None]
+    pooled_BE = np.zeros((len(bag_lengths_B), vectors_PE.shape[1]), np.float32)
+    np.add.at(pooled_BE, bags_P, vectors_PE)
+    if mean:
+        counts_B = np.bincount(bags_P, minlength=len(bag_lengths_B))
+        pooled_BE /= np.maximum(counts_B, 1).astype(np.float32)[:, None]
+    return pooled_BE.astype(dtype)
+
+
 def encode(
     queries_NDS: NDArray[np.float32],
     keys_DKS: NDArray[np.float32],

@@ -1,0 +1,141 @@
+// Rows to pooled bags: each vector is added to its bag's as it is decoded, and is nowhere in between. Its plain twin is
+// decode_bags in reference.py, which the tests hold it to bit for bit.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "half.h"
+#include "simd.h"
+#include "source.h"
+#include "threads.h"
+#include "vectors.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+constexpr int64_t kItemsOfPart = 1024;  // ids or bags, of one thread at a time
+
+struct BagsArgs {
+  dpq::Source source;
+  const int64_t* rows;   // [num_lookups]
+  const float* weights;  // [num_lookups]; null where all are 1
+  const int64_t* ends;   // of bag b: its rows are those from ends[b - 1], or 0, up to ends[b] - 1
+  int64_t first_bag, end_bag, num_lookups;
+  void* out;  // [B, E], float or half
+  bool half, mean;
+  float* sum;     // [E], room for a bag's
+  uint8_t* tail;  // room for one row and kSlackBytes
+  dpq::Damage* damage;
+};
+
+// Adds vectors, in fp32 and in the order of the rows. Where there are no weights each is 1, and the product exact.
+struct Add {
+  float* const sum;
+  const float* const weights;
+  int64_t num_found = 0;
+  float weight = 1;
+
+  DPQ_INLINE void at(int64_t n) {
+    ++num_found;
+    if (weights != nullptr) weight = weights[n];
+  }
+  DPQ_INLINE void missing(int64_t) {}
+  template <int kPiece>
+  DPQ_INLINE void put(int64_t s, const typename dpq::Piece<kPiece>::Floats& piece) {
+    typename dpq::Piece<kPiece>::Floats before;
+    dpq::load_piece<kPiece>(sum + s, before);
+    before = before + piece * weight;
+    std::memcpy(sum + s, &before, sizeof(before));
+  }
+};
+
+template <int kLanes>
+DPQ_INLINE void round_to_half(const float* sum, int64_t dim, uint16_t* out) {
+  int64_t s = 0;
+  typename dpq::Piece<kLanes>::Floats piece;
+  for (; s + kLanes <= dim; s += kLanes) {
+    dpq::load_piece<kLanes>(sum + s, piece);
+    dpq::store_halves<kLanes, kLanes>(piece, out + s);
+  }
+  for (; s < dim; ++s) out[s] = dpq::to_half(sum[s]);
+}
+
+template <int kLanes, typename Vectors>
+DPQ_INLINE dpq::Damage pool(const BagsArgs& a, const Vectors& vectors) {
+  const int64_t dim = a.source.dim;
+  for (int64_t bag = a.first_bag; bag < a.end_bag; ++bag) {
+    float* sum = a.half ? a.sum : static_cast<float*>(a.out) + bag * dim;
+    std::memset(sum, 0, sizeof(float) * dim);
+    Add add{sum, a.weights};
+    const int64_t begin = bag == 0 ? 0 : a.ends[bag - 1];
+    const dpq::Damage damage = dpq::walk(vectors, a.rows, begin, a.ends[bag], a.num_lookups, add);
+    if (damage.any()) return damage;
+    if (a.mean && add.num_found > 1) {
+      const float count = static_cast<float>(add.num_found);
+      for (int64_t s = 0; s < dim; ++s) sum[s] /= count;
+    }
+    if (a.half) round_to_half<kLanes>(sum, dim, static_cast<uint16_t*>(a.out) + bag * dim);
+  }
+  return dpq::Damage{};
+}
+
+template <int kLanes>
+DPQ_INLINE void pool_loop(const BagsArgs& a) {
+  dpq::with_vectors<kLanes>(a.source, a.tail, [&](const auto& vectors) DPQ_INLINE_LAMBDA {
+    *a.damage = pool<kLanes>(a, vectors);
+  });
+}
+
+DPQ_DEFINE_BY_LANES(pool_bags, pool_loop, BagsArgs)
+
+// First and last + 1 bag of each part: of about as many ids or bags.
+std::vector<std::pair<int64_t, int64_t>> parts_of(const int64_t* ends, int64_t num_bags, int64_t num_threads) {
+  if (num_threads <= 1) return {{0, num_bags}};
+  std::vector<std::pair<int64_t, int64_t>> parts;
+  int64_t first = 0, first_id = 0;
+  for (int64_t bag = 0; bag < num_bags; ++bag) {
+    const bool is_full = ends[bag] - first_id >= kItemsOfPart || bag + 1 - first >= kItemsOfPart;
+    if (!is_full && bag + 1 < num_bags) continue;
+    parts.emplace_back(first, bag + 1);
+    first = bag + 1;
+    first_id = ends[bag];
+  }
+  return parts;
+}
+
+nb::tuple decode_bags(const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> rows,
+                      std::optional<dpq::Array<const float, 1>> weights, dpq::Array<const int64_t, 1> ends, bool mean,
+                      dpq::Out out, int64_t num_threads) {
+  const dpq::Source& source = vectors.source();
+  const auto parts = parts_of(ends.data(), static_cast<int64_t>(ends.shape(0)), num_threads);
+  const int64_t num_parts = static_cast<int64_t>(parts.size());
+  const int64_t tail_bytes = source.max_row_bytes + dpq::kSlackBytes;
+  std::vector<uint8_t> tails(num_parts * tail_bytes);
+  std::vector<float> sums(num_parts * source.dim);
+  std::vector<dpq::Damage> damage(num_parts);
+  {
+    nb::gil_scoped_release release;
+    dpq::in_parts(num_parts, num_threads, [&](int64_t part) {
+      pool_bags(BagsArgs{source, rows.data(), weights ? weights->data() : nullptr, ends.data(), parts[part].first,
+                         parts[part].second, static_cast<int64_t>(rows.shape(0)), out.data(), dpq::is_half(out), mean,
+                         sums.data() + part * source.dim, tails.data() + part * tail_bytes, &damage[part]});
+    });
+  }
+  return dpq::first_of(damage);
+}
+
+}  // namespace
+
+void define_bags(nb::module_& m) {
+  m.def("decode_bags", &decode_bags, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg());
+}
