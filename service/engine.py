@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,13 @@ from dpq_rec.artifact import Table
 from dpq_rec.lookup import MissingPolicy, VectorType
 from dpq_rec.search import Similarity
 from service.errors import InvalidRequestError, NotReadyError, OverloadedError, TooManyIdsError
-from service.pooling import Pooling, pool
 from service.settings import Settings
 
 if TYPE_CHECKING:  # prometheus_client settles at its import whether it counts for one process or for many
     from service.metrics import Metrics
 
 T = TypeVar("T")
+Pooling = Literal["none", "sum", "mean"]
 _MOST_REPLY_BYTES = (1 << 31) - 1  # what a gRPC message can hold
 # Values (ids x dim, 8 bytes an id) that are found and written as JSON in about a millisecond: less than that is not
 # worth a thread, more would keep the worker's other requests waiting.
@@ -340,15 +340,19 @@ class Engine:
     def _lookup(self, store: EmbeddingStore, request: TableRequest) -> Lookup:
         _check_kind(store.table(request.table), request.table, request.ids)
         _check_bags(request)
-        pooled = request.pooling != "none"
-        found = store.lookup(
-            request.table, request.ids, dtype="float32" if pooled else request.dtype, missing=request.missing
-        )
-        self.metrics.looked_up(request.table, len(request.ids), len(found.missing))
         if request.pooling == "none" or request.bag_lengths_B is None:
-            return found
-        pooled_BE = pool(found.vectors, found.missing, request.bag_lengths_B, request.pooling)
-        return Lookup(pooled_BE.astype(request.dtype, copy=False), found.missing)
+            found = store.lookup(request.table, request.ids, dtype=request.dtype, missing=request.missing)
+        else:
+            found = store.lookup_bags(
+                request.table,
+                request.ids,
+                request.bag_lengths_B,
+                pooling=request.pooling,
+                dtype=request.dtype,
+                missing=request.missing,
+            )
+        self.metrics.looked_up(request.table, len(request.ids), len(found.missing))
+        return found
 
 
 def _describe(table: Table) -> TableInfo:

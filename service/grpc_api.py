@@ -24,8 +24,7 @@ from dpq_rec import IdTypeError, Lookup, UnknownIdsError, UnknownTableError
 from dpq_rec.lookup import MissingPolicy, VectorType
 from dpq_rec.search import Similarity
 from service import errors
-from service.engine import Engine, SearchAnswer, SearchRequest, TableRequest, largest_reply_bytes
-from service.pooling import Pooling
+from service.engine import Engine, Pooling, SearchAnswer, SearchRequest, TableRequest, largest_reply_bytes
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
 

@@ -47,6 +47,7 @@ class Reader(Protocol):
         id_types: the keys of `cases.WRONG_IDS` that it can be given at all for a table of integers.
         string_id_types: likewise, for a table of strings.
         takes_no_ids: whether it can be asked for no ids.
+        pools: whether it has `pool`, which takes the ids in each bag, and "sum" or "mean" for the policy.
     """
 
     tables: Sequence[str]
@@ -54,6 +55,7 @@ class Reader(Protocol):
     id_types: tuple[str, ...]
     string_id_types: tuple[str, ...]
     takes_no_ids: bool
+    pools: bool
 
     def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
         """Vectors of ids.
@@ -74,6 +76,7 @@ class Anything:
     id_types: tuple[str, ...] = ("strings", "floats", "booleans")
     string_id_types: tuple[str, ...] = ("integers", "floats", "booleans")
     takes_no_ids = True
+    pools = False
 
     def close(self) -> None:
         pass
@@ -99,6 +102,18 @@ class ReferenceReader(Anything):
         if unknown and missing == "error":
             raise ReaderError("unknown_ids")
         return Answer(self._decode(table, np.array(rows, np.int64)).astype(dtype), unknown)
+
+    def pool(self, table: str, ids: Sequence[Any], bag_lengths: list[int], dtype: str, pooling: str) -> Answer:
+        """The definition: add in fp32, one by one, then divide by the ids that are there, then round."""
+        vectors_NE, unknown = self.lookup(table, ids, "float32", "zeros")
+        pooled, start = [], 0
+        for length in bag_lengths:
+            total, known = np.zeros(vectors_NE.shape[1], np.float32), set(range(start, start + length)) - set(unknown)
+            for at in sorted(known):
+                total = total + vectors_NE[at]
+            pooled.append(total / np.float32(len(known)) if pooling == "mean" and known else total)
+            start += length
+        return Answer(np.array(pooled, np.float32).reshape(len(bag_lengths), -1).astype(dtype), unknown)
 
     def _row(self, table: str, wanted: Any) -> int:
         kind, num_rows = self.tables[table]["vocabulary"]["kind"], self.tables[table]["num_embeddings"]
@@ -138,6 +153,8 @@ class ReferenceReader(Anything):
 class StoreReader(Anything):
     """In process, from the artifact's folder."""
 
+    pools = True
+
     def __init__(self, artifact: Path) -> None:
         self.store = EmbeddingStore.open(artifact)
 
@@ -150,6 +167,10 @@ class StoreReader(Anything):
             raise ReaderError("unknown_ids") from error
         except IdTypeError as error:
             raise ReaderError("id_type") from error
+        return Answer(found.vectors, found.missing.tolist())
+
+    def pool(self, table: str, ids: Sequence[Any], bag_lengths: list[int], dtype: str, pooling: str) -> Answer:
+        found = self.store.lookup_bags(table, ids, bag_lengths, dtype=dtype, pooling=pooling)
         return Answer(found.vectors, found.missing.tolist())
 
 

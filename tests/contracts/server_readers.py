@@ -108,17 +108,23 @@ class GrpcReader(Anything):
     """Lookup."""
 
     id_types, string_id_types = ("strings",), ("integers",)  # the message has no field for others
+    pools = True
 
     def __init__(self, server: Server) -> None:
         self.channel = grpc.insecure_channel(server.grpc)
         self.stub = pb_grpc.EmbeddingServiceStub(self.channel)
 
     def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
+        return self._ask(table, ids, dtype, missing=pb.ERROR if missing == "error" else pb.ZEROS)
+
+    def pool(self, table: str, ids: Sequence[Any], bag_lengths: list[int], dtype: str, pooling: str) -> Answer:
+        return self._ask(table, ids, dtype, bag_lengths=bag_lengths, pooling=pb.MEAN if pooling == "mean" else pb.SUM)
+
+    def _ask(self, table: str, ids: Sequence[Any], dtype: str, **more: Any) -> Answer:
         field = "string_ids" if ids and isinstance(ids[0], str) else "ids"
         wanted = {"dtype": pb.FLOAT16 if dtype == "float16" else pb.FLOAT32}
-        policy = {"missing": pb.ERROR if missing == "error" else pb.ZEROS}
         try:
-            reply = self._call(pb.LookupRequest(table=table, **{field: ids}, **wanted, **policy))
+            reply = self._call(pb.LookupRequest(table=table, **{field: ids}, **wanted, **more))
         except grpc.RpcError as error:
             raise ReaderError(self._kind(error)) from error
         assert reply.dtype == wanted["dtype"]

@@ -112,6 +112,24 @@ def test_lookup_with_missing_error_fails_for_unknown_ids_alone(reader, reference
         assert list(missing) == []
 
 
+def bags_of_ids_and_dtypes(kind, table):
+    if not kind.pools:
+        return []
+    return [(ids, dtype, pooling) for ids in cases.IDS for dtype in kind.dtypes for pooling in ("sum", "mean")]
+
+
+@each_reader(["ids", "dtype", "pooling"], bags_of_ids_and_dtypes)
+def test_pooled_bags_are_those_of_the_reference_bit_for_bit(reader, reference, table, ids, dtype, pooling):
+    asked = cases.ids_of(table, ids)
+    half = len(asked) // 2
+    bag_lengths = [0, half, 0, *([1] * (len(asked) - half)), 0]
+    pooled, missing = reader.pool(table, asked, bag_lengths, dtype, pooling)
+    wanted = reference.pool(table, asked, bag_lengths, dtype, pooling)
+    assert (pooled.dtype, pooled.shape) == (wanted.vectors.dtype, wanted.vectors.shape)
+    assert pooled.tobytes() == wanted.vectors.tobytes()
+    assert list(missing) == wanted.missing
+
+
 @pytest.mark.parametrize("missing", ["zeros", "error"])
 def test_lookup_in_an_unknown_table_fails(reader, missing):
     with pytest.raises(ReaderError, match=r"^unknown_table$"):
