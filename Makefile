@@ -37,7 +37,7 @@ check: venv  ## ruff, ruff format, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: venv  ## the decode kernel beside torch.index_select
+bench: venv  ## the decode kernel beside torch.index_select and FBGEMM
 	$(BIN)/python -m dpq_rec.bench decode
 
 clean:  ## remove what make made

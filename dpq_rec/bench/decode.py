@@ -1,14 +1,15 @@
 """Rows to vectors, beside what an fp32 table costs. In: sizes. Out: times and ratios; lines of results.
 
-All find the vectors of the same number of rows, on one thread: ours from an artifact that is mapped from its file, as a
-server has it, torch from the fp32 table that the artifact replaces.
+All find the vectors of the same number of rows: ours from an artifact that is mapped from its file, as a server has
+it, on one thread and on two, in fp32 and in fp16; torch, and a gather in C++ that asks for rows ahead of time, from the
+fp32 table that the artifact replaces; FBGEMM from tables of 8 and 4 bits.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpq_rec import kernels
 from dpq_rec.artifact import Table, TableContents, open_artifact, write_artifact
-from dpq_rec.bench.record import add_results_flag, append, head, line_of
+from dpq_rec.bench import fbgemm
+from dpq_rec.bench.record import PACKAGES, add_config_flags, add_results_flag, append, head, line_of
 from dpq_rec.bench.rounds import POPULARITIES, Popularity, draw_rows, take_turns
 from dpq_rec.codes import CodeLayout, pack_codes
 from dpq_rec.decode import decode_rows
@@ -26,6 +29,7 @@ from dpq_rec.errors import ConfigError
 from dpq_rec.vocabulary import IdentityVocabulary
 
 BASELINE = "torch.index_select"
+GATHER = "fp32 gather with prefetch"
 _CHUNK_ROWS = 1 << 17
 _SEED = 0
 
@@ -61,19 +65,31 @@ def measure(config: DecodeConfig, popularity: Popularity) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     generator = np.random.default_rng(_SEED)
-    full_VE = torch.randn(config.num_embeddings, config.embedding_dim)
     with tempfile.TemporaryDirectory(prefix="dpq-rec-bench-") as folder:
         table = random_table(config, Path(folder) / "artifact", generator)
         rounds = take_turns(
-            {
-                "decode": lambda rows_N: decode_rows(table, rows_N),
-                BASELINE: lambda rows_N: torch.index_select(full_VE, 0, torch.from_numpy(rows_N)),
-            },
+            _contenders(config, table),
             lambda: draw_rows(popularity, config.num_embeddings, config.num_ids, generator),
             config.num_rounds,
             f"{popularity} rows",
         )
-    return {"ids": popularity, "threads": 1, **vars(config), "contenders": rounds.summary(BASELINE, config.num_ids)}
+    figures = rounds.summary(BASELINE, config.num_ids)
+    for name, of_it in figures.items():
+        of_it["times_gather"] = rounds.times_faster(name, GATHER)
+    return {"ids": popularity, **vars(config), "contenders": figures}
+
+
+def _contenders(config: DecodeConfig, table: Table) -> dict[str, Callable[[NDArray[np.int64]], Any]]:
+    full_VE = torch.randn(config.num_embeddings, config.embedding_dim)
+    return {
+        "decode": lambda rows_N: decode_rows(table, rows_N),
+        "decode, fp16": lambda rows_N: decode_rows(table, rows_N, dtype=np.float16),
+        "decode, 2 threads": lambda rows_N: decode_rows(table, rows_N, num_threads=2),
+        "decode, fp16, 2 threads": lambda rows_N: decode_rows(table, rows_N, dtype=np.float16, num_threads=2),
+        BASELINE: lambda rows_N: torch.index_select(full_VE, 0, torch.from_numpy(rows_N)),
+        GATHER: lambda rows_N: kernels.decode(full_VE.numpy(), rows_N),
+        **fbgemm.lookups(config.num_embeddings, config.embedding_dim, config.num_ids),
+    }
 
 
 def random_table(config: DecodeConfig, path: Path, generator: np.random.Generator) -> Table:
@@ -100,24 +116,24 @@ def random_table(config: DecodeConfig, path: Path, generator: np.random.Generato
 def report(line: dict[str, Any]) -> str:
     """The figures of a line, and what is needed to judge them."""
     sizes = "V={num_embeddings:,} E={embedding_dim} D={num_subspaces} K={num_codes} L={num_levels}".format_map(line)
-    rounds = f"{line['num_ids']:,} {line['ids']} ids, {line['threads']} thread, median of {line['num_rounds']} rounds"
+    rounds = f"{line['num_ids']:,} {line['ids']} ids, median of {line['num_rounds']} rounds"
+    titles = f"{'':28s}{'ms':>8s}{'ns an id':>10s}   times as fast as {BASELINE}, as the {GATHER}"
     figures = [
-        f"{name:20s}{1e3 * of_it['seconds']:8.3f} ms{1e9 / of_it['per_second']:8.1f} ns an id"
-        f"{of_it['times_baseline']:7.2f} times as fast as {BASELINE}"
+        f"{name:28s}{1e3 * of_it['seconds']:8.3f}{1e9 / of_it['per_second']:10.1f}"
+        f"{of_it['times_baseline']:8.2f}{of_it['times_gather']:8.2f}"
         for name, of_it in line["contenders"].items()
     ]
-    return "\n".join([head(line), f"{sizes}, {rounds}", *figures])
+    return "\n".join([head(line), f"{sizes}, {rounds}", titles, *figures])
 
 
 def main(flags: list[str]) -> None:
     """Measure, print, and add to the results."""
     parser = argparse.ArgumentParser("python -m dpq_rec.bench decode", description=__doc__.split("\n")[0])
-    for field, default in vars(DecodeConfig()).items():
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default, help=f"{default:,}")
+    add_config_flags(parser, DecodeConfig())
     add_results_flag(parser)
     options = vars(parser.parse_args(flags))
     results, config = options.pop("results"), DecodeConfig(**options)
     for popularity in POPULARITIES:
-        line = line_of("decode", measure(config, popularity))
+        line = line_of("decode", measure(config, popularity), [*PACKAGES, fbgemm.PACKAGE])
         append(results, [line])
         print(report(line), end="\n\n")

@@ -14,6 +14,12 @@ from dpq_rec.bench.machine import where_and_when
 PACKAGES = ("dpq-rec", "numpy", "torch")
 
 
+def add_config_flags(parser: argparse.ArgumentParser, config: Any) -> None:
+    """A flag for each of a config's numbers."""
+    for field, default in vars(config).items():
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default, help=f"{default:,}")
+
+
 def add_results_flag(parser: argparse.ArgumentParser) -> None:
     """`--results FILE`, which lines are added to."""
     parser.add_argument("--results", type=Path, metavar="FILE", help="add lines of results to this file")
