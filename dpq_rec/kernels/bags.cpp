@@ -33,7 +33,7 @@ struct BagsArgs {
   void* out;  // [B, E], float or half
   bool half, mean;
   float* sum;     // [E], room for a bag's
-  uint8_t* tail;  // room for one row and kSlackBytes
+  uint8_t* tail;  // room for one row and kRunSlackBytes
   dpq::Damage* damage;
 };
 
@@ -90,7 +90,7 @@ DPQ_INLINE dpq::Damage pool(const BagsArgs& a, const Vectors& vectors) {
 
 template <int kLanes>
 DPQ_INLINE void pool_loop(const BagsArgs& a) {
-  dpq::with_vectors<kLanes>(a.source, a.tail, [&](const auto& vectors) DPQ_INLINE_LAMBDA {
+  dpq::with_vectors<kLanes, false>(a.source, a.tail, [&](const auto& vectors) DPQ_INLINE_LAMBDA {
     *a.damage = pool<kLanes>(a, vectors);
   });
 }
@@ -118,7 +118,7 @@ nb::tuple decode_bags(const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> 
   const dpq::Source& source = vectors.source();
   const auto parts = parts_of(ends.data(), static_cast<int64_t>(ends.shape(0)), num_threads);
   const int64_t num_parts = static_cast<int64_t>(parts.size());
-  const int64_t tail_bytes = source.max_row_bytes + dpq::kSlackBytes;
+  const int64_t tail_bytes = source.max_row_bytes + dpq::kRunSlackBytes;
   std::vector<uint8_t> tails(num_parts * tail_bytes);
   std::vector<float> sums(num_parts * source.dim);
   std::vector<dpq::Damage> damage(num_parts);

@@ -28,7 +28,7 @@ struct DecodeArgs {
   int64_t begin, end, num_lookups;
   void* out;  // [num_lookups, E], float or half
   bool half;
-  uint8_t* tail;  // room for one row and kSlackBytes
+  uint8_t* tail;  // room for one row and kRunSlackBytes
   dpq::Damage* damage;
 };
 
@@ -53,7 +53,7 @@ struct Store {
 
 template <int kLanes, typename Number>
 DPQ_INLINE void decode_to(const DecodeArgs& a) {
-  dpq::with_vectors<kLanes>(a.source, a.tail, [&](const auto& vectors) DPQ_INLINE_LAMBDA {
+  dpq::with_vectors<kLanes, true>(a.source, a.tail, [&](const auto& vectors) DPQ_INLINE_LAMBDA {
     Store<kLanes, Number> store{static_cast<Number*>(a.out), a.source.dim};
     *a.damage = dpq::walk(vectors, a.rows, a.begin, a.end, a.num_lookups, store);
   });
@@ -71,7 +71,7 @@ nb::tuple decode(const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> rows,
   const int64_t num_lookups = static_cast<int64_t>(rows.shape(0));
   const int64_t rows_of_part = num_threads > 1 ? kRowsOfPart : std::max<int64_t>(num_lookups, 1);
   const int64_t num_parts = (num_lookups + rows_of_part - 1) / rows_of_part;
-  const int64_t tail_bytes = source.max_row_bytes + dpq::kSlackBytes;
+  const int64_t tail_bytes = source.max_row_bytes + dpq::kRunSlackBytes;
   std::vector<uint8_t> tails(num_parts * tail_bytes);
   std::vector<dpq::Damage> damage(num_parts);
   {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "codes.h"
 #include "simd.h"
@@ -46,12 +47,12 @@ DPQ_INLINE void load_piece(const float* from, typename Piece<kPiece>::Floats& to
   std::memcpy(&to, from, sizeof(to));
 }
 
-// Vectors as codes. The arguments come by value: a copy that no pointer can reach stays in registers whatever is
-// written.
-template <int kPiece, bool kByteCodes, bool kOneLevel>
+// Vectors as codes, which are read as Codes; kOneLevel spares a tenth where there are no more. The arguments come by value: a copy that no pointer can reach stays in
+// registers whatever is written.
+template <int kPiece, typename Codes, bool kOneLevel>
 struct Coded {
   const Source a;
-  uint8_t* tail;  // room for one row and kSlackBytes
+  uint8_t* tail;  // room for one row and kRunSlackBytes
 
   DPQ_INLINE const Tier& tier_of(int64_t row) const {
     const Tier* tier = a.tiers;
@@ -72,54 +73,80 @@ struct Coded {
   DPQ_INLINE bool emit(int64_t row, Sink& sink) const {
     const Tier& tier = tier_of(row);
     const uint8_t* packed = tier.packed + (row - tier.first_row) * tier.row_bytes;
-    if (kByteCodes) return emit_codes(ByteCodes{packed}, tier.num_levels, sink);
-    if ((row + 1 - tier.first_row) * tier.row_bytes + kSlackBytes >
-        (tier.end_row - tier.first_row) * tier.row_bytes) {
-      std::memcpy(tail, packed, tier.row_bytes);
-      packed = tail;
+    if constexpr (std::is_same_v<Codes, ByteCodes>) {
+      return emit_codes(Codes{packed}, tier.num_levels, sink);
+    } else {
+      if ((row + 1 - tier.first_row) * tier.row_bytes + kRunSlackBytes >
+          (tier.end_row - tier.first_row) * tier.row_bytes) {
+        std::memcpy(tail, packed, tier.row_bytes);
+        packed = tail;
+      }
+      return emit_codes(Codes{packed, a.code_bits}, tier.num_levels, sink);
     }
-    return emit_codes(BitCodes{packed, a.code_bits}, tier.num_levels, sink);
   }
 
-  template <typename Codes, typename Sink>
-  DPQ_INLINE bool emit_codes(Codes codes, int64_t num_levels, Sink& sink) const {
+  template <typename Sink>
+  DPQ_INLINE bool emit_codes(const Codes& codes, int64_t num_levels, Sink& sink) const {
     if (kOneLevel) num_levels = 1;
     if (!every_code_exists(codes, num_levels * a.num_subspaces)) return false;
-    if (a.subspace_dim == kPiece) {  // the common case, without an inner loop: half the time
-#pragma GCC unroll 8
-      for (int64_t j = 0; j < a.num_subspaces; ++j) emit_piece(codes, num_levels, j, 0, kPiece, sink);
-      return true;
+    int64_t j = 0;
+    if (a.subspace_dim == kPiece) {
+      for (; j + kMostOfRun <= a.num_subspaces; j += kMostOfRun) emit_run<kMostOfRun>(codes, num_levels, j, sink);
+      for (; j + 4 <= a.num_subspaces; j += 4) emit_run<4>(codes, num_levels, j, sink);
     }
-    for (int64_t j = 0; j < a.num_subspaces; ++j) {
-      for (int64_t s = 0; s < a.subspace_dim; s += kPiece) emit_piece(codes, num_levels, j, s, a.subspace_dim, sink);
+    for (; j < a.num_subspaces; ++j) {
+      for (int64_t s = 0; s < a.subspace_dim; s += kPiece) emit_piece(codes, num_levels, j, s, sink);
     }
     return true;
   }
 
-  template <typename Codes>
-  DPQ_INLINE bool every_code_exists(Codes codes, int64_t num_codes_of_row) const {
+  DPQ_INLINE bool every_code_exists(const Codes& codes, int64_t num_codes_of_row) const {
     if (a.num_codes == int64_t{1} << a.code_bits) return true;
-    int64_t largest = 0;
-    for (int64_t m = 0; m < num_codes_of_row; ++m) largest = std::max(largest, codes[m]);
+    int64_t largest = 0, m = 0;
+    for (; m + kMostOfRun <= num_codes_of_row; m += kMostOfRun) {
+      auto run = codes.run(m);
+      for (int i = 0; i < kMostOfRun; ++i) largest = std::max(largest, run.next());
+    }
+    for (; m < num_codes_of_row; ++m) largest = std::max(largest, codes[m]);
     return largest < a.num_codes;
   }
 
-  // Numbers s .. s + kPiece - 1 of group j: level 0's value, and those of higher levels added in order. The width of a
-  // group comes as a number where the compiler knows it.
-  template <typename Codes, typename Sink>
-  DPQ_INLINE void emit_piece(Codes codes, int64_t num_levels, int64_t j, int64_t s, int64_t width, Sink& sink) const {
+  // Groups j .. j + kGroups - 1, of kPiece numbers each: level 0's values, and those of higher levels added in order.
+  template <int kGroups, typename Sink>
+  DPQ_INLINE void emit_run(const Codes& codes, int64_t num_levels, int64_t j, Sink& sink) const {
+    const int64_t group_values = a.num_codes * kPiece;
+    const int64_t stride = a.shared ? 0 : group_values;
+    const float* values = a.values + j * stride;
+    typename Piece<kPiece>::Floats sums[kGroups], value;
+    auto run = codes.run(j);
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroups; ++i) load_piece<kPiece>(values + i * stride + run.next() * kPiece, sums[i]);
+    for (int64_t level = 1; level < num_levels; ++level) {
+      values += a.shared ? group_values : a.num_subspaces * group_values;
+      run = codes.run(level * a.num_subspaces + j);
+#pragma GCC unroll 8
+      for (int i = 0; i < kGroups; ++i) {
+        load_piece<kPiece>(values + i * stride + run.next() * kPiece, value);
+        sums[i] = sums[i] + value;
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroups; ++i) sink.template put<kPiece>((j + i) * kPiece, sums[i]);
+  }
+
+  // Numbers s .. s + kPiece - 1 of group j.
+  template <typename Sink>
+  DPQ_INLINE void emit_piece(const Codes& codes, int64_t num_levels, int64_t j, int64_t s, Sink& sink) const {
     const int64_t group_values = a.num_codes * a.subspace_dim;
     const float* values = a.values + (a.shared ? 0 : j * group_values) + s;
     typename Piece<kPiece>::Floats sum, value;
-    load_piece<kPiece>(values + codes[j] * width, sum);
-    if (!kOneLevel) {
-      for (int64_t level = 1; level < num_levels; ++level) {
-        values += a.shared ? group_values : a.num_subspaces * group_values;
-        load_piece<kPiece>(values + codes[level * a.num_subspaces + j] * width, value);
-        sum = sum + value;
-      }
+    load_piece<kPiece>(values + codes[j] * a.subspace_dim, sum);
+    for (int64_t level = 1; level < num_levels; ++level) {
+      values += a.shared ? group_values : a.num_subspaces * group_values;
+      load_piece<kPiece>(values + codes[level * a.num_subspaces + j] * a.subspace_dim, value);
+      sum = sum + value;
     }
-    sink.template put<kPiece>(j * width + s, sum);
+    sink.template put<kPiece>(j * a.subspace_dim + s, sum);
   }
 };
 
@@ -181,25 +208,28 @@ DPQ_INLINE Damage walk(const Vectors vectors, const int64_t* rows, int64_t begin
   return damage;
 }
 
-// body(vectors) with the kind of vectors that the source has.
-template <int kPiece, bool kByteCodes, typename Body>
+// body(vectors) with the kind of vectors that the source has. kSpecial also makes a loop for one level.
+template <int kPiece, typename Codes, bool kSpecial, typename Body>
 DPQ_INLINE void with_levels(const Source& a, uint8_t* tail, const Body& body) {
-  a.max_levels == 1 ? body(Coded<kPiece, kByteCodes, true>{a, tail}) : body(Coded<kPiece, kByteCodes, false>{a, tail});
+  if (kSpecial && a.max_levels == 1) return body(Coded<kPiece, Codes, kSpecial>{a, tail});
+  return body(Coded<kPiece, Codes, false>{a, tail});
 }
 
-template <int kPiece, typename Body>
+template <int kPiece, bool kSpecial, typename Body>
 DPQ_INLINE void with_codes(const Source& a, uint8_t* tail, const Body& body) {
-  a.code_bits == 8 ? with_levels<kPiece, true>(a, tail, body) : with_levels<kPiece, false>(a, tail, body);
+  if (a.code_bits == 8) return with_levels<kPiece, ByteCodes, kSpecial>(a, tail, body);
+  if (a.code_bits < 8) return with_levels<kPiece, NarrowCodes, kSpecial>(a, tail, body);
+  return with_levels<kPiece, BitCodes, kSpecial>(a, tail, body);
 }
 
-template <int kLanes, typename Body>
+template <int kLanes, bool kSpecial, typename Body>
 DPQ_INLINE void with_vectors(const Source& a, uint8_t* tail, const Body& body) {
   if (a.tiers == nullptr) return body(Dense<kLanes>{a});
-  if (kLanes >= 16 && a.subspace_dim % 16 == 0) return with_codes<(kLanes >= 16 ? 16 : 1)>(a, tail, body);
-  if (kLanes >= 8 && a.subspace_dim % 8 == 0) return with_codes<(kLanes >= 8 ? 8 : 1)>(a, tail, body);
-  if (a.subspace_dim % 4 == 0) return with_codes<4>(a, tail, body);
-  if (a.subspace_dim % 2 == 0) return with_codes<2>(a, tail, body);
-  return with_codes<1>(a, tail, body);
+  if (kLanes >= 16 && a.subspace_dim % 16 == 0) return with_codes<(kLanes >= 16 ? 16 : 1), kSpecial>(a, tail, body);
+  if (kLanes >= 8 && a.subspace_dim % 8 == 0) return with_codes<(kLanes >= 8 ? 8 : 1), kSpecial>(a, tail, body);
+  if (a.subspace_dim % 4 == 0) return with_codes<4, kSpecial>(a, tail, body);
+  if (a.subspace_dim % 2 == 0) return with_codes<2, kSpecial>(a, tail, body);
+  return with_codes<1, kSpecial>(a, tail, body);
 }
 
 }  // namespace dpq
