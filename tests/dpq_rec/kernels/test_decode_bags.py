@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
 from dpq_rec.kernels import MISSING_ROW, Coded, reference
 from tests.dpq_rec.builders import random_codes, random_values
-from tests.dpq_rec.kernels.test_decode_forms import coded, dtypes, layouts, some_rows, threads
+from tests.dpq_rec.kernels.test_decode_forms import HARD_TO_ROUND, coded, dtypes, layouts, some_rows, threads
 
 
 def some_bags(num_ids, num_bags, generator):
@@ -89,6 +89,17 @@ def test_a_bag_of_missing_ids_is_zeros_whatever_their_weights(mean):
     rows_N = np.full(2, MISSING_ROW)
     pooled_BE = kernels.decode_bags(np.ones((4, 3), np.float32), rows_N, np.array([2]), mean=mean, weights_N=weights_N)
     assert pooled_BE.tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("dim", [1, 16])  # one by one, and as many as a register holds
+def test_sums_are_rounded_to_float16_as_numpy_does(dim):
+    numbers = np.array([*HARD_TO_ROUND, *(-number for number in HARD_TO_ROUND)], np.float32)
+    vectors_VE = numbers[:, None].repeat(dim, axis=1)
+    with np.errstate(over="ignore"):
+        wanted = (np.float32(0) + vectors_VE).astype(np.float16)
+    ones = np.ones(len(numbers), np.int64)
+    pooled = kernels.decode_bags(vectors_VE, np.arange(len(numbers)), ones, dtype=np.float16)
+    assert pooled.tobytes() == wanted.tobytes()
 
 
 def test_sums_are_rounded_to_float16_once():
