@@ -324,34 +324,91 @@ def scan_top(
     return Best(rows_T[:num_found], scores_T[:num_found])
 
 
-def find_rows(
-    ids: Sequence[object], id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], rows_U: NDArray[np.uint32]
+def find_integer_rows(
+    ids_N: NDArray[np.int64],
+    known_U: NDArray[np.int64],
+    rows_U: NDArray[np.uint32],
+    tree_T: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
-    """Rows of strings, by binary search in a sorted list of them.
+    """Rows of integers, found in a sorted list of them.
+
+    Args:
+        ids_N: what is looked for (int64), contiguous.
+        known_U: the list, strictly ascending (int64).
+        rows_U: the row of each (uint32).
+        tree_T: the list's `id_tree` (see `dpq_rec.id_index`), of the length that belongs to U; without it the list is
+            halved, which is slower.
+
+    Returns:
+        rows_N (int64), MISSING_ROW where an id is not in the list.
+
+    Raises:
+        DamagedArtifactError: the tree leads an id to where it cannot be: it is not said to be missing.
+    """
+    out_N = np.empty(len(ids_N), np.int64)
+    bad_at = _native.find_integer_rows(ids_N, known_U, rows_U, tree_T, out_N)
+    if bad_at >= 0:
+        raise DamagedArtifactError(f"the vocabulary's id_tree leads id {ids_N[bad_at]} to where it cannot be")
+    return out_N
+
+
+def find_rows(
+    ids: Sequence[object],
+    id_bytes_T: NDArray[np.uint8],
+    id_offsets_U1: NDArray[np.int64],
+    rows_U: NDArray[np.uint32],
+    slots_H: NDArray[np.uint32] | None = None,
+) -> NDArray[np.int64]:
+    """Rows of strings, found in a sorted list of them.
 
     Args:
         ids: N str, in a list or a tuple.
         id_bytes_T: the UTF-8 of the list's ids, one behind the other (uint8 [T]).
         id_offsets_U1: id i is id_bytes[id_offsets[i] : id_offsets[i + 1]] (int64 [U + 1]).
         rows_U: the row of each (uint32).
+        slots_H: the list's `id_slots` (see `dpq_rec.id_index`); without them the list is halved, which is slower.
 
     Returns:
         rows_N (int64), MISSING_ROW where an id is not in the list.
 
     Raises:
         IdTypeError: something that is no str, or that holds half a surrogate pair, which UTF-8 cannot.
-        DamagedArtifactError: offsets outside the bytes: nothing is read there.
+        DamagedArtifactError: offsets outside the bytes, or slots that name no id: nothing is read there.
     """
     held = tuple(ids)
     out_N = np.empty(len(held), np.int64)
-    bad_id_at, bad_entry = _native.find_rows(held, id_bytes_T, id_offsets_U1, rows_U, out_N)
+    bad_id_at, bad_entry = _native.find_rows(held, id_bytes_T, id_offsets_U1, rows_U, slots_H, out_N)
     if bad_id_at >= 0:
         bad = held[bad_id_at]
         got = "half a surrogate pair" if isinstance(bad, str) else type(bad).__name__
         raise IdTypeError(f"ids: got {got} at position {bad_id_at}, want a flat list of strings, valid in UTF-8")
+    if bad_entry == len(rows_U):
+        raise DamagedArtifactError(f"the vocabulary's id_slots name an id that is none of its {len(rows_U)}, or have no end")
     if bad_entry >= 0:
-        raise DamagedArtifactError(f"the vocabulary's id {bad_entry} lies outside its {len(id_bytes_T)} bytes")
+        raise _outside(bad_entry, id_bytes_T)
     return out_N
+
+
+def fill_slots(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], num_slots: int) -> NDArray[np.uint32]:
+    """The `id_slots` [H] of a list of strings (see `dpq_rec.id_index`).
+
+    Args:
+        id_bytes_T: as in `find_rows`.
+        id_offsets_U1: likewise.
+        num_slots: H, more than there are ids.
+
+    Raises:
+        DamagedArtifactError: offsets outside the bytes: nothing is read there.
+    """
+    slots_H = np.zeros(num_slots, np.uint32)
+    bad_entry = _native.fill_slots(id_bytes_T, id_offsets_U1, slots_H)
+    if bad_entry >= 0:
+        raise _outside(bad_entry, id_bytes_T)
+    return slots_H
+
+
+def _outside(entry: int, id_bytes_T: NDArray[np.uint8]) -> DamagedArtifactError:
+    return DamagedArtifactError(f"the vocabulary's id {entry} lies outside its {len(id_bytes_T)} bytes")
 
 
 def find_disorder(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64]) -> int | None:

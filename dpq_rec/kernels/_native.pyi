@@ -74,11 +74,20 @@ def scan_top(
     best_scores: NDArray[np.float32],
     num_found: int,
 ) -> tuple[int, int]: ...
+def find_integer_rows(
+    asked: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    rows: NDArray[np.uint32],
+    tree: NDArray[np.int64] | None,
+    out: NDArray[np.int64],
+) -> int: ...
 def find_rows(
     ids: tuple[object, ...],
     id_bytes: NDArray[np.uint8],
     id_offsets: NDArray[np.int64],
     rows: NDArray[np.uint32],
+    slots: NDArray[np.uint32] | None,
     out: NDArray[np.int64],
 ) -> tuple[int, int]: ...
+def fill_slots(id_bytes: NDArray[np.uint8], id_offsets: NDArray[np.int64], slots: NDArray[np.uint32]) -> int: ...
 def find_disorder(id_bytes: NDArray[np.uint8], id_offsets: NDArray[np.int64]) -> int: ...

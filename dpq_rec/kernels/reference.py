@@ -185,12 +185,47 @@ def scan_top(
     return Best(rows[order_T], scores[order_T])
 
 
+def find_integer_rows(
+    ids_N: NDArray[np.int64], known_U: NDArray[np.int64], rows_U: NDArray[np.uint32]
+) -> NDArray[np.int64]:
+    """Rows [N] of integers; -1 where one is not in the list."""
+    if not len(known_U):
+        return np.full(len(ids_N), -1, np.int64)
+    at_N = np.minimum(np.searchsorted(known_U, ids_N), len(known_U) - 1)
+    return np.where(known_U[at_N] == ids_N, rows_U[at_N].astype(np.int64), -1)
+
+
 def find_rows(
     ids: Sequence[str], id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], rows_U: NDArray[np.uint32]
 ) -> NDArray[np.int64]:
     """Rows [N] of strings; -1 where one is not in the list."""
     row_of_id = dict(zip(_texts(id_bytes_T, id_offsets_U1), rows_U.tolist(), strict=True))
     return np.array([row_of_id.get(text.encode(), -1) for text in ids], np.int64)
+
+
+def fill_slots(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], num_slots: int) -> NDArray[np.uint32]:
+    """A hash table [H] of strings, as `dpq_rec.id_index` lays it down."""
+    slots, texts = [0] * num_slots, _texts(id_bytes_T, id_offsets_U1)
+    for entry, text in enumerate(texts):
+        hashed = _hash(text)
+        at = hashed * num_slots >> 64
+        while slots[at]:
+            at = (at + 1) % num_slots
+        slots[at] = ((hashed << len(texts).bit_length()) + entry + 1) % 2**32
+    return np.array(slots, np.uint32)
+
+
+def _hash(text: bytes) -> int:
+    by_word, by_size = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
+    words = [text[at : at + 8] for at in range(0, len(text) - 8, 8)] + [text[-8:]]
+    hashed = len(text) * by_size % 2**64
+    for word in words:
+        hashed = _fold((hashed ^ int.from_bytes(word, "little")) * by_word)
+    return _fold(hashed * by_size)
+
+
+def _fold(product: int) -> int:
+    return product >> 64 ^ product % 2**64
 
 
 def find_disorder(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64]) -> int | None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpq_rec import DamagedArtifactError, IdTypeError, kernels
+from dpq_rec.id_index import build_slots, num_slots
 from dpq_rec.kernels import MISSING_ROW, reference
 from dpq_rec.strings import PackedStrings
 
@@ -22,29 +23,32 @@ def packed(texts):
     return PackedStrings.pack(sorted_U), np.arange(len(sorted_U), dtype=np.uint32)[::-1].copy() + 7
 
 
+@pytest.mark.parametrize("has_slots", [True, False])
 @given(lists_of_ids, st.lists(ids, max_size=70))
-def test_find_rows_equals_the_reference(known, asked):
+def test_find_rows_equals_the_reference(has_slots, known, asked):
     strings, rows_U = packed(known)
     asked = [*asked, *known, *asked]
-    found_N = kernels.find_rows(asked, *strings, rows_U)
+    found_N = kernels.find_rows(asked, *strings, rows_U, build_slots(strings) if has_slots else None)
     assert found_N.dtype == np.int64
     assert found_N.tolist() == reference.find_rows(asked, *strings, rows_U).tolist()
 
 
 @pytest.mark.parametrize("num_ids", [0, 1, 2, 31, 32, 33, 64, 1000])
 @pytest.mark.parametrize("num_known", [0, 1, 2, 3, 63, 64, 65, 1000])
-def test_find_rows_equals_the_reference_in_lists_of_any_length(num_ids, num_known):
+@pytest.mark.parametrize("has_slots", [True, False])
+def test_find_rows_equals_the_reference_in_lists_of_any_length(num_ids, num_known, has_slots):
     strings, rows_U = packed([f"item_{i}" for i in range(num_known)])
     asked = [f"item_{i}" for i in np.random.default_rng(num_ids).integers(-1, num_known + 1, num_ids)]
     asked[-2:] = ["item_0", f"item_{num_known - 1}"][:num_ids]
-    found_N = kernels.find_rows(asked, *strings, rows_U)
+    found_N = kernels.find_rows(asked, *strings, rows_U, build_slots(strings) if has_slots else None)
     assert found_N.tolist() == reference.find_rows(asked, *strings, rows_U).tolist()
 
 
 def test_find_rows_finds_the_empty_string_and_strings_with_nul():
     strings, rows_U = packed(["", "\0", "a", "a\0", "a\0\0", LAST])
-    asked = ["a\0", "", "\0", "\0\0", "a", LAST, "a\0\0"]
-    assert kernels.find_rows(asked, *strings, rows_U).tolist() == [9, 12, 11, MISSING_ROW, 10, 7, 8]
+    asked, wanted = ["a\0", "", "\0", "\0\0", "a", LAST, "a\0\0"], [9, 12, 11, MISSING_ROW, 10, 7, 8]
+    assert kernels.find_rows(asked, *strings, rows_U).tolist() == wanted
+    assert kernels.find_rows(asked, *strings, rows_U, build_slots(strings)).tolist() == wanted
 
 
 def test_find_rows_takes_tuples_and_subclasses_of_str():
@@ -95,6 +99,49 @@ def test_find_rows_answers_or_refuses_whatever_the_offsets_are(offsets):
     except DamagedArtifactError:
         return
     assert all(-1 <= row < len(rows_U) for row in found_N.tolist())
+
+
+@pytest.mark.parametrize("name", HOSTILE_OFFSETS)
+def test_find_rows_by_slots_reads_nothing_outside_the_bytes(name):
+    strings, rows_U = packed(["a", "b", "c"])
+    with pytest.raises(DamagedArtifactError, match="lies outside its 3 bytes"):
+        kernels.find_rows(
+            ["a", "b", "c"], strings.bytes_T, np.array(HOSTILE_OFFSETS[name]), rows_U, build_slots(strings)
+        )
+
+
+@given(st.data())
+def test_find_rows_answers_rightly_or_refuses_whatever_the_slots_are(data):
+    strings, rows_U = packed(["", *map(str, range(9))])
+    slot = st.one_of(st.integers(0, 12), st.integers(0, 2**32 - 1))
+    slots_H = np.array(data.draw(st.lists(slot, min_size=num_slots(10), max_size=num_slots(10))), np.uint32)
+    for text in ["", "3", "8", "none"]:
+        try:
+            found = kernels.find_rows([text], *strings, rows_U, slots_H)[0]
+        except DamagedArtifactError:
+            continue
+        assert found in (MISSING_ROW, reference.find_rows([text], *strings, rows_U)[0])
+
+
+def slot_of_b():
+    """Of "b" in a list of two, of which it is number 0: its tag, and 1 in the two lowest bits."""
+    return next(slot for slot in build_slots(packed(["b", "c"])[0]).tolist() if slot % 4 == 1)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_find_rows_refuses_slots_that_name_no_id(number):
+    strings, rows_U = packed(["a", "c"])
+    slots_H = np.full(num_slots(2), slot_of_b() - 1 + number, np.uint32)
+    with pytest.raises(DamagedArtifactError, match="id_slots name an id that is none of its 2"):
+        kernels.find_rows(["b"], *strings, rows_U, slots_H)
+
+
+@pytest.mark.timeout(20)
+def test_find_rows_comes_to_an_end_where_slots_have_none():
+    strings, rows_U = packed(["a", "c"])
+    slots_H = np.full(num_slots(2), slot_of_b(), np.uint32)
+    with pytest.raises(DamagedArtifactError, match="or have no end"):
+        kernels.find_rows(["b"], *strings, rows_U, slots_H)
 
 
 def test_find_rows_reads_arrays_that_are_not_aligned():

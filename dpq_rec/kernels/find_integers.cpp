@@ -1,0 +1,221 @@
+// Integers to rows. Its plain twin is find_integer_rows in reference.py, which the tests hold it to.
+// Lengths of the arrays are trusted to fit each other; what the tree says is checked against the ids themselves.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "simd.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+constexpr int64_t kMissingRow = -1;
+constexpr int64_t kNone = -1;
+constexpr int64_t kNode = 16;       // keys of a node, ids of a leaf: two cache lines
+constexpr int64_t kLineKeys = 8;    // keys of a cache line
+constexpr int64_t kTogether = 128;  // ids searched in step, so that their cache misses overlap
+
+template <typename T>
+using Array = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// The ids that begin the nodes of the level below, or the leaves; filled up to whole nodes.
+struct Level {
+  const int64_t* keys;
+  int64_t num_keys;  // without the filling
+};
+
+struct FindArgs {
+  const int64_t* asked;  // [num_asked]
+  const int64_t* ids;    // [num_ids] ascending
+  const uint32_t* rows;  // [num_ids]
+  const Level* levels;   // [num_levels], the root first
+  int64_t* out;          // [num_asked]
+  int64_t* bad_at;       // position of the first id that the tree led astray
+  int64_t num_asked, num_ids, num_levels;
+};
+
+// What a file holds may be aligned to nothing.
+template <typename T>
+DPQ_INLINE T load(const T* from) {
+  T to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+// How many of kNode ascending keys are not above the id; some number from 0 to kNode where they do not ascend.
+template <int kLanes>
+struct Node {
+  typedef int64_t Keys __attribute__((vector_size(kLanes * sizeof(int64_t))));
+
+  static DPQ_INLINE int64_t count(const int64_t* keys, int64_t id) {
+    Keys counts = Keys{};
+    for (int64_t k = 0; k < kNode; k += kLanes) {
+      Keys piece;
+      std::memcpy(&piece, keys + k, sizeof(piece));
+      counts -= piece <= id;
+    }
+    int64_t by_lane[kLanes], count = 0;
+    std::memcpy(by_lane, &counts, sizeof(counts));
+    for (int64_t lane_count : by_lane) count += lane_count;
+    return count;
+  }
+};
+
+// With AVX-512 adding up 8 lanes takes longer than all else: they are made bytes, and bits are counted.
+template <>
+struct Node<8> {
+  typedef int64_t Keys __attribute__((vector_size(8 * sizeof(int64_t))));
+  typedef int8_t Bytes __attribute__((vector_size(8)));
+
+  static DPQ_INLINE int64_t count(const int64_t* keys, int64_t id) {
+    int64_t num_bits = 0;
+    for (int64_t k = 0; k < kNode; k += 8) {
+      Keys piece;
+      std::memcpy(&piece, keys + k, sizeof(piece));
+      const Bytes are_not_above = __builtin_convertvector(piece <= id, Bytes);
+      uint64_t bits;
+      std::memcpy(&bits, &are_not_above, sizeof(bits));
+      num_bits += __builtin_popcountll(bits);
+    }
+    return num_bits / 8;
+  }
+};
+
+// The baseline has no comparison of 64-bit integers in vectors: four halvings are faster than 16 comparisons.
+template <>
+struct Node<2> {
+  static DPQ_INLINE int64_t count(const int64_t* keys, int64_t id) {
+    int64_t count = 0;
+    for (int64_t half = kNode / 2; half > 0; half /= 2) count += (load(keys + count + half - 1) <= id) * half;
+    return count + (load(keys + count) <= id);
+  }
+};
+
+DPQ_INLINE void prefetch_node(const int64_t* keys) {
+  __builtin_prefetch(keys);
+  __builtin_prefetch(keys + kLineKeys);
+}
+
+// The row of an id that is ids[at] if it is anywhere.
+DPQ_INLINE int64_t row_at(const FindArgs& a, int64_t at, int64_t id) {
+  return load(a.ids + at) == id ? static_cast<int64_t>(load(a.rows + at)) : kMissingRow;
+}
+
+// From the root to the leaves, for up to kTogether ids at a time. Where a node lies follows from the number of ids, so
+// keys that are damaged lead to a wrong leaf and never outside.
+template <int kLanes>
+DPQ_INLINE void descend(const FindArgs& a, const int64_t* asked, int64_t num_asked, int64_t* at) {
+  std::fill_n(at, num_asked, 0);
+  for (int64_t l = 0; l < a.num_levels; ++l) {
+    const Level level = a.levels[l];
+    const bool to_leaves = l + 1 == a.num_levels;
+    const int64_t* below = to_leaves ? a.ids : a.levels[l + 1].keys;
+    const int64_t last_start = to_leaves ? a.num_ids - kNode : a.num_ids;  // the last leaf reaches back to be whole
+    for (int64_t n = 0; n < num_asked; ++n) {
+      const int64_t count = Node<kLanes>::count(level.keys + at[n], asked[n]);
+      const int64_t child = std::min(at[n] + count - (count > 0), level.num_keys - 1);
+      at[n] = std::min(child * kNode, last_start);
+      prefetch_node(below + at[n]);
+    }
+  }
+}
+
+// Whether the leaf at `start`, `count` of whose ids are not above the one asked for, is where it must be.
+DPQ_INLINE bool is_right_leaf(const FindArgs& a, int64_t start, int64_t count, int64_t id) {
+  if (count == 0) return start == 0;
+  const int64_t after = start + kNode;
+  return count < kNode || after >= a.num_ids || load(a.ids + after - 1) == id || load(a.ids + after) > id;
+}
+
+template <int kLanes>
+DPQ_INLINE void find_by_tree(const FindArgs& a) {
+  int64_t at[kTogether];
+  for (int64_t first = 0; first < a.num_asked; first += kTogether) {
+    const int64_t* asked = a.asked + first;
+    const int64_t num_asked = std::min(kTogether, a.num_asked - first);
+    descend<kLanes>(a, asked, num_asked, at);
+    for (int64_t n = 0; n < num_asked; ++n) {
+      const int64_t count = Node<kLanes>::count(a.ids + at[n], asked[n]);
+      if (!is_right_leaf(a, at[n], count, asked[n])) {
+        *a.bad_at = first + n;
+        return;
+      }
+      at[n] += count - (count > 0);
+      __builtin_prefetch(a.rows + at[n]);
+    }
+    for (int64_t n = 0; n < num_asked; ++n) a.out[first + n] = row_at(a, at[n], asked[n]);
+  }
+}
+
+// Without a tree. Every search halves the same number of ids, so all stand at the same step.
+DPQ_INLINE void find_by_halving(const FindArgs& a) {
+  for (int64_t first = 0; first < a.num_asked; first += kTogether) {
+    const int64_t* asked = a.asked + first;
+    const int64_t num_asked = std::min(kTogether, a.num_asked - first);
+    int64_t at[kTogether] = {};
+    for (int64_t left = a.num_ids; left > 1;) {
+      const int64_t half = left / 2;
+      const int64_t next_half = (left - half) / 2;
+      for (int64_t n = 0; n < num_asked; ++n) {
+        at[n] += (load(a.ids + at[n] + half) <= asked[n]) * half;
+        __builtin_prefetch(a.ids + at[n] + next_half);
+      }
+      left -= half;
+    }
+    for (int64_t n = 0; n < num_asked; ++n) __builtin_prefetch(a.rows + at[n]);
+    for (int64_t n = 0; n < num_asked; ++n) a.out[first + n] = row_at(a, at[n], asked[n]);
+  }
+}
+
+template <int kFloatLanes>
+DPQ_INLINE void find_loop(const FindArgs& a) {
+  if (a.num_ids == 0) {
+    std::fill_n(a.out, a.num_asked, kMissingRow);
+  } else if (a.num_levels == 0) {
+    find_by_halving(a);
+  } else {
+    find_by_tree<kFloatLanes / 2>(a);
+  }
+}
+
+DPQ_DEFINE_BY_LANES(find_all, find_loop, FindArgs)
+
+// The levels of a tree over num_ids ids, the root first. Each has a key for every kNode of the level below.
+std::vector<Level> levels_of(const int64_t* tree, int64_t num_ids) {
+  std::vector<Level> levels;
+  for (int64_t num_keys = num_ids; num_keys > kNode;) {
+    num_keys = (num_keys + kNode - 1) / kNode;
+    levels.insert(levels.begin(), Level{nullptr, num_keys});
+  }
+  for (Level& level : levels) {
+    level.keys = tree;
+    tree += (level.num_keys + kNode - 1) / kNode * kNode;
+  }
+  return levels;
+}
+
+// Returns the position of the first id that the tree led astray, -1 where there is none.
+int64_t find_integer_rows(Array<const int64_t> asked, Array<const int64_t> ids, Array<const uint32_t> rows,
+                          std::optional<Array<const int64_t>> tree, Array<int64_t> out) {
+  nb::gil_scoped_release release;
+  const int64_t num_ids = static_cast<int64_t>(ids.shape(0));
+  const std::vector<Level> levels = tree ? levels_of(tree->data(), num_ids) : std::vector<Level>();
+  int64_t bad_at = kNone;
+  find_all(FindArgs{asked.data(), ids.data(), rows.data(), levels.data(), out.data(), &bad_at,
+                    static_cast<int64_t>(asked.shape(0)), num_ids, static_cast<int64_t>(levels.size())});
+  return bad_at;
+}
+
+}  // namespace
+
+void define_find_integers(nb::module_& m) {
+  m.def("find_integer_rows", &find_integer_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+}
