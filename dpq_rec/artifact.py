@@ -230,7 +230,7 @@ def _write_table(folder: Path, name: str, contents: TableContents) -> TableManif
         contents.vocabulary.check(rows)
     except DamagedArtifactError as error:
         raise ConfigError(f"table {name!r}: {error}") from error
-    tensors: dict[str, NDArray[Any] | Stream] = dict(contents.vocabulary.tensors())
+    tensors: dict[str, NDArray[Any] | Stream] = dict(contents.vocabulary.indexed().tensors())
     if layout is None:
         tensors["vectors"] = Stream(np.float32, (rows, dim), contents.chunks)
     else:

@@ -4,9 +4,11 @@ Four kinds (contract 3): `identity` (ids are rows), `modulo` (row = id mod V), `
 of each) and `string` (the same of strings). Several ids of a list may share a row. `ids_of_rows` is the way back, for
 export. In the artifact:
 
-    int64     ids int64 [U] ascending, rows uint32 [U]
+    int64     ids int64 [U] ascending, rows uint32 [U]; id_tree int64, at most 1 byte an id
     string    id_bytes uint8 [T], the UTF-8 of all ids in ascending order of bytes; id_offsets int64 [U + 1]: id i is
-              id_bytes[id_offsets[i] : id_offsets[i + 1]]; rows uint32 [U]
+              id_bytes[id_offsets[i] : id_offsets[i + 1]]; rows uint32 [U]; id_slots uint32, 6 bytes an id
+
+`id_tree` and `id_slots` find ids fast; `id_index` lays them down. Artifacts that lack them are read as well, slower.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError, IdTypeError
-from dpq_rec.kernels import MISSING_ROW, find_rows
+from dpq_rec.id_index import MOST_SLOTTED, build_slots, build_tree, num_slots, num_tree_keys
+from dpq_rec.kernels import MISSING_ROW, find_integer_rows, find_rows
 from dpq_rec.strings import LazyStrings, PackedStrings
 
 _SCAN_ROWS = 1 << 22  # ids looked through at a time by ids_of_rows and check
@@ -43,10 +46,14 @@ class Vocabulary(Protocol):
 
         Raises:
             IdTypeError: ids of another type than the vocabulary's.
+            DamagedArtifactError: its tensors are not what was published: nothing is read outside them.
         """
 
     def ids_of_rows(self, start: int, stop: int) -> RowIds:
         """The ids that live in rows start to stop-1."""
+
+    def indexed(self) -> Vocabulary:
+        """The same, with all that finds ids fast."""
 
     def tensors(self) -> Mapping[str, NDArray[Any]]:
         """What stands in the artifact beside the codes."""
@@ -104,6 +111,10 @@ class IdentityVocabulary:
         rows_N = np.arange(start, stop)
         return RowIds(rows_N, rows_N)
 
+    def indexed(self) -> Vocabulary:
+        """Itself: there is nothing to find."""
+        return self
+
     def tensors(self) -> Mapping[str, NDArray[Any]]:
         """Nothing: the ids are the rows."""
         return {}
@@ -132,14 +143,18 @@ class Int64Vocabulary:
     Args:
         ids_U: ids, strictly ascending (int64).
         rows_U: ids_U[i] lives in row rows_U[i] (uint32). Several ids may share a row.
+        tree_T: their `id_tree` (int64); none is slower.
     """
 
     kind = "int64"
 
-    def __init__(self, ids_U: NDArray[np.int64], rows_U: NDArray[np.uint32]) -> None:
+    def __init__(
+        self, ids_U: NDArray[np.int64], rows_U: NDArray[np.uint32], tree_T: NDArray[np.int64] | None = None
+    ) -> None:
         if ids_U.ndim != 1 or ids_U.shape != rows_U.shape:
             raise ConfigError(f"vocabulary: got ids {ids_U.shape} and rows {rows_U.shape}, want two equal lengths")
-        self.ids_U, self.rows_U = ids_U, rows_U
+        _check_index("id_tree", tree_T, np.int64, num_tree_keys(len(ids_U)))
+        self.ids_U, self.rows_U, self.tree_T = ids_U, rows_U, tree_T
 
     @classmethod
     def from_ids(cls, ids_V: Sequence[int] | NDArray[np.int64]) -> Int64Vocabulary:
@@ -167,24 +182,25 @@ class Int64Vocabulary:
         sorted_U = ids[order_U]
         if (sorted_U[1:] == sorted_U[:-1]).any():
             raise _stands_twice(sorted_U[:-1][sorted_U[1:] == sorted_U[:-1]][0])
-        return cls(sorted_U, rows[order_U])
+        return cls(sorted_U, rows[order_U]).indexed()
 
     def rows(self, ids: Any) -> NDArray[np.int64]:
         """See `Vocabulary.rows`."""
-        ids_N = int64_ids(ids)
-        if not len(self.ids_U):
-            return np.full(len(ids_N), MISSING_ROW, np.int64)
-        at_N = np.minimum(np.searchsorted(self.ids_U, ids_N), len(self.ids_U) - 1)
-        return np.where(self.ids_U[at_N] == ids_N, self.rows_U[at_N].astype(np.int64), MISSING_ROW)
+        return find_integer_rows(int64_ids(ids), self.ids_U, self.rows_U, self.tree_T)
 
     def ids_of_rows(self, start: int, stop: int) -> RowIds:
         """See `Vocabulary.ids_of_rows`."""
         entries_N, rows_N = _entries_of_rows(self.rows_U, start, stop)
         return RowIds(self.ids_U[entries_N], rows_N)
 
+    def indexed(self) -> Int64Vocabulary:
+        """See `Vocabulary.indexed`."""
+        return self if self.tree_T is not None else Int64Vocabulary(self.ids_U, self.rows_U, build_tree(self.ids_U))
+
     def tensors(self) -> Mapping[str, NDArray[Any]]:
-        """The two lists."""
-        return {"ids": self.ids_U, "rows": self.rows_U}
+        """The two lists, and before them the tree, where it has keys: nodes and leaves then begin with a cache line."""
+        tree = {} if self.tree_T is None or not len(self.tree_T) else {"id_tree": self.tree_T}
+        return {**tree, "ids": self.ids_U, "rows": self.rows_U}
 
     def check(self, num_embeddings: int) -> None:
         """See `Vocabulary.check`."""
@@ -192,6 +208,8 @@ class Int64Vocabulary:
             ids_N = self.ids_U[begin : begin + _SCAN_ROWS + 1]
             if (ids_N[1:] <= ids_N[:-1]).any():
                 raise DamagedArtifactError("the vocabulary's ids are not strictly ascending")
+        if self.tree_T is not None and not np.array_equal(self.tree_T, build_tree(self.ids_U)):
+            raise DamagedArtifactError("the vocabulary's id_tree is not that of its ids")
         _check_rows(self.rows_U, num_embeddings)
 
 
@@ -201,14 +219,18 @@ class StringVocabulary:
     Args:
         ids: strictly ascending in the order of their UTF-8 bytes, which is that of their code points.
         rows_U: the row of each (uint32). Several ids may share a row.
+        slots_H: their `id_slots` (uint32); none is slower.
     """
 
     kind = "string"
 
-    def __init__(self, ids: PackedStrings, rows_U: NDArray[np.uint32]) -> None:
+    def __init__(
+        self, ids: PackedStrings, rows_U: NDArray[np.uint32], slots_H: NDArray[np.uint32] | None = None
+    ) -> None:
         if len(ids.offsets_U1) != len(rows_U) + 1:
             raise ConfigError(f"vocabulary: got {len(ids.offsets_U1) - 1} ids and {len(rows_U)} rows, want as many")
-        self.ids, self.rows_U = ids, rows_U
+        _check_index("id_slots", slots_H, np.uint32, num_slots(len(rows_U)))
+        self.ids, self.rows_U, self.slots_H = ids, rows_U, slots_H
 
     @classmethod
     def from_ids(cls, ids_V: Sequence[str] | NDArray[Any]) -> StringVocabulary:
@@ -235,28 +257,33 @@ class StringVocabulary:
         twice = next((text for text, after in itertools.pairwise(sorted_U) if text == after), None)
         if twice is not None:
             raise _stands_twice(repr(twice.decode()))
-        return cls(PackedStrings.pack(sorted_U), rows[order_U])
+        return cls(PackedStrings.pack(sorted_U), rows[order_U]).indexed()
 
     def rows(self, ids: Any) -> NDArray[np.int64]:
-        """See `Vocabulary.rows`. Ids are str in a list or a tuple, or an array of them.
-
-        Raises:
-            DamagedArtifactError: the list of ids is not what was published: nothing is read outside it.
-        """
-        return find_rows(string_ids(ids), *self.ids, self.rows_U)
+        """See `Vocabulary.rows`. Ids are str in a list or a tuple, or an array of them."""
+        return find_rows(string_ids(ids), *self.ids, self.rows_U, self.slots_H)
 
     def ids_of_rows(self, start: int, stop: int) -> RowIds:
         """See `Vocabulary.ids_of_rows`."""
         entries_N, rows_N = _entries_of_rows(self.rows_U, start, stop)
         return RowIds(LazyStrings(self.ids, entries_N), rows_N)
 
+    def indexed(self) -> StringVocabulary:
+        """See `Vocabulary.indexed`. Slots number fewer than 2**32 ids: more have none."""
+        if self.slots_H is not None or len(self.rows_U) > MOST_SLOTTED:
+            return self
+        return StringVocabulary(self.ids, self.rows_U, build_slots(self.ids))
+
     def tensors(self) -> Mapping[str, NDArray[Any]]:
-        """The UTF-8 of the ids (uint8 [T]), where each begins (int64 [U + 1]), and the rows (uint32 [U])."""
-        return {"id_bytes": self.ids.bytes_T, "id_offsets": self.ids.offsets_U1, "rows": self.rows_U}
+        """The UTF-8 of the ids (uint8 [T]), where each begins (int64 [U + 1]), the rows (uint32 [U]) and the slots."""
+        slots = {} if self.slots_H is None else {"id_slots": self.slots_H}
+        return {"id_bytes": self.ids.bytes_T, "id_offsets": self.ids.offsets_U1, "rows": self.rows_U, **slots}
 
     def check(self, num_embeddings: int) -> None:
         """See `Vocabulary.check`."""
         self.ids.check_sorted()
+        if self.slots_H is not None and not np.array_equal(self.slots_H, build_slots(self.ids)):
+            raise DamagedArtifactError("the vocabulary's id_slots are not those of its ids")
         _check_rows(self.rows_U, num_embeddings)
 
 
@@ -316,6 +343,11 @@ def _entries_of_rows(rows_U: NDArray[np.uint32], start: int, stop: int) -> tuple
     return entries_N[order_N], rows_N[order_N]
 
 
+def _check_index(name: str, index: NDArray[Any] | None, dtype: type[Any], length: int) -> None:
+    if index is not None and (index.dtype != dtype or index.shape != (length,)):
+        raise ConfigError(f"vocabulary: {name}: got {index.dtype} {index.shape}, want {dtype.__name__} ({length},)")
+
+
 def _check_rows(rows_U: NDArray[np.uint32], num_embeddings: int) -> None:
     for begin in range(0, len(rows_U), _SCAN_ROWS):
         if (rows_U[begin : begin + _SCAN_ROWS] >= num_embeddings).any():
@@ -348,7 +380,7 @@ def _load_integers(tensors: Mapping[str, NDArray[Any]], rows_U: NDArray[np.uint3
     ids_U = tensors.get("ids")
     if ids_U is None or ids_U.dtype != np.int64:
         raise DamagedArtifactError("the int64 vocabulary has no tensor ids, int64 [U]")
-    return Int64Vocabulary(ids_U, rows_U)
+    return Int64Vocabulary(ids_U, rows_U, tensors.get("id_tree"))
 
 
 def _load_strings(tensors: Mapping[str, NDArray[Any]], rows_U: NDArray[np.uint32]) -> Vocabulary:
@@ -359,4 +391,4 @@ def _load_strings(tensors: Mapping[str, NDArray[Any]], rows_U: NDArray[np.uint32
     wrong = ids.contradiction()
     if wrong:
         raise DamagedArtifactError(wrong)
-    return StringVocabulary(ids, rows_U)
+    return StringVocabulary(ids, rows_U, tensors.get("id_slots"))

@@ -115,7 +115,10 @@ def test_verify_and_inspect_name_the_vocabulary_of_strings(capsys, word_path):
     assert (code, stdout.splitlines()[0].split()[-2:]) == (0, ["string", "vocabulary"])
     code, stdout, _ = run(capsys, "inspect", word_path)
     word = next(line.split() for line in stdout.splitlines() if line.startswith("word"))
-    assert (code, word[-5:]) == (0, ["string", "40", "78", "40", "1.0"])  # 10 bytes of text, 6 offsets, 5 rows
+    assert (code, word[-5:]) == (
+        0,
+        ["string", "40", "110", "40", "1.0"],
+    )  # 10 bytes of text, 6 offsets, 5 rows, 8 slots
 
 
 # verify

@@ -58,23 +58,29 @@ GOLDEN_ENTRY = {
 GOLDEN_STRING_HEADER = (
     '{"id_offsets":{"dtype":"I64","shape":[5],"data_offsets":[0,40]},'
     '"rows":{"dtype":"U32","shape":[4],"data_offsets":[40,56]},'
-    '"values":{"dtype":"F32","shape":[1,2,1],"data_offsets":[56,64]},'
-    '"id_bytes":{"dtype":"U8","shape":[5],"data_offsets":[64,69]},'
-    '"padding":{"dtype":"U8","shape":[59],"data_offsets":[69,128]},'
+    '"id_slots":{"dtype":"U32","shape":[7],"data_offsets":[56,84]},'
+    '"values":{"dtype":"F32","shape":[1,2,1],"data_offsets":[84,92]},'
+    '"id_bytes":{"dtype":"U8","shape":[5],"data_offsets":[92,97]},'
+    '"padding":{"dtype":"U8","shape":[31],"data_offsets":[97,128]},'
     '"packed_codes":{"dtype":"U8","shape":[3,1],"data_offsets":[128,131]}}'
 )
 GOLDEN_STRING_BYTES = bytes.fromhex(
     "b801000000000000"  # the header's 440 bytes
     + GOLDEN_STRING_HEADER.encode().hex()
-    + "20" * 62
     + "0000000000000000000000000000000002000000000000000300000000000000"
     + "0500000000000000"
     + "02000000020000000100000000000000"
+    # Hashes 0, 0x0a0eca07a6acbde2, 0xec0445e4548ca4a7, 0xfc17142e72b1e722: homes 0, 0, 6, 6, and 3 bits for the number.
+    + "01000000"
+    + "12ef6535"
+    + "14398f95"  # "" at home, "a\0" behind it, "ü" behind both
+    + "00" * 12
+    + "3b2565a4"  # "b"
     + "0000003f0000c03f"  # 0.5, 1.5
     + "6100"
     + "62"
     + "c3bc"
-    + "00" * 59
+    + "00" * 31
     + "010001"
 )
 
@@ -124,6 +130,7 @@ def test_safetensors_reads_every_tensor_of_a_table_of_strings(tmp_path):
     assert found == {
         "id_offsets": ("int64", [0, 0, 2, 3, 5]),
         "rows": ("uint32", [2, 2, 1, 0]),
+        "id_slots": ("uint32", [1, 0x3565EF12, 0x958F3914, 0, 0, 0, 0xA465253B]),
         "values": ("float32", [[[0.5], [1.5]]]),
         "id_bytes": ("uint8", list("a\0bü".encode())),
         "packed_codes": ("uint8", [[1], [0], [1]]),
@@ -157,4 +164,4 @@ def test_open_artifact_finds_the_golden_strings(tmp_path):
     path = golden_string_artifact(tmp_path / "a")
     vectors, missing = EmbeddingStore.open(path).lookup("t", ["ü", "b", "a", "", "a\0"])
     assert (vectors.tolist(), missing.tolist()) == ([[1.5], [0.5], [0], [1.5], [1.5]], [2])
-    assert verify(path).tables["t"].vocabulary_bytes == 5 + 5 * 8 + 4 * 4
+    assert verify(path).tables["t"].vocabulary_bytes == 5 + 5 * 8 + 4 * 4 + 7 * 4

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 
-from dpq_rec import DamagedArtifactError, verify
-from tests.dpq_rec.builders import overwrite, small_artifact, word_artifact
+from dpq_rec import DamagedArtifactError, Int64Vocabulary, verify, write_artifact
+from tests.dpq_rec.builders import dense_contents, overwrite, small_artifact, word_artifact
 
 
 @pytest.fixture
@@ -78,6 +79,7 @@ HOSTILE_STRINGS = {
     "an offset below the bytes": ("id_offsets", 16, b"\xff" * 8, "see number 1"),
     "a first offset that is not 0": ("id_offsets", 0, b"\x01", "want 0 to 10"),
     "a last offset that is not the end": ("id_offsets", 40, b"\x09", "want 0 to 10"),
+    "a slot of another id": ("id_slots", 0, b"\x77", "id_slots are not those of its ids"),
 }
 
 
@@ -88,4 +90,13 @@ def test_verify_finds_a_damaged_vocabulary_of_strings(tmp_path, name):
     verify(path)
     overwrite(path, "word", tensor, at, data)
     with pytest.raises(DamagedArtifactError, match=message):
+        verify(path)
+
+
+def test_verify_finds_a_damaged_tree_of_integers(tmp_path):
+    contents = dense_contents(np.ones((50, 2), np.float32), Int64Vocabulary.from_ids(np.arange(50)))
+    path = write_artifact(tmp_path / "a", {"t": contents})
+    verify(path)
+    overwrite(path, "t", "id_tree", 16, b"\x1f")
+    with pytest.raises(DamagedArtifactError, match=r"table 't': .* id_tree is not that of its ids"):
         verify(path)

@@ -14,6 +14,7 @@ from dpq_rec import (
     StringVocabulary,
 )
 from dpq_rec import vocabulary as vocabulary_module
+from dpq_rec.id_index import build_slots, build_tree, num_slots
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.strings import PackedStrings
 from dpq_rec.vocabulary import load_vocabulary
@@ -183,11 +184,47 @@ INT64, UINT32 = np.arange(3), np.arange(3, dtype=np.uint32)
         {"ids": INT64, "rows": INT64},
         {"ids": INT64, "rows": UINT32[:2]},
         {"ids": INT64[:, None], "rows": UINT32[:, None]},
+        {"ids": INT64, "rows": UINT32, "id_tree": np.zeros(16, np.int64)},
+        {"ids": np.arange(17), "rows": np.zeros(17, np.uint32), "id_tree": np.zeros(15, np.int64)},
+        {"ids": np.arange(17), "rows": np.zeros(17, np.uint32), "id_tree": np.zeros(16)},
+        {"ids": np.arange(17), "rows": np.zeros(17, np.uint32), "id_tree": np.zeros((16, 1), np.int64)},
     ],
 )
 def test_load_vocabulary_calls_tensors_that_do_not_fit_damaged(tensors):
     with pytest.raises(DamagedArtifactError):
         load_vocabulary("int64", 3, tensors)
+
+
+@pytest.mark.parametrize("num_ids", [0, 1, 16, 17, 300])
+def test_int64_vocabulary_without_a_tree_finds_what_one_with_a_tree_finds(num_ids):
+    ids_U, rows_U = np.arange(num_ids) * 3 - 99, np.arange(num_ids, dtype=np.uint32)
+    asked = np.arange(-110, 3 * num_ids)
+    without = load_vocabulary("int64", num_ids, {"ids": ids_U, "rows": rows_U})
+    assert without.tensors().keys() == {"ids", "rows"}
+    without.check(num_ids)
+    assert without.rows(asked).tolist() == without.indexed().rows(asked).tolist()
+
+
+def test_int64_vocabulary_from_ids_has_a_tree_and_indexed_leaves_it():
+    vocabulary = Int64Vocabulary.from_ids(np.arange(300)[::-1])
+    assert vocabulary.tensors()["id_tree"].tolist() == build_tree(np.arange(300)).tolist()
+    assert vocabulary.indexed() is vocabulary
+
+
+@pytest.mark.parametrize("num_ids", [1000, 4096, 4097, 100_000])
+def test_int64_vocabulary_takes_at_most_13_bytes_an_id(num_ids):
+    tensors = Int64Vocabulary.from_ids(np.arange(num_ids)).tensors()
+    assert 12.5 < sum(tensor.nbytes for tensor in tensors.values()) / num_ids <= 13
+
+
+@pytest.mark.parametrize("at", [0, 5, 18, 19, 31, 47])
+def test_check_finds_a_tree_that_is_not_that_of_the_ids(at):
+    ids_U, rows_U = np.arange(300) * 5, np.arange(300, dtype=np.uint32)
+    tree_T = build_tree(ids_U)
+    Int64Vocabulary(ids_U, rows_U, tree_T).check(300)
+    tree_T[at] -= 1
+    with pytest.raises(DamagedArtifactError, match="id_tree is not that of its ids"):
+        Int64Vocabulary(ids_U, rows_U, tree_T).check(300)
 
 
 # Strings
@@ -231,7 +268,7 @@ def test_load_vocabulary_gives_back_the_strings_that_were_stored(row_of_text):
     loaded.check(13)
     assert loaded.rows(list(row_of_text)).tolist() == list(row_of_text.values())
     assert sum(tensor.nbytes for tensor in stored.values()) == (
-        sum(len(text.encode()) + 12 for text in row_of_text) + 8
+        sum(len(text.encode()) + 12 for text in row_of_text) + 8 + 4 * num_slots(len(row_of_text))
     )
 
 
@@ -348,3 +385,30 @@ BYTES, OFFSETS, ROWS = np.frombuffer(b"ab", np.uint8), np.arange(3), np.arange(2
 def test_load_vocabulary_calls_tensors_of_strings_that_do_not_fit_damaged(tensors):
     with pytest.raises(DamagedArtifactError):
         load_vocabulary("string", 2, tensors)
+
+
+@pytest.mark.parametrize("num_ids", [0, 1, 300])
+def test_string_vocabulary_without_slots_finds_what_one_with_slots_finds(num_ids):
+    tensors = dict(StringVocabulary.from_ids([f"item_{i}" for i in range(num_ids)]).tensors())
+    assert tensors.pop("id_slots").shape == (num_slots(num_ids),)
+    without, asked = load_vocabulary("string", num_ids, tensors), [f"item_{i}" for i in range(-3, num_ids + 3)]
+    assert "id_slots" not in without.tensors()
+    without.check(num_ids)
+    assert without.rows(asked).tolist() == without.indexed().rows(asked).tolist()
+
+
+@pytest.mark.parametrize("slots_H", [np.zeros(3, np.uint32), np.zeros(4, np.int64), np.zeros((4, 1), np.uint32)])
+def test_load_vocabulary_calls_slots_that_do_not_fit_damaged(slots_H):
+    tensors = {**StringVocabulary.from_ids(["a", "b"]).tensors(), "id_slots": slots_H}
+    with pytest.raises(DamagedArtifactError, match="id_slots: got"):
+        load_vocabulary("string", 2, tensors)
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_check_finds_slots_that_are_not_those_of_the_ids(at):
+    ids, rows_U = PackedStrings.pack([b"a", b"b", b"c", b"d"]), np.arange(4, dtype=np.uint32)
+    slots_H = build_slots(ids)
+    StringVocabulary(ids, rows_U, slots_H).check(4)
+    slots_H[at] ^= 8
+    with pytest.raises(DamagedArtifactError, match="id_slots are not those of its ids"):
+        StringVocabulary(ids, rows_U, slots_H).check(4)

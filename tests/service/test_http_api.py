@@ -109,7 +109,7 @@ def test_lookup_takes_as_many_uuids_as_ids_are_allowed(call, make_engine, string
 def test_tables_says_which_have_string_ids(call, make_engine, string_store):
     found = call("GET", "/v1/tables", make_engine(store=string_store)).json()["tables"]
     assert [(table["name"], table["vocabulary"]) for table in found] == [("name", "string"), ("user_id", "identity")]
-    assert found[0]["vocabulary_bytes"] == 4 + 5 * 8 + 4 * 4
+    assert found[0]["vocabulary_bytes"] == 4 + 5 * 8 + 4 * 4 + 7 * 4
 
 
 def test_lookup_takes_as_many_ids_and_bytes_as_allowed(call, make_engine):
