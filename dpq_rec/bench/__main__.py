@@ -8,6 +8,7 @@ BENCHMARKS = {
     "decode": "rows to vectors, beside torch.index_select from the fp32 table, and FBGEMM",
     "shapes": "rows to vectors from codes of several shapes",
     "growth": "rows to vectors from tables of 10^5 to 10^8 rows, and a picture of it",
+    "find": "ids to rows, beside numpy.searchsorted and a dict",
     "search": "the best ids for a query, beside a matrix product and faiss",
 }
 

@@ -383,7 +383,9 @@ def find_rows(
         got = "half a surrogate pair" if isinstance(bad, str) else type(bad).__name__
         raise IdTypeError(f"ids: got {got} at position {bad_id_at}, want a flat list of strings, valid in UTF-8")
     if bad_entry == len(rows_U):
-        raise DamagedArtifactError(f"the vocabulary's id_slots name an id that is none of its {len(rows_U)}, or have no end")
+        raise DamagedArtifactError(
+            f"the vocabulary's id_slots name an id that is none of its {len(rows_U)}, or have no end"
+        )
     if bad_entry >= 0:
         raise _outside(bad_entry, id_bytes_T)
     return out_N
