@@ -153,6 +153,32 @@ def test_table_bytes_count_values_and_codes_as_they_lie_on_disk_and_the_vocabula
     assert table.compression_ratio == 12800 / 912
 
 
+def lists_without_index(num_ids):
+    """A vocabulary of integers and one of strings, made of the bare lists."""
+    rows_U = np.arange(num_ids, dtype=np.uint32)
+    texts = PackedStrings.pack(sorted(str(i).encode() for i in range(num_ids)))
+    return {"i": Int64Vocabulary(np.arange(num_ids) * 7, rows_U), "s": StringVocabulary(texts, rows_U)}
+
+
+def test_write_artifact_adds_what_finds_ids_fast(tmp_path):
+    contents = {name: dpq_contents(50, LAYOUT, vocabulary=lists) for name, lists in lists_without_index(50).items()}
+    tables = verify(write_artifact(tmp_path / "a", contents)).tables
+    assert list(tables["i"].vocabulary.tensors()) == ["id_tree", "ids", "rows"]
+    assert "id_slots" in tables["s"].vocabulary.tensors()
+
+
+def test_open_artifact_reads_one_without_what_finds_ids_fast(tmp_path, monkeypatch):
+    for kind in (Int64Vocabulary, StringVocabulary):
+        monkeypatch.setattr(kind, "indexed", lambda self: self)
+    contents = {name: dpq_contents(50, LAYOUT, vocabulary=lists) for name, lists in lists_without_index(50).items()}
+    path = write_artifact(tmp_path / "a", contents)
+    tables = verify(path).tables
+    assert not {"id_tree", "id_slots"} & {*tables["i"].tensors, *tables["s"].tensors}
+    store = EmbeddingStore.open(path)
+    assert store.lookup("i", [0, 5, 7 * 49]).missing.tolist() == [1]
+    assert store.lookup("s", ["0", "50", "49"]).missing.tolist() == [1]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_open_artifact_holds_values_in_memory_as_float32(tmp_path, dtype):
     path = write_artifact(tmp_path / "a", {"t": dpq_contents(2, LAYOUT, dtype=dtype)})
