@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Annotated, Any
 
 import orjson
@@ -12,36 +13,77 @@ import swagger_ui_bundle
 from fastapi import Depends, FastAPI, Request, Response, Security
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from dpq_rec.lookup import MissingPolicy, VectorType
 from service import http_schema
 from service.engine import Engine, SearchRequest, TableRequest
-from service.errors import MalformedError, TooManyBytesError, UnauthorizedError, UnsupportedMediaTypeError
-from service.http_errors import Observed, add_error_handlers
+from service.errors import MalformedError, TooManyBytesError, UnauthorizedError
+from service.http_errors import CLIENT_LEFT, Observed, add_error_handlers, note_client_left, refusal
 from service.http_format import (
     JSON,
-    OCTETS,
+    Reply,
     body_type,
-    ids_from_json,
-    ids_from_octets,
-    lookup_to_json,
-    lookup_to_octets,
     reply_type,
     search_from_json,
     search_to_json,
     tables_from_json,
     tables_to_json,
 )
+from service.http_lookup import ROUTE, Asked, LookupPlans
 
 _BODY_SECONDS = 30.0
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ASSETS = "docs/assets"
+_LOOKUP = f"POST {ROUTE}"
+
+
+class App(FastAPI):
+    """FastAPI, and a shorter way for the lookups of one table, which passes none of its layers.
+
+    What the shorter way does not know for sure (another route, a wrong value, a key that is not the right one) goes on
+    to FastAPI, whose route does the same.
+    """
+
+    def __init__(self, api: HttpApi, **texts: Any) -> None:
+        super().__init__(**texts)
+        self._api = api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        asked = self._api.asked_of(scope)
+        if asked is None:
+            await super().__call__(scope, receive, send)
+        else:
+            await self._answer(asked, scope, receive, send)
+
+    async def _answer(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
+        """As `Observed` and the error handlers would."""
+        started, code = time.perf_counter(), CLIENT_LEFT
+        try:
+            reply = await self._api.reply(asked, scope["headers"], receive)
+            code = "200"
+            await send({"type": "http.response.start", "status": 200, "headers": reply.raw_headers()})
+            await send({"type": "http.response.body", "body": reply.body})
+        except ClientDisconnect:
+            note_client_left(_LOOKUP)
+        except Exception as error:
+            if code == "200":
+                raise
+            refused = refusal(error, _LOOKUP)
+            code = str(refused.status_code)
+            await refused(scope, receive, send)
+        finally:
+            self._api.engine.metrics.answered("http", _LOOKUP, code, time.perf_counter() - started)
 
 
 def create_app(engine: Engine) -> FastAPI:
     """The application. Its paths are relative to where it is mounted, so that a proxy may put a prefix before them."""
-    app = FastAPI(
+    api = HttpApi(engine)
+    app = App(
+        api,
         title="dpq-rec embedding server",
         version="1",
         description="Ids to embedding vectors, from tables compressed with differentiable product quantization.",
@@ -52,7 +94,6 @@ def create_app(engine: Engine) -> FastAPI:
     app.openapi_version = http_schema.OPENAPI_VERSION
     app.add_middleware(Observed, engine=engine)
     add_error_handlers(app)
-    api = HttpApi(engine)
     _add_health_routes(app, api)
     _add_lookup_routes(app, api)
     app.add_route("/docs", _docs, include_in_schema=False)
@@ -91,7 +132,7 @@ def _add_lookup_routes(app: FastAPI, api: HttpApi) -> None:
     )
     refusals = http_schema.errors(400, 404, 406, 413, 415, 422, 429, 500, 503)
     app.add_api_route(
-        "/v1/tables/{table}/lookup",
+        ROUTE,
         api.lookup,
         methods=["POST"],
         summary="Vectors of ids",
@@ -156,27 +197,36 @@ async def _docs(request: Request) -> Response:
     )
 
 
-async def read_body(request: Request, limit_bytes: int) -> bytes:
+async def read_body(headers: Iterable[tuple[bytes, bytes]], receive: Receive, limit_bytes: int) -> bytes:
     """The body, read no further than the limit whatever its length is said to be.
 
     Raises:
         TooManyBytesError: it is longer.
         MalformedError: it does not arrive in time.
+        ClientDisconnect: the client left.
     """
-    too_many = TooManyBytesError(f"body: got more than {limit_bytes} bytes; send several, or raise --max-body-bytes")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit_bytes:
-        raise too_many
+    declared = dict(headers).get(b"content-length", b"")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        raise _too_many_bytes(limit_bytes)
     body = bytearray()
     try:
         async with asyncio.timeout(_BODY_SECONDS):
-            async for piece in request.stream():
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                piece: bytes = message.get("body", b"")
+                if len(body) + len(piece) > limit_bytes:
+                    raise _too_many_bytes(limit_bytes)
+                if not message.get("more_body", False):
+                    return bytes(body + piece) if body else piece
                 body += piece
-                if len(body) > limit_bytes:
-                    raise too_many
     except TimeoutError:
         raise MalformedError(f"body: it was not complete after {_BODY_SECONDS:.0f} s") from None
-    return bytes(body)
+
+
+def _too_many_bytes(limit_bytes: int) -> TooManyBytesError:
+    return TooManyBytesError(f"body: got more than {limit_bytes} bytes; send several, or raise --max-body-bytes")
 
 
 class HttpApi:
@@ -185,6 +235,7 @@ class HttpApi:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.settings = engine.settings
+        self._plans = LookupPlans(engine)
 
     async def livez(self) -> Response:
         """The process answers."""
@@ -211,25 +262,25 @@ class HttpApi:
         An id that the vocabulary does not hold gives zeros and its position in `missing`, or an error with
         `missing=error`. Ids and vectors travel as JSON or, in a fraction of the time, as application/octet-stream.
         """
-        engine = self.engine
-        is_string = engine.table(table).vocabulary.kind == "string"
-        given = body_type(request.headers.get("content-type"))
-        if given == OCTETS and is_string:
-            raise UnsupportedMediaTypeError(f"Content-Type: table {table!r} has string ids; send them as {JSON}")
-        wanted = reply_type(_accept(request))
+        reply = await self.reply(Asked(table, dtype, missing), request.scope["headers"], request.receive)
+        return Response(bytes(reply.body), headers=reply.headers, media_type=reply.media_type)
+
+    def asked_of(self, scope: Scope) -> Asked | None:
+        """What a lookup of one table asks for; None for what FastAPI is to answer."""
+        if scope["type"] != "http" or scope["method"] != "POST" or scope.get("root_path"):
+            return None
+        key = self.settings.api_key
+        if key is not None and not _holds_key(dict(scope["headers"]), key.encode()):
+            return None
+        return self._plans.asked_of(scope["path"], scope["query_string"])
+
+    async def reply(self, asked: Asked, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> Reply:
+        """The reply to a lookup of one table; raises what `http_errors` knows."""
+        plans, engine = self._plans, self.engine
+        plan = plans.plan(asked, *_types(headers))
         with engine.slot():
-            body = await read_body(request, self.settings.body_limit_bytes)
-            ids_of = ids_from_octets if given == OCTETS else ids_from_json
-
-            def answer() -> Response:
-                asked = TableRequest(table=table, ids=ids_of(body), dtype=dtype, missing=missing)
-                version, (found,) = engine.lookup([asked])
-                if wanted == JSON:
-                    return Response(lookup_to_json(table, version, found), media_type=JSON)
-                octets, headers = lookup_to_octets(version, found)
-                return Response(octets, headers=headers, media_type=OCTETS)
-
-            return await engine.run(answer, len(body))
+            body = await read_body(headers, receive, self.settings.body_limit_bytes)
+            return await engine.run(lambda: plans.answer(plan, body), len(body))
 
     async def search(self, request: Request, table: str, missing: MissingPolicy = "zeros") -> Response:
         """The ids whose vectors are most similar to queries, exactly: every row of the table is scored.
@@ -239,11 +290,11 @@ class HttpApi:
         itself. An unknown id has none, and its position in `missing`, or is an error with `missing=error`.
         """
         body_type(request.headers.get("content-type"), (JSON,))
-        reply_type(_accept(request), (JSON,))
+        reply_type(_types(request.scope["headers"])[1], (JSON,))
         engine = self.engine
         engine.table(table)
         with engine.slot():
-            body = await read_body(request, self.settings.body_limit_bytes)
+            body = await read_body(request.scope["headers"], request.receive, self.settings.body_limit_bytes)
 
             def answer() -> Response:
                 asked = SearchRequest(table=table, missing=missing, **search_from_json(body))
@@ -256,10 +307,10 @@ class HttpApi:
     ) -> Response:
         """Vectors of several tables in one request: all from one version, with one limit on their ids together."""
         body_type(request.headers.get("content-type"), (JSON,))
-        reply_type(_accept(request), (JSON,))
+        reply_type(_types(request.scope["headers"])[1], (JSON,))
         engine = self.engine
         with engine.slot():
-            body = await read_body(request, self.settings.body_limit_bytes)
+            body = await read_body(request.scope["headers"], request.receive, self.settings.body_limit_bytes)
 
             def answer() -> Response:
                 tables = tables_from_json(body)
@@ -270,8 +321,21 @@ class HttpApi:
             return await engine.run(answer, len(body))
 
 
-def _accept(request: Request) -> str:
-    return ",".join(request.headers.getlist("accept"))
+def _holds_key(headers: dict[bytes, bytes], key: bytes) -> bool:
+    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+    given = bearer if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+    return hmac.compare_digest(given, key)
+
+
+def _types(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, str]:
+    """Content-Type, the first if there are several, and Accept, all together."""
+    content_type, accept = None, ""
+    for name, value in headers:
+        if name == b"accept":
+            accept = f"{accept},{value.decode('latin-1')}" if accept else value.decode("latin-1")
+        elif name == b"content-type" and content_type is None:
+            content_type = value.decode("latin-1")
+    return content_type, accept
 
 
 def _json(value: object) -> Response:

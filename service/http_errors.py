@@ -46,7 +46,7 @@ _HEADERS: dict[type[Exception], dict[str, str]] = {
     # What is left of the body is not worth reading.
     errors.TooManyBytesError: {"Connection": "close"},
 }
-_CLIENT_LEFT = "499"
+CLIENT_LEFT = "499"  # the status that is counted, and never sent, where the client did not wait for one
 
 
 def error_reply(status: int, error_type: str, text: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -64,6 +64,10 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
+    return _refusal(error)
+
+
+def _refusal(error: Exception) -> Response:
     kind = type(error)
     error_type = error.error_type if isinstance(error, errors.RequestError) else _LIBRARY_TYPES[kind]
     return error_reply(_STATUS[kind], error_type, str(error), _HEADERS.get(kind))
@@ -83,6 +87,21 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
     return error_reply(error.status_code, error_type, text, error.headers)
 
 
+def refusal(error: Exception, method: str) -> Response:
+    """The reply to whatever was raised: 500, and a line in the log, for what nobody expected. Call it in `except`."""
+    return _refusal(error) if type(error) in _STATUS else _internal(method)
+
+
+def _internal(method: str) -> Response:
+    logger.exception("%s failed", method)
+    return error_reply(500, "internal", "internal error; the server's log says more")
+
+
+def note_client_left(method: str) -> None:
+    """Nobody waits for a reply."""
+    logger.debug("%s: the client left before its body was complete", method)
+
+
 class Observed:
     """ASGI middleware: counts every request, and turns what nobody expected into a 500 and a line in the log."""
 
@@ -95,7 +114,7 @@ class Observed:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, code = time.perf_counter(), _CLIENT_LEFT
+        started, code = time.perf_counter(), CLIENT_LEFT
 
         async def note_status(message: Message) -> None:
             nonlocal code
@@ -106,12 +125,11 @@ class Observed:
         try:
             await self.app(scope, receive, note_status)
         except ClientDisconnect:
-            logger.debug("%s: the client left before its body was complete", _route(scope))
+            note_client_left(_route(scope))
         except Exception:
-            logger.exception("%s failed", _route(scope))
-            if code != _CLIENT_LEFT:
+            reply = _internal(_route(scope))
+            if code != CLIENT_LEFT:
                 raise
-            reply = error_reply(500, "internal", "internal error; the server's log says more")
             await reply(scope, receive, note_status)
         finally:
             self.metrics.answered("http", _route(scope), code, time.perf_counter() - started)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -16,9 +17,24 @@ from service.errors import InvalidRequestError, MalformedError, NotAcceptableErr
 JSON = "application/json"
 OCTETS = "application/octet-stream"
 Ids = NDArray[np.int64] | list[str]
+Octets = bytes | memoryview
 _ID_BYTES = 8
+_BIG_ENDIAN = sys.byteorder == "big"
 _SEARCH_FIELDS = ("queries", "ids", "k", "similarity")
 _PIECE_VALUES = 1 << 16  # values written as JSON at a time: orjson keeps every other thread waiting
+
+
+class Reply(NamedTuple):
+    """A body, its media type, and the headers beside it."""
+
+    body: Octets
+    media_type: str
+    headers: Mapping[str, str]
+
+    def raw_headers(self) -> list[tuple[bytes, bytes]]:
+        """All headers as ASGI has them."""
+        raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in self.headers.items()]
+        return [*raw, (b"content-length", b"%d" % len(self.body)), (b"content-type", self.media_type.encode())]
 
 
 def body_type(content_type: str | None, offered: tuple[str, ...] = (JSON, OCTETS)) -> str:
@@ -205,15 +221,29 @@ def _dumps(value: Any) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def lookup_to_octets(version: str, lookup: Lookup) -> tuple[bytes, dict[str, str]]:
-    """The vectors, row major, little endian, then the missing positions as little-endian uint32; and the headers."""
+def lookup_to_octets(version: str, lookup: Lookup) -> tuple[Octets, dict[str, str]]:
+    """The vectors, row major, little endian, then the missing positions as little-endian uint32; and the headers.
+
+    Where none is missing the body is a view of the vectors, not a copy.
+    """
     vectors_NE, missing = lookup
     headers = {
         "X-Num-Rows": str(len(vectors_NE)),
         "X-Dim": str(vectors_NE.shape[1]),
-        "X-Dtype": str(vectors_NE.dtype),
+        "X-Dtype": vectors_NE.dtype.name,
         "X-Num-Missing": str(len(missing)),
         "X-Version": version,
     }
-    little_endian_NE = vectors_NE.astype(vectors_NE.dtype.newbyteorder("<"), copy=False)
-    return little_endian_NE.tobytes() + missing.astype("<u4").tobytes(), headers
+    return _joined(vectors_NE, missing), headers
+
+
+def _joined(rows_NX: NDArray[Any], missing: NDArray[np.uint32]) -> Octets:
+    """Rows, little endian, then positions."""
+    rows = _view(rows_NX)
+    return b"".join((rows, _view(missing))) if len(missing) else rows
+
+
+def _view(array: NDArray[Any]) -> memoryview:
+    """The bytes of an array, little endian; the array's own where its type is."""
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False) if _BIG_ENDIAN else array
+    return little.reshape(-1).view(np.uint8).data

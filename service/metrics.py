@@ -7,6 +7,7 @@ imported only after the fork, by the workers.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -51,6 +52,15 @@ class Metrics:
             "dpq_artifact_info", "The version served.", ["version"], multiprocess_mode="livemax", registry=own
         )
         artifact.labels(version).set(1)
+        # `labels` takes longer than counting; there are only so many routes, statuses and tables.
+        self._requests_of, self._seconds_of = (
+            functools.cache(self._requests.labels),
+            functools.cache(self._seconds.labels),
+        )
+        self._ids_of, self._missing_ids_of = (
+            functools.cache(self._ids.labels),
+            functools.cache(self._missing_ids.labels),
+        )
 
     def answered(self, api: str, method: str, code: str, seconds: float) -> None:
         """Count a request.
@@ -61,13 +71,15 @@ class Metrics:
             code: the status.
             seconds: from its start to its reply.
         """
-        self._requests.labels(api, method, code).inc()
-        self._seconds.labels(api, method).observe(seconds)
+        self._requests_of(api, method, code).inc()
+        self._seconds_of(api, method).observe(seconds)
 
     def looked_up(self, table: str, num_ids: int, num_missing: int) -> None:
         """Count the ids of a lookup."""
-        self._ids.labels(table).inc(num_ids)
-        self._missing_ids.labels(table).inc(num_missing)
+        self._ids_of(table).inc(num_ids)
+        missing_ids = self._missing_ids_of(table)
+        if num_missing:
+            missing_ids.inc(num_missing)
 
     def set_ready(self, *, ready: bool) -> None:
         """Say whether this worker is ready."""

@@ -124,7 +124,9 @@ async def _watch_memory(metrics: Metrics) -> None:
 def _http_config(engine: Engine) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(engine),
+        interface="asgi3",
         http="httptools",
+        proxy_headers=False,  # nothing asks who calls or by which scheme
         ws="none",
         lifespan="off",
         log_config=None,
