@@ -95,7 +95,7 @@ class TableManifest:
         """Whether rows are stored as codes, with tiers or without."""
         return self.kind in (DPQ, DPQ_TIERS)
 
-    @property
+    @functools.cached_property
     def layout(self) -> CodeLayout:
         """How the codes of a row are laid out; of a row of the first tier, where there are tiers."""
         return CodeLayout(num_subspaces=self.num_subspaces, num_codes=self.num_codes, num_levels=self.num_levels)

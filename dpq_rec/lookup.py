@@ -154,7 +154,7 @@ class EmbeddingStore:
         if missing not in get_args(MissingPolicy):
             raise ConfigError(f"missing: got {missing!r}, want zeros or error")
         rows_N = self.table(table).vocabulary.rows(ids)
-        positions = np.flatnonzero(rows_N == kernels.MISSING_ROW).astype(np.uint32)
+        positions = (rows_N == kernels.MISSING_ROW).nonzero()[0].astype(np.uint32)
         if missing == "error" and len(positions):
             raise UnknownIdsError(table, [ids[i] for i in positions], positions.tolist())
         return rows_N, positions

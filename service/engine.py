@@ -45,8 +45,7 @@ class State(enum.Enum):
     STOPPING = "stopping"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TableRequest:
+class TableRequest(NamedTuple):
     """What is asked of one table.
 
     Attributes:
@@ -190,11 +189,10 @@ class Slot:
         self._engine = engine
 
     def __enter__(self) -> None:
-        engine = self._engine
-        if engine.state in (State.STARTING, State.STOPPING):
-            engine.check_ready()
-        limit = engine.settings.max_in_flight
-        if engine.num_in_flight >= limit:
+        engine, limit = self._engine, self._engine.settings.max_in_flight
+        if not engine.has_room:
+            if engine.state in (State.STARTING, State.STOPPING):
+                engine.check_ready()
             raise OverloadedError(f"{limit} requests are in flight, as many as --max-in-flight allows; try again later")
         engine.num_in_flight += 1
         engine.metrics.in_flight.inc()
@@ -249,6 +247,11 @@ class Engine:
         """Room for one request, from its first byte to its reply; entering it raises what `Slot` says."""
         return Slot(self)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a slot would be given."""
+        return self.state not in (State.STARTING, State.STOPPING) and self.num_in_flight < self.settings.max_in_flight
+
     def check_num_ids(self, num_ids: int, what: str = "ids") -> None:
         """Keep to the limit of ids.
 
@@ -263,6 +266,10 @@ class Engine:
 
     # Lookups
 
+    def is_small(self, num_bytes: int) -> bool:
+        """Whether a request of so many bytes may be answered on the event loop."""
+        return num_bytes // 8 * self.max_dim <= _INLINE_VALUES
+
     async def run(self, work: Callable[[], T], num_bytes: int) -> T:
         """The result of work(): at once where the request is small, in a thread where it is large.
 
@@ -270,7 +277,7 @@ class Engine:
             work: parse, look up and render; it must not touch the event loop.
             num_bytes: of the request.
         """
-        if num_bytes // 8 * self.max_dim <= _INLINE_VALUES:
+        if self.is_small(num_bytes):
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
@@ -311,11 +318,14 @@ class Engine:
             InvalidRequestError: bag lengths that do not fit the ids, or pooling without them.
             TooManyIdsError: more ids, rows of the reply or requests than `max_ids`.
         """
-        self.check_num_ids(sum(len(r.ids) for r in requests))
-        self.check_num_ids(sum(r.num_rows for r in requests), "rows of the reply")
+        num_ids = num_rows = 0
+        for request in requests:
+            num_ids += len(request.ids)
+            num_rows += request.num_rows
+        self.check_num_ids(num_ids)
+        self.check_num_ids(num_rows, "rows of the reply")
         self.check_num_ids(len(requests), "requests")
-        store = self.store
-        return Answer(store.version, [self._lookup(store, request) for request in requests])
+        return Answer(self.store.version, [self._lookup(request) for request in requests])
 
     def search(self, request: SearchRequest) -> SearchAnswer:
         """The rows most similar to queries.
@@ -347,21 +357,32 @@ class Engine:
             raise InvalidRequestError(str(error)) from error
         return SearchAnswer(store.version, found, missing)
 
-    def _lookup(self, store: EmbeddingStore, request: TableRequest) -> Lookup:
-        _check_kind(store.table(request.table), request.table, request.ids)
+    def lookup_ids(
+        self, table: str, ids: NDArray[np.int64], dtype: VectorType = "float32", missing: MissingPolicy = "zeros"
+    ) -> Lookup:
+        """What `lookup` finds for one request that is known to have ids of the table's type, and no bags.
+
+        Raises:
+            UnknownTableError, UnknownIdsError, TooManyIdsError: as there.
+        """
+        self.check_num_ids(len(ids))
+        return self._find(table, ids, dtype, missing)
+
+    def _find(
+        self, table: str, ids: NDArray[np.int64] | list[str], dtype: VectorType, missing: MissingPolicy
+    ) -> Lookup:
+        found = self.store.lookup(table, ids, dtype=dtype, missing=missing)
+        self.metrics.looked_up(table, len(ids), len(found.missing))
+        return found
+
+    def _lookup(self, request: TableRequest) -> Lookup:
+        table, ids, dtype, missing, pooling, bag_lengths_B = request
+        _check_kind(self.store.table(table), table, ids)
         _check_bags(request)
-        if request.pooling == "none" or request.bag_lengths_B is None:
-            found = store.lookup(request.table, request.ids, dtype=request.dtype, missing=request.missing)
-        else:
-            found = store.lookup_bags(
-                request.table,
-                request.ids,
-                request.bag_lengths_B,
-                pooling=request.pooling,
-                dtype=request.dtype,
-                missing=request.missing,
-            )
-        self.metrics.looked_up(request.table, len(request.ids), len(found.missing))
+        if pooling == "none" or bag_lengths_B is None:
+            return self._find(table, ids, dtype, missing)
+        found = self.store.lookup_bags(table, ids, bag_lengths_B, pooling=pooling, dtype=dtype, missing=missing)
+        self.metrics.looked_up(table, len(ids), len(found.missing))
         return found
 
 

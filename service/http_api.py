@@ -49,11 +49,11 @@ class App(FastAPI):
 
     def __init__(self, api: HttpApi, **texts: Any) -> None:
         super().__init__(**texts)
-        self._api = api
+        self.api = api
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        asked = self._api.asked_of(scope)
+        asked = self.api.asked_of(scope)
         if asked is None:
             await super().__call__(scope, receive, send)
         else:
@@ -63,9 +63,9 @@ class App(FastAPI):
         """As `Observed` and the error handlers would."""
         started, code = time.perf_counter(), CLIENT_LEFT
         try:
-            reply = await self._api.reply(asked, scope["headers"], receive)
+            reply = await self.api.reply(asked, scope["headers"], receive)
             code = "200"
-            await send({"type": "http.response.start", "status": 200, "headers": reply.raw_headers()})
+            await send({"type": "http.response.start", "status": 200, "headers": reply.headers.raw})
             await send({"type": "http.response.body", "body": reply.body})
         except ClientDisconnect:
             note_client_left(_LOOKUP)
@@ -76,10 +76,10 @@ class App(FastAPI):
             code = str(refused.status_code)
             await refused(scope, receive, send)
         finally:
-            self._api.engine.metrics.answered("http", _LOOKUP, code, time.perf_counter() - started)
+            self.api.engine.metrics.answered("http", _LOOKUP, code, time.perf_counter() - started)
 
 
-def create_app(engine: Engine) -> FastAPI:
+def create_app(engine: Engine) -> App:
     """The application. Its paths are relative to where it is mounted, so that a proxy may put a prefix before them."""
     api = HttpApi(engine)
     app = App(
@@ -263,7 +263,7 @@ class HttpApi:
         `missing=error`. Ids and vectors travel as JSON or, in a fraction of the time, as application/octet-stream.
         """
         reply = await self.reply(Asked(table, dtype, missing), request.scope["headers"], request.receive)
-        return Response(bytes(reply.body), headers=reply.headers, media_type=reply.media_type)
+        return Response(bytes(reply.body), headers=reply.headers, media_type=reply.headers.media_type)
 
     def asked_of(self, scope: Scope) -> Asked | None:
         """What a lookup of one table asks for; None for what FastAPI is to answer."""
@@ -274,13 +274,38 @@ class HttpApi:
             return None
         return self._plans.asked_of(scope["path"], scope["query_string"])
 
+    def plan_at_once(
+        self, asked: Asked, headers: Iterable[tuple[bytes, bytes]], num_bytes: int
+    ) -> Callable[[bytes], Reply] | None:
+        """How to answer a body of so many bytes on the event loop; None where it is to wait, or to be refused."""
+        if num_bytes > self.settings.body_limit_bytes or not self.engine.is_small(num_bytes):
+            return None
+        try:
+            return self._plans.plan(asked, *types_of(headers))
+        except Exception:  # the general way finds the same, and says so
+            return None
+
+    def reply_at_once(self, plan: Callable[[bytes], Reply], body: bytes) -> Reply | None:
+        """The reply to a request that has arrived whole, which is counted; None where it is to wait, or to be refused.
+
+        It takes no slot: nothing else happens before it would be left again.
+        """
+        engine, started = self.engine, time.perf_counter()
+        if not engine.has_room:
+            return None
+        try:
+            reply = plan(body)
+        except Exception:  # likewise
+            return None
+        engine.metrics.answered("http", _LOOKUP, "200", time.perf_counter() - started)
+        return reply
+
     async def reply(self, asked: Asked, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> Reply:
         """The reply to a lookup of one table; raises what `http_errors` knows."""
-        plans, engine = self._plans, self.engine
-        plan = plans.plan(asked, *_types(headers))
+        engine, plan = self.engine, self._plans.plan(asked, *types_of(headers))
         with engine.slot():
             body = await read_body(headers, receive, self.settings.body_limit_bytes)
-            return await engine.run(lambda: plans.answer(plan, body), len(body))
+            return await engine.run(lambda: plan(body), len(body))
 
     async def search(self, request: Request, table: str, missing: MissingPolicy = "zeros") -> Response:
         """The ids whose vectors are most similar to queries, exactly: every row of the table is scored.
@@ -290,7 +315,7 @@ class HttpApi:
         itself. An unknown id has none, and its position in `missing`, or is an error with `missing=error`.
         """
         body_type(request.headers.get("content-type"), (JSON,))
-        reply_type(_types(request.scope["headers"])[1], (JSON,))
+        reply_type(types_of(request.scope["headers"])[1], (JSON,))
         engine = self.engine
         engine.table(table)
         with engine.slot():
@@ -307,7 +332,7 @@ class HttpApi:
     ) -> Response:
         """Vectors of several tables in one request: all from one version, with one limit on their ids together."""
         body_type(request.headers.get("content-type"), (JSON,))
-        reply_type(_types(request.scope["headers"])[1], (JSON,))
+        reply_type(types_of(request.scope["headers"])[1], (JSON,))
         engine = self.engine
         with engine.slot():
             body = await read_body(request.scope["headers"], request.receive, self.settings.body_limit_bytes)
@@ -327,7 +352,7 @@ def _holds_key(headers: dict[bytes, bytes], key: bytes) -> bool:
     return hmac.compare_digest(given, key)
 
 
-def _types(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, str]:
+def types_of(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, str]:
     """Content-Type, the first if there are several, and Accept, all together."""
     content_type, accept = None, ""
     for name, value in headers:

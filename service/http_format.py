@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,23 +19,35 @@ JSON = "application/json"
 OCTETS = "application/octet-stream"
 Ids = NDArray[np.int64] | list[str]
 Octets = bytes | memoryview
-_ID_BYTES = 8
+_ID_BYTES, _POSITION_BYTES = 8, 4
+_MOST_HEADERS = 1024  # of a kind, that are kept
 _BIG_ENDIAN = sys.byteorder == "big"
 _SEARCH_FIELDS = ("queries", "ids", "k", "similarity")
 _PIECE_VALUES = 1 << 16  # values written as JSON at a time: orjson keeps every other thread waiting
 
 
+class Headers(dict[str, str]):
+    """Headers of replies of one media type and length; made once, for one reply is much like another.
+
+    Args:
+        media_type: of the body.
+        num_bytes: of the body.
+        named: the headers beside these.
+    """
+
+    def __init__(self, media_type: str, num_bytes: int, named: Mapping[str, str]) -> None:
+        super().__init__(named)
+        all_named = {**named, "Content-Length": str(num_bytes), "Content-Type": media_type}
+        self.media_type = media_type
+        self.raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in all_named.items()]
+        self.lines = b"".join(b"%b: %b\r\n" % pair for pair in self.raw) + b"\r\n"  # and the line that ends them
+
+
 class Reply(NamedTuple):
-    """A body, its media type, and the headers beside it."""
+    """A body and its headers."""
 
     body: Octets
-    media_type: str
-    headers: Mapping[str, str]
-
-    def raw_headers(self) -> list[tuple[bytes, bytes]]:
-        """All headers as ASGI has them."""
-        raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in self.headers.items()]
-        return [*raw, (b"content-length", b"%d" % len(self.body)), (b"content-type", self.media_type.encode())]
+    headers: Headers
 
 
 def body_type(content_type: str | None, offered: tuple[str, ...] = (JSON, OCTETS)) -> str:
@@ -221,20 +234,27 @@ def _dumps(value: Any) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def lookup_to_octets(version: str, lookup: Lookup) -> tuple[Octets, dict[str, str]]:
+def lookup_to_octets(version: str, lookup: Lookup) -> tuple[Octets, Headers]:
     """The vectors, row major, little endian, then the missing positions as little-endian uint32; and the headers.
 
     Where none is missing the body is a view of the vectors, not a copy.
     """
     vectors_NE, missing = lookup
-    headers = {
-        "X-Num-Rows": str(len(vectors_NE)),
-        "X-Dim": str(vectors_NE.shape[1]),
-        "X-Dtype": vectors_NE.dtype.name,
-        "X-Num-Missing": str(len(missing)),
+    num_rows, dim = vectors_NE.shape
+    return _joined(vectors_NE, missing), _octets_headers(version, num_rows, dim, vectors_NE.dtype.char, len(missing))
+
+
+@functools.lru_cache(_MOST_HEADERS)
+def _octets_headers(version: str, num_rows: int, dim: int, dtype_char: str, num_missing: int) -> Headers:
+    dtype = np.dtype(dtype_char)
+    named = {
+        "X-Num-Rows": str(num_rows),
+        "X-Dim": str(dim),
+        "X-Dtype": dtype.name,
+        "X-Num-Missing": str(num_missing),
         "X-Version": version,
     }
-    return _joined(vectors_NE, missing), headers
+    return Headers(OCTETS, num_rows * dim * dtype.itemsize + _POSITION_BYTES * num_missing, named)
 
 
 def _joined(rows_NX: NDArray[Any], missing: NDArray[np.uint32]) -> Octets:
@@ -246,4 +266,4 @@ def _joined(rows_NX: NDArray[Any], missing: NDArray[np.uint32]) -> Octets:
 def _view(array: NDArray[Any]) -> memoryview:
     """The bytes of an array, little endian; the array's own where its type is."""
     little = array.astype(array.dtype.newbyteorder("<"), copy=False) if _BIG_ENDIAN else array
-    return little.reshape(-1).view(np.uint8).data
+    return memoryview(little).cast("B") if little.size else memoryview(b"")  # type: ignore[arg-type] # it is a buffer

@@ -18,7 +18,7 @@ from service.errors import UnsupportedMediaTypeError
 from service.http_format import (
     JSON,
     OCTETS,
-    Ids,
+    Headers,
     Reply,
     body_type,
     ids_from_json,
@@ -41,12 +41,7 @@ class Asked(NamedTuple):
     missing: MissingPolicy = "zeros"
 
 
-class Plan(NamedTuple):
-    """How a body is read and answered."""
-
-    asked: Asked
-    ids_of: Callable[[bytes], Ids]
-    reply_of: Callable[[Lookup], Reply]
+Plan = Callable[[bytes], Reply]  # from a body to its reply
 
 
 class LookupPlans:
@@ -78,32 +73,29 @@ class LookupPlans:
         return (self._plan if num_characters <= _LONGEST_KEPT else self._make_plan)(asked, content_type, accept)
 
     def _make_plan(self, asked: Asked, content_type: str | None, accept: str) -> Plan:
-        name, store = asked.table, self._engine.store
-        is_string = self._engine.table(name).vocabulary.kind == "string"
+        engine, (name, dtype, missing) = self._engine, asked
+        version, is_string = engine.store.version, engine.table(name).vocabulary.kind == "string"
         given = body_type(content_type)
         if given == OCTETS and is_string:
             raise UnsupportedMediaTypeError(f"Content-Type: table {name!r} has string ids; send them as {JSON}")
-        ids_of = ids_from_octets if given == OCTETS else ids_from_json
+
+        def from_octets(body: bytes) -> Lookup:
+            return engine.lookup_ids(name, ids_from_octets(body), dtype, missing)
+
+        def from_json(body: bytes) -> Lookup:
+            request = TableRequest(table=name, ids=ids_from_json(body), dtype=dtype, missing=missing)
+            return engine.lookup([request]).lookups[0]
 
         def in_octets(found: Lookup) -> Reply:
-            body, headers = lookup_to_octets(store.version, found)
-            return Reply(body, OCTETS, headers)
+            return Reply(*lookup_to_octets(version, found))
 
         def in_json(found: Lookup) -> Reply:
-            return Reply(lookup_to_json(name, store.version, found), JSON, {})
+            body = lookup_to_json(name, version, found)
+            return Reply(body, Headers(JSON, len(body), {}))
 
-        return Plan(asked, ids_of, in_octets if reply_type(accept) == OCTETS else in_json)
-
-    def answer(self, plan: Plan, body: bytes) -> Reply:
-        """The reply to a body.
-
-        Raises:
-            MalformedError, InvalidRequestError: of the body.
-            UnknownIdsError, IdTypeError, TooManyIdsError: see `Engine.lookup`.
-        """
-        table, dtype, missing = plan.asked
-        request = TableRequest(table=table, ids=plan.ids_of(body), dtype=dtype, missing=missing)
-        return plan.reply_of(self._engine.lookup([request]).lookups[0])
+        find = from_octets if given == OCTETS else from_json
+        render = in_octets if reply_type(accept) == OCTETS else in_json
+        return lambda body: render(find(body))
 
 
 def asked_of(path: str, query: bytes) -> Asked | None:

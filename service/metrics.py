@@ -7,14 +7,22 @@ imported only after the fork, by the workers.
 
 from __future__ import annotations
 
+import asyncio
+import bisect
+import collections
 import functools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _STATUS = Path("/proc/self/status")
+
+
+T = TypeVar("T")
 
 
 class Metrics:
@@ -52,6 +60,9 @@ class Metrics:
             "dpq_artifact_info", "The version served.", ["version"], multiprocess_mode="livemax", registry=own
         )
         artifact.labels(version).set(1)
+        self._answered: collections.deque[tuple[tuple[str, str, str], float]] = collections.deque()
+        self._looked_up: collections.deque[tuple[str, int, int]] = collections.deque()
+        self._is_planned = False
         # `labels` takes longer than counting; there are only so many routes, statuses and tables.
         self._requests_of, self._seconds_of = (
             functools.cache(self._requests.labels),
@@ -71,15 +82,42 @@ class Metrics:
             code: the status.
             seconds: from its start to its reply.
         """
-        self._requests_of(api, method, code).inc()
-        self._seconds_of(api, method).observe(seconds)
+        self._answered.append(((api, method, code), seconds))
+        self._write_soon()
 
     def looked_up(self, table: str, num_ids: int, num_missing: int) -> None:
         """Count the ids of a lookup."""
-        self._ids_of(table).inc(num_ids)
-        missing_ids = self._missing_ids_of(table)
-        if num_missing:
-            missing_ids.inc(num_missing)
+        self._looked_up.append((table, num_ids, num_missing))
+        self._write_soon()
+
+    def _write_soon(self) -> None:
+        """What is counted in one turn of the event loop is written together; outside of a loop at once."""
+        if self._is_planned:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.write()
+        else:
+            self._is_planned = True
+            loop.call_soon(self.write)
+
+    def write(self) -> None:
+        """Write what has been counted. Threads may count meanwhile, and write too: each entry is taken once."""
+        self._is_planned = False
+        requests: dict[tuple[str, str, str], list[float]] = {}
+        for labels, seconds in _taken(self._answered):
+            requests.setdefault(labels, []).append(seconds)
+        for labels, all_seconds in requests.items():
+            self._requests_of(*labels).inc(len(all_seconds))
+            _observe(self._seconds_of(*labels[:2]), all_seconds)
+        ids: dict[str, tuple[int, int]] = {}
+        for table, num_ids, num_missing in _taken(self._looked_up):
+            before = ids.get(table, (0, 0))
+            ids[table] = before[0] + num_ids, before[1] + num_missing
+        for table, (num_ids, num_missing) in ids.items():
+            self._ids_of(table).inc(num_ids)
+            self._missing_ids_of(table).inc(num_missing)
 
     def set_ready(self, *, ready: bool) -> None:
         """Say whether this worker is ready."""
@@ -97,8 +135,29 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text of /metrics, in the text format 0.0.4 of Prometheus."""
+        self.write()
         if self._folder is None:
             return generate_latest(self._registry)
         everyone = CollectorRegistry()
         MultiProcessCollector(everyone, path=str(self._folder))  # type: ignore[no-untyped-call]
         return generate_latest(everyone)
+
+
+def _observe(histogram: Histogram, all_seconds: list[float]) -> None:
+    """`histogram.observe` of each, which would write as often: prometheus_client offers nothing for many."""
+    histogram._sum.inc(sum(all_seconds))
+    for bucket, num_requests in collections.Counter(map(_bucket_of, all_seconds)).items():
+        histogram._buckets[bucket].inc(num_requests)
+
+
+def _bucket_of(seconds: float) -> int:
+    return bisect.bisect_left(_SECONDS, seconds)
+
+
+def _taken(counted: collections.deque[T]) -> Iterator[T]:
+    """The entries, which are then no longer there."""
+    while counted:
+        try:
+            yield counted.popleft()
+        except IndexError:  # another thread took the last
+            return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ import uvloop
 from dpq_rec import EmbeddingStore
 from service.engine import Engine
 from service.http_api import create_app
+from service.http_protocol import Heads, LookupProtocol
 from service.settings import Settings
 
 if TYPE_CHECKING:  # imported in `serve` only: see there
@@ -122,10 +124,11 @@ async def _watch_memory(metrics: Metrics) -> None:
 
 
 def _http_config(engine: Engine) -> uvicorn.Config:
+    app = create_app(engine)
     return uvicorn.Config(
-        create_app(engine),
+        app,
         interface="asgi3",
-        http="httptools",
+        http=functools.partial(LookupProtocol, Heads(app.api)),  # type: ignore[arg-type] # called as a class is
         proxy_headers=False,  # nothing asks who calls or by which scheme
         ws="none",
         lifespan="off",

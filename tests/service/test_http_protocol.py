@@ -1,0 +1,271 @@
+"""Requests that arrive whole are answered past ASGI: with the same bytes, and in the same order, as if they had not."""
+
+import asyncio
+import contextlib
+import re
+import socket
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from uvicorn.server import ServerState
+
+from service import worker
+from service.http_protocol import LookupProtocol
+from tests.service.http_requests import ITEMS, JSON, OCTETS, USERS, octets
+
+
+def request(path=ITEMS, body=b"", given=OCTETS, accept=OCTETS, method="POST", version="1.1", headers=()):
+    lines = [f"{method} {path} HTTP/{version}", "Host: x", f"Content-Type: {given}", f"Accept: {accept}"]
+    lines += [f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+class Transport(asyncio.Transport):
+    """Keeps what is written, and whether it was closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.written, self.is_closed = bytearray(), False
+
+    def write(self, data):
+        self.written += data
+
+    def is_closing(self):
+        return self.is_closed
+
+    def close(self):
+        self.is_closed = True
+
+    def pause_reading(self):
+        pass
+
+    def resume_reading(self):
+        pass
+
+
+@pytest.fixture
+def exchange(make_engine):
+    """exchange(pieces, engine=None): what a connection is sent when it sends pieces, and whether it was closed."""
+
+    def run(pieces, engine=None, between=lambda protocol: None):
+        async def scenario():
+            config = worker._http_config(engine or make_engine())
+            config.load()
+            protocol = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})
+            transport = Transport()
+            protocol.connection_made(transport)
+            for piece in pieces:
+                if not transport.is_closed:
+                    protocol.data_received(piece)
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                between(protocol)
+            while protocol.server_state.tasks:
+                await asyncio.sleep(0.001)
+            return bytes(transport.written), transport.is_closed
+
+        return asyncio.run(scenario())
+
+    return run
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """A list with an entry, whether it succeeded, for each attempt to answer at once."""
+    attempts, answers = [], LookupProtocol._answers
+
+    def noted(self, data):
+        attempts.append(answers(self, data))
+        return attempts[-1]
+
+    monkeypatch.setattr(LookupProtocol, "_answers", noted)
+    return attempts
+
+
+def replies(written):
+    """Status, headers and body of each reply, without the order of the headers."""
+    found = []
+    while written:
+        head, _, rest = written.partition(b"\r\n\r\n")
+        status, *lines = head.split(b"\r\n")
+        headers = {line.partition(b": ")[0]: line.partition(b": ")[2] for line in lines}
+        length = int(headers[b"content-length"])
+        found.append((status, headers, rest[:length]))
+        written = rest[length:]
+    return found
+
+
+KNOWN = octets([39, 0, 99])
+WHOLE = {  # answered at once
+    "octets": request(USERS, KNOWN),
+    "float16": request(f"{USERS}?dtype=float16&missing=zeros", KNOWN),
+    "no ids": request(USERS),
+    "JSON": request(USERS, b'{"ids": [1]}', JSON, JSON),
+    "JSON to octets": request(USERS, b'{"ids": [1, 99]}', JSON, OCTETS),
+    "escaped path": request("/v1/tables/user%5Fid/lookup", KNOWN),
+}
+OTHERS = {  # left to uvicorn
+    "GET": b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
+    "unknown id": request(f"{USERS}?missing=error", KNOWN),
+    "broken id": request(USERS, b"1234567"),
+    "unknown table": request("/v1/tables/usr/lookup", KNOWN),
+    "wrong value": request(f"{USERS}?dtype=x", KNOWN),
+    "too many bytes": request(USERS, bytes(2**22 + 8)),
+    "large": request(USERS, octets(range(50_000))),
+    "chunked": request(USERS, b"", headers=["Transfer-Encoding: chunked"]).replace(b"Content-Length: 0\r\n", b"")
+    + b"8\r\n"
+    + octets([1])
+    + b"\r\n0\r\n\r\n",
+    "close": request(USERS, KNOWN, headers=["Connection: close"]),
+    "HTTP/1.0": request(USERS, KNOWN, version="1.0"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_request_is_answered_at_once_as_uvicorn_does(exchange, at_once, name):
+    whole, _ = exchange([WHOLE[name]])
+    assert at_once == [True]
+    in_pieces, _ = exchange([WHOLE[name][:30], WHOLE[name][30:]])
+    assert at_once == [True, False, False]
+    assert replies(whole) == replies(in_pieces)
+    assert replies(whole)[0][0] == b"HTTP/1.1 200 OK"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_answered_at_once_is_uvicorns(exchange, at_once, name):
+    written, _ = exchange([OTHERS[name]])
+    assert True not in at_once
+    assert len(replies(written)) == 1
+
+
+@pytest.mark.parametrize("name", ["close", "HTTP/1.0", "too many bytes"])
+def test_a_connection_that_is_to_close_is_closed(exchange, name):
+    assert exchange([OTHERS[name]])[1]
+    assert not exchange([WHOLE["octets"]])[1]
+
+
+STREAM = b"".join([*WHOLE.values(), OTHERS["broken id"], OTHERS["GET"], request(USERS, WHOLE["octets"])])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.integers(0, len(STREAM)), max_size=8))
+def test_replies_do_not_depend_on_how_a_stream_is_cut(exchange, cuts):
+    """The last request's body looks like a request: it must not be taken for one, wherever the cuts are."""
+    begins = [0, *sorted(cuts)]
+    pieces = [STREAM[begin:end] for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+    found = replies(exchange([piece for piece in pieces if piece])[0])
+    whole = replies(exchange([STREAM])[0])
+    assert [(status, body) for status, _, body in found] == [(status, body) for status, _, body in whole]
+    assert len(found) == len(WHOLE) + 3
+
+
+@pytest.mark.parametrize("path", [USERS, "/v1/tables/usr/lookup"])
+def test_a_body_that_looks_like_a_request_is_not_taken_for_one(exchange, at_once, path):
+    """Nor where the reply, to an unknown table, did not wait for the body."""
+    inner, fill = WHOLE["octets"], b" " * (-len(WHOLE["octets"]) % 8)
+    outer = request(path, inner + fill)
+    written, _ = exchange([outer[: outer.index(inner)], inner, fill])
+    assert True not in at_once
+    assert len(replies(written)) == 1
+
+
+def test_a_header_that_looks_like_a_request_is_not_taken_for_one(exchange, at_once):
+    written, _ = exchange([b"GET /livez HTTP/1.1\r\nX: ", WHOLE["no ids"]])
+    assert at_once == [False, False]
+    assert [body[:9] for _, _, body in replies(written)] == [b'{"status"']
+
+
+def test_a_reply_waits_for_the_one_before_it(exchange, make_engine, at_once, monkeypatch):
+    """A request that arrives while a large one is being answered, in a thread, is answered after it."""
+    engine, go_on = make_engine(max_ids=60_000), threading.Event()
+    lookup_ids = engine.lookup_ids
+
+    def slow(table, ids, *others):
+        assert len(ids) < 10 or go_on.wait(10)
+        return lookup_ids(table, ids, *others)
+
+    monkeypatch.setattr(engine, "lookup_ids", slow)
+    written, _ = exchange(
+        [OTHERS["large"], WHOLE["octets"]], engine, lambda protocol: len(at_once) == 2 and go_on.set()
+    )
+    assert at_once == [False, False]
+    assert [len(body) for _, _, body in replies(written)] == [50_000 * 4 + (50_000 - 40) * 4, 3 * 4 + 4]
+
+
+@pytest.mark.parametrize(("limits", "status"), [({"max_in_flight": 1}, b"429"), ({"max_ids": 2}, b"413")])
+def test_limits_hold_for_what_is_answered_at_once(exchange, make_engine, limits, status):
+    engine = make_engine(**limits)
+    with engine.slot() if "max_in_flight" in limits else contextlib.nullcontext():
+        written, _ = exchange([WHOLE["octets"]], engine)
+    assert replies(written)[0][0].split()[1] == status
+
+
+def test_an_engine_that_stops_answers_503(exchange, make_engine):
+    engine = make_engine()
+    engine.stop()
+    assert replies(exchange([WHOLE["octets"]], engine)[0])[0][0].startswith(b"HTTP/1.1 503")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([], b"401"),
+        (["X-API-Key: secret"], b"200"),
+        (["Authorization: Bearer secret"], b"200"),
+        (["X-API-Key: s"], b"401"),
+    ],
+)
+def test_a_key_is_asked_for(exchange, make_engine, headers, status):
+    written, _ = exchange([request(USERS, KNOWN, headers=headers)], make_engine(api_key="secret"))
+    assert replies(written)[0][0].split()[1] == status
+
+
+def test_a_client_that_does_not_read_is_not_answered_at_once(exchange, at_once):
+    def pause_then_resume(protocol):
+        protocol.pause_writing() if len(at_once) == 1 else protocol.resume_writing()
+
+    written, _ = exchange([WHOLE["octets"], WHOLE["octets"]], between=pause_then_resume)
+    assert at_once == [True, False]
+    assert len(replies(written)) == 2
+
+
+def test_a_connection_is_kept_until_it_was_idle_for_long_enough(exchange):
+    seen = []
+
+    def look(protocol):
+        timer = protocol.timeout_keep_alive_task
+        protocol.timeout_keep_alive_handler()  # too early: it was just used
+        seen.append((timer is not None, protocol.transport.is_closing()))
+        protocol._answered_at -= protocol.timeout_keep_alive
+        protocol.timeout_keep_alive_handler()
+        seen.append(protocol.transport.is_closing())
+
+    exchange([WHOLE["octets"]], between=look)
+    assert seen == [(True, False), True]
+
+
+def test_requests_answered_at_once_are_counted(exchange, make_engine):
+    engine = make_engine()
+    exchange([WHOLE["octets"], WHOLE["octets"]], engine)
+    lines = engine.metrics.render().decode().splitlines()
+    labels = 'api="http",code="200",method="POST /v1/tables/{table}/lookup"'
+    assert {f"dpq_requests_total{{{labels}}} 2.0", 'dpq_ids_total{table="user_id"} 6.0',
+            'dpq_missing_ids_total{table="user_id"} 2.0', "dpq_in_flight_requests 0.0"} <= set(lines)  # fmt: skip
+    assert 'dpq_request_seconds_count{api="http",method="POST /v1/tables/{table}/lookup"} 2.0' in lines
+
+
+def test_server_answers_a_raw_request_with_date_and_length(server, references):
+    host, port = server.http.removeprefix("http://").split(":")
+    ids = references["item_id"].ids[:5]
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        for _ in range(3):
+            connection.sendall(request(body=octets(ids)))
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += connection.recv(1 << 16)
+            ((status, headers, body),) = replies(head)
+            assert re.search(rb"\d\d:\d\d:\d\d GMT", headers[b"date"])
+            assert (status, body) == (b"HTTP/1.1 200 OK", references["item_id"].vectors[:5].astype("<f4").tobytes())
+            assert headers[b"x-num-rows"] == b"5"
