@@ -12,8 +12,9 @@ Read the modules in this order and you have read DPQ:
                     `store` publishes it)
 8. `kernels`        the loops that must be fast, each beside the plain one it equals
 9. `lookup`         ids -> vectors, from the mapped artifact (`decode`: from rows on; `search`: back to the nearest ids)
-10. `code_use`      how rows use their codes; `report` shows it, and more, as a page
-11. `export`, `cli`, `errors`
+10. `packed`        rows as they travel to a `client` that holds the values: codes, far fewer bytes than vectors
+11. `code_use`      how rows use their codes; `report` shows it, and more, as a page
+12. `export`, `cli`, `errors`
 
 Importing this package needs numpy alone. `dpq_rec.nn` imports torch; nothing else does, but for `bench`, which
 compares with it where it is installed.

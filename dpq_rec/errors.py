@@ -7,6 +7,7 @@ DpqRecError
 ├── UnknownTableError (LookupError)     a table the artifact does not have
 ├── UnknownIdsError (LookupError)       ids outside the vocabulary, where the caller asked for an error
 ├── IdTypeError (TypeError)             ids of another type than the vocabulary's
+├── ServerError                         a server's refusal, or a reply that is none of its
 └── MissingDependencyError (ImportError)  an optional dependency that is not installed
 """
 
@@ -62,6 +63,14 @@ def _shown(wrong_id: object) -> str:
 
 class IdTypeError(DpqRecError, TypeError):
     """Ids of another type than the vocabulary's."""
+
+
+class ServerError(DpqRecError):
+    """A server's refusal; `status` and `error_type` are the reply's. Or, with status 0, a reply that is none of its."""
+
+    def __init__(self, status: int, error_type: str, text: str) -> None:
+        super().__init__(f"{status} {error_type}: {text}")
+        self.status, self.error_type = status, error_type
 
 
 class MissingDependencyError(DpqRecError, ImportError):

@@ -13,6 +13,7 @@ from dpq_rec import kernels
 from dpq_rec.artifact import Artifact, Table, open_artifact
 from dpq_rec.decode import decode_rows, stored_vectors
 from dpq_rec.errors import ConfigError, IdTypeError, UnknownIdsError, UnknownTableError
+from dpq_rec.packed import PackedRows, packed_rows
 from dpq_rec.search import Neighbours, Similarity, TableSearch
 
 MissingPolicy = Literal["zeros", "error"]
@@ -158,6 +159,21 @@ class EmbeddingStore:
         if missing == "error" and len(positions):
             raise UnknownIdsError(table, [ids[i] for i in positions], positions.tolist())
         return rows_N, positions
+
+    def codes(self, table: str, ids: Any, *, missing: MissingPolicy = "zeros") -> PackedRows:
+        """Packed codes of ids, for whoever holds the table's values (`dpq_rec.packed`).
+
+        Args:
+            table: the table's name.
+            ids: [N], as for `lookup`.
+            missing: likewise.
+
+        Raises:
+            UnknownTableError, IdTypeError, UnknownIdsError, ConfigError: as `lookup`.
+            ConfigError: a dense table, too: it has no codes.
+            DamagedArtifactError: the vocabulary names a row outside the table.
+        """
+        return packed_rows(self.table(table), *self._find_rows(table, ids, missing))
 
     def search(self, table: str, queries: Any, k: int, *, similarity: Similarity = "dot") -> Neighbours:
         """The k ids of a table whose vectors are most similar to each query, exactly: every row is looked at.

@@ -59,7 +59,7 @@ def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any] | Stream]) -> W
     Raises:
         ValueError: a stream's chunks are of another type than the stream, or do not add up to its shape.
     """
-    streams = {name: t if isinstance(t, Stream) else Stream(t.dtype, t.shape, [t]) for name, t in tensors.items()}
+    streams = {name: _as_stream(tensor) for name, tensor in tensors.items()}
     order = sorted(streams, key=lambda name: -np.dtype(streams[name].dtype).itemsize)
     before_last = sum(_num_bytes(streams[name]) for name in order[:-1])
     if before_last % ALIGNMENT:
@@ -77,8 +77,21 @@ def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any] | Stream]) -> W
     return Written(num_bytes, digest.hexdigest())
 
 
-def _blocks(streams: Mapping[str, Stream], order: list[str]) -> Iterable[bytes]:
-    header, offset = {}, 0
+def pack_tensors(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, as bytes: tensors in their order, and text beside them."""
+    streams = {name: _as_stream(tensor) for name, tensor in tensors.items()}
+    return b"".join(_blocks(streams, list(streams), metadata))
+
+
+def _as_stream(tensor: NDArray[Any] | Stream) -> Stream:
+    return tensor if isinstance(tensor, Stream) else Stream(tensor.dtype, tensor.shape, [tensor])
+
+
+def _blocks(
+    streams: Mapping[str, Stream], order: list[str], metadata: Mapping[str, str] | None = None
+) -> Iterable[bytes]:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
     for name in order:
         end = offset + _num_bytes(streams[name])
         dtype = _NAMES[np.dtype(streams[name].dtype).newbyteorder("<")]
@@ -114,16 +127,31 @@ def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
         if size < 8:
             raise DamagedArtifactError(f"{path}: got {size} bytes, want a safetensors file")
         mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    header_bytes = int.from_bytes(mapped[:8], "little")
+    return _parse(mapped, size, str(path))[0]
+
+
+def unpack_tensors(content: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Read-only arrays, views of a safetensors file's bytes, and the text beside them.
+
+    Raises:
+        DamagedArtifactError: the header does not describe the bytes.
+    """
+    if len(content) < 8:
+        raise DamagedArtifactError(f"tensors: got {len(content)} bytes, want a safetensors file")
+    return _parse(content, len(content), "tensors")
+
+
+def _parse(content: mmap.mmap | bytes, size: int, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    header_bytes = int.from_bytes(content[:8], "little")
     if header_bytes > min(size - 8, MAX_HEADER_BYTES):
-        raise DamagedArtifactError(f"{path}: the header claims {header_bytes} bytes, the file has {size}")
+        raise DamagedArtifactError(f"{name}: the header claims {header_bytes} bytes, the file has {size}")
     try:
-        header = json.loads(mapped[8 : 8 + header_bytes])
-        header.pop("__metadata__", None)
+        header = json.loads(content[8 : 8 + header_bytes])
+        metadata = header.pop("__metadata__", {})
         _check_offsets(sorted(tuple(entry["data_offsets"]) for entry in header.values()), size - 8 - header_bytes)
-        return {name: _view(mapped, 8 + header_bytes, entry) for name, entry in header.items()}
+        return {name: _view(content, 8 + header_bytes, entry) for name, entry in header.items()}, metadata
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedArtifactError(f"{path}: the header does not describe the file: {error}") from error
+        raise DamagedArtifactError(f"{name}: the header does not describe the file: {error}") from error
 
 
 def _check_offsets(spans: Sequence[tuple[int, int]], data_bytes: int) -> None:
@@ -137,7 +165,7 @@ def _check_offsets(spans: Sequence[tuple[int, int]], data_bytes: int) -> None:
         raise ValueError(f"the tensors take {at} bytes, the file holds {data_bytes}")
 
 
-def _view(mapped: mmap.mmap, data_start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
+def _view(content: mmap.mmap | bytes, data_start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
@@ -145,7 +173,7 @@ def _view(mapped: mmap.mmap, data_start: int, entry: Mapping[str, Any]) -> NDArr
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"offsets and shape disagree: {entry}")
     count = math.prod(shape)
-    return np.frombuffer(mapped, dtype, count, data_start + begin).reshape(shape)
+    return np.frombuffer(content, dtype, count, data_start + begin).reshape(shape)
 
 
 def sha256_of(path: Path, progress: Callable[[int], object] = lambda num_bytes: None) -> str:

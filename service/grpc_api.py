@@ -24,7 +24,8 @@ from dpq_rec import IdTypeError, Lookup, UnknownIdsError, UnknownTableError
 from dpq_rec.lookup import MissingPolicy, VectorType
 from dpq_rec.search import Similarity
 from service import errors
-from service.engine import Engine, Pooling, SearchAnswer, SearchRequest, TableRequest, largest_reply_bytes
+from service.engine import Engine, largest_reply_bytes
+from service.messages import Pooling, SearchAnswer, SearchRequest, TableRequest
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
 

@@ -10,20 +10,23 @@ from typing import Annotated, Any
 
 import orjson
 import swagger_ui_bundle
-from fastapi import Depends, FastAPI, Request, Response, Security
+from fastapi import Depends, FastAPI, Query, Request, Response, Security
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from dpq_rec import ConfigError
 from dpq_rec.lookup import MissingPolicy, VectorType
+from dpq_rec.packed import values_to_bytes
 from service import http_schema
-from service.engine import Engine, SearchRequest, TableRequest
-from service.errors import MalformedError, TooManyBytesError, UnauthorizedError
+from service.engine import Engine
+from service.errors import InvalidRequestError, MalformedError, TooManyBytesError, UnauthorizedError
 from service.http_errors import CLIENT_LEFT, Observed, add_error_handlers, note_client_left, refusal
 from service.http_format import (
     JSON,
+    OCTETS,
     Reply,
     body_type,
     reply_type,
@@ -32,10 +35,14 @@ from service.http_format import (
     tables_from_json,
     tables_to_json,
 )
-from service.http_lookup import ROUTE, Asked, LookupPlans
+from service.http_lookup import ROUTE, Asked, LookupPlans, holds_key, types_of
+from service.messages import Pooling, SearchRequest, TableRequest
 
 _BODY_SECONDS = 30.0
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+NumBags = Annotated[
+    int | None, Query(ge=0, lt=10**9, description=f"With pooling, how many lengths follow the ids in {OCTETS}")
+]
 _ASSETS = "docs/assets"
 _LOOKUP = f"POST {ROUTE}"
 
@@ -137,8 +144,16 @@ def _add_lookup_routes(app: FastAPI, api: HttpApi) -> None:
         methods=["POST"],
         summary="Vectors of ids",
         response_model=http_schema.LookupReply,
-        responses=_with_key(api, {200: http_schema.OCTET_REPLY, **refusals}),
+        responses=_with_key(api, {200: http_schema.LOOKUP_REPLY, **refusals}),
         openapi_extra=http_schema.LOOKUP_BODY,
+        dependencies=guards,
+    )
+    app.add_api_route(
+        "/v1/tables/{table}/values",
+        api.values,
+        summary="What decodes a table's codes",
+        response_class=Response,
+        responses=_with_key(api, {200: http_schema.VALUES_REPLY, **http_schema.errors(404, 422)}),
         dependencies=guards,
     )
     app.add_api_route(
@@ -255,22 +270,47 @@ class HttpApi:
         return _json(self.engine.list_tables()._asdict())
 
     async def lookup(
-        self, request: Request, table: str, dtype: VectorType = "float32", missing: MissingPolicy = "zeros"
+        self,
+        request: Request,
+        table: str,
+        dtype: VectorType = "float32",
+        missing: MissingPolicy = "zeros",
+        pooling: Pooling = "none",
+        num_bags: NumBags = None,
     ) -> Response:
-        """Vectors in the order of the ids.
+        """Vectors in the order of the ids, or of bags of them.
 
         An id that the vocabulary does not hold gives zeros and its position in `missing`, or an error with
-        `missing=error`. Ids and vectors travel as JSON or, in a fraction of the time, as application/octet-stream.
+        `missing=error`. Ids and vectors travel as JSON or, in a fraction of the time, as application/octet-stream;
+        vectors also as an Arrow IPC stream, or as the codes that the values of `/v1/tables/{table}/values` decode.
+
+        With `pooling`, `bag_lengths` says how many ids, in order, each bag has, and each bag has a vector: added in the
+        order of the ids in 32 bits. Missing ids add nothing and do not count in a mean; an empty bag is zeros.
         """
-        reply = await self.reply(Asked(table, dtype, missing), request.scope["headers"], request.receive)
+        asked = Asked(table, dtype, missing, pooling, num_bags)
+        reply = await self.reply(asked, request.scope["headers"], request.receive)
         return Response(bytes(reply.body), headers=reply.headers, media_type=reply.headers.media_type)
+
+    async def values(self, table: str) -> Response:
+        """What decodes a table's codes: a safetensors file, the same as long as the version is.
+
+        The tensor `values` (F32 or F16) is [M, K, S], or [L, K, S] where the subspaces share them: M = L x D codes of a
+        row, K choices of each, S numbers of each choice. Its metadata says `version`, `num_subspaces` (D), `num_codes`
+        (K), `code_bits` and `num_levels` (L): a JSON list, with an entry for each tier of rows.
+        """
+        store = self.engine.store
+        try:
+            octets = values_to_bytes(self.engine.table(table), store.version)
+        except ConfigError as error:
+            raise InvalidRequestError(str(error)) from error
+        return Response(octets, headers={"X-Version": store.version}, media_type=OCTETS)
 
     def asked_of(self, scope: Scope) -> Asked | None:
         """What a lookup of one table asks for; None for what FastAPI is to answer."""
         if scope["type"] != "http" or scope["method"] != "POST" or scope.get("root_path"):
             return None
         key = self.settings.api_key
-        if key is not None and not _holds_key(dict(scope["headers"]), key.encode()):
+        if key is not None and not holds_key(dict(scope["headers"]), key.encode()):
             return None
         return self._plans.asked_of(scope["path"], scope["query_string"])
 
@@ -344,23 +384,6 @@ class HttpApi:
                 return Response(tables_to_json(version, dict(zip(tables, found, strict=True))), media_type=JSON)
 
             return await engine.run(answer, len(body))
-
-
-def _holds_key(headers: dict[bytes, bytes], key: bytes) -> bool:
-    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-    given = bearer if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-    return hmac.compare_digest(given, key)
-
-
-def types_of(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, str]:
-    """Content-Type, the first if there are several, and Accept, all together."""
-    content_type, accept = None, ""
-    for name, value in headers:
-        if name == b"accept":
-            accept = f"{accept},{value.decode('latin-1')}" if accept else value.decode("latin-1")
-        elif name == b"content-type" and content_type is None:
-            content_type = value.decode("latin-1")
-    return content_type, accept
 
 
 def _json(value: object) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,14 +12,18 @@ import orjson
 from numpy.typing import NDArray
 
 from dpq_rec import Lookup
-from service.engine import SearchAnswer
+from dpq_rec.client import CODES
+from dpq_rec.packed import PackedRows
 from service.errors import InvalidRequestError, MalformedError, NotAcceptableError, UnsupportedMediaTypeError
+from service.messages import SearchAnswer
 
 JSON = "application/json"
 OCTETS = "application/octet-stream"
+ARROW = "application/vnd.apache.arrow.stream"
 Ids = NDArray[np.int64] | list[str]
 Octets = bytes | memoryview
-_ID_BYTES, _POSITION_BYTES = 8, 4
+_ID_BYTES, _POSITION_BYTES, _LENGTH_BYTES = 8, 4, 4
+_MOST_LENGTH = 1 << 32  # of a bag, as in the other forms
 _MOST_HEADERS = 1024  # of a kind, that are kept
 _BIG_ENDIAN = sys.byteorder == "big"
 _SEARCH_FIELDS = ("queries", "ids", "k", "similarity")
@@ -109,6 +113,33 @@ def ids_from_octets(body: bytes) -> NDArray[np.int64]:
     return np.frombuffer(body, "<i8").astype(np.int64, copy=False)
 
 
+def bags_from_octets(body: bytes, num_bags: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids [N] and bag lengths [B] (int64): little-endian int64, then a uint32 for each bag.
+
+    Raises:
+        MalformedError: another number of bytes.
+    """
+    at = len(body) - _LENGTH_BYTES * num_bags
+    if at < 0 or at % _ID_BYTES:
+        wanted = f"a multiple of {_ID_BYTES} for the ids, and {_LENGTH_BYTES * num_bags} for the lengths of the bags"
+        raise MalformedError(f"body: got {len(body)} bytes, want {wanted}, of which num_bags says {num_bags}")
+    return ids_from_octets(body[:at]), np.frombuffer(body[at:], "<u4").astype(np.int64)
+
+
+def bags_from_json(body: bytes) -> tuple[Ids, NDArray[np.int64]]:
+    """Ids and bag lengths [B] (int64) of `{"ids": [...], "bag_lengths": [...]}`.
+
+    Raises:
+        MalformedError: no JSON.
+        InvalidRequestError: JSON of another form.
+    """
+    asked = _fields(_parsed(body), "body", ("ids", "bag_lengths"))
+    lengths_B = _ids_of(asked["bag_lengths"], "bag_lengths")
+    if isinstance(lengths_B, list) or (len(lengths_B) and not 0 <= lengths_B.min() <= lengths_B.max() < _MOST_LENGTH):
+        raise InvalidRequestError(f"bag_lengths: want integers from 0 to {_MOST_LENGTH - 1}")
+    return _ids_of(asked["ids"], "ids"), lengths_B
+
+
 def ids_from_json(body: bytes) -> Ids:
     """Ids of `{"ids": [...]}`.
 
@@ -179,14 +210,23 @@ def _parsed(body: bytes) -> Any:
 
 def _object(value: Any, where: str, field: str) -> Any:
     """value[field] of an object that holds that field and no other."""
+    return _fields(value, where, (field,))[field]
+
+
+def _fields(value: Any, where: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    """An object that holds these fields and no other."""
     if not isinstance(value, dict):
-        raise InvalidRequestError(f"{where}: got {_name_of(value)}, want an object with {field!r}")
-    if field not in value:
-        raise InvalidRequestError(f"{where}: got no {field!r}")
-    if len(value) > 1:
-        others = ", ".join(repr(name) for name in value if name != field)
-        raise InvalidRequestError(f"{where}: got {others}, want {field!r} alone; dtype and missing stand in the query")
-    return value[field]
+        raise InvalidRequestError(f"{where}: got {_name_of(value)}, want an object with {_listed(fields)}")
+    if absent := [field for field in fields if field not in value]:
+        raise InvalidRequestError(f"{where}: got no {_listed(absent)}")
+    if others := [name for name in value if name not in fields]:
+        wanted = f"{_listed(fields)} alone; dtype, missing and pooling stand in the query"
+        raise InvalidRequestError(f"{where}: got {', '.join(map(repr, others))}, want {wanted}")
+    return value
+
+
+def _listed(fields: Sequence[str]) -> str:
+    return " and ".join(map(repr, fields))
 
 
 def _ids_of(value: Any, where: str) -> Ids:
@@ -255,6 +295,25 @@ def _octets_headers(version: str, num_rows: int, dim: int, dtype_char: str, num_
         "X-Version": version,
     }
     return Headers(OCTETS, num_rows * dim * dtype.itemsize + _POSITION_BYTES * num_missing, named)
+
+
+def codes_to_octets(version: str, rows: PackedRows) -> Reply:
+    """Packed codes, row major, missing positions as little-endian uint32 and, of a table with tiers, a byte a row."""
+    packed_NW, missing, tiers_N = rows
+    headers = _codes_headers(version, *packed_NW.shape, len(missing), tiers_N is not None)
+    body = _joined(packed_NW, missing)
+    return Reply(body if tiers_N is None else b"".join((body, _view(tiers_N))), headers)
+
+
+@functools.lru_cache(_MOST_HEADERS)
+def _codes_headers(version: str, num_rows: int, row_bytes: int, num_missing: int, has_tiers: bool) -> Headers:
+    named = {
+        "X-Num-Rows": str(num_rows),
+        "X-Row-Bytes": str(row_bytes),
+        "X-Num-Missing": str(num_missing),
+        "X-Version": version,
+    }
+    return Headers(CODES, num_rows * (row_bytes + has_tiers) + _POSITION_BYTES * num_missing, named)
 
 
 def _joined(rows_NX: NDArray[Any], missing: NDArray[np.uint32]) -> Octets:

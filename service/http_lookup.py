@@ -6,39 +6,60 @@ What does not depend on the body is settled once and kept as a Plan: the same fe
 from __future__ import annotations
 
 import functools
+import hmac
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, get_args
 from urllib.parse import parse_qsl
 
-from dpq_rec import Lookup
+import numpy as np
+from numpy.typing import NDArray
+
+from dpq_rec.artifact import Table
+from dpq_rec.client import CODES
 from dpq_rec.lookup import MissingPolicy, VectorType
-from service.engine import Engine, TableRequest
-from service.errors import UnsupportedMediaTypeError
+from service.engine import Engine
+from service.errors import InvalidRequestError, NotAcceptableError, UnsupportedMediaTypeError
+from service.http_arrow import load_pyarrow, lookup_to_arrow
 from service.http_format import (
+    ARROW,
     JSON,
     OCTETS,
     Headers,
+    Ids,
     Reply,
+    bags_from_json,
+    bags_from_octets,
     body_type,
+    codes_to_octets,
     ids_from_json,
     ids_from_octets,
     lookup_to_json,
     lookup_to_octets,
     reply_type,
 )
+from service.messages import Pooling, TableRequest
 
 ROUTE = "/v1/tables/{table}/lookup"
+FORMS = (JSON, OCTETS, CODES, ARROW)
+_CHOICES = {
+    "dtype": ("float32", get_args(VectorType)),
+    "missing": ("zeros", get_args(MissingPolicy)),
+    "pooling": ("none", get_args(Pooling)),
+}
+_COUNT = re.compile(r"[0-9]{1,9}")
 _PATH = re.compile(r"/v1/tables/([^/]+)/lookup", re.DOTALL)
 _MOST_KEPT, _LONGEST_KEPT = 256, 512  # plans, and characters of what one is made from
 
 
 class Asked(NamedTuple):
-    """What a request asks for, apart from its ids."""
+    """What a request asks for, apart from its ids; `num_bags` is how many of octets' bags there are."""
 
     table: str
     dtype: VectorType = "float32"
     missing: MissingPolicy = "zeros"
+    pooling: Pooling = "none"
+    num_bags: int | None = None
 
 
 Plan = Callable[[bytes], Reply]  # from a body to its reply
@@ -73,29 +94,77 @@ class LookupPlans:
         return (self._plan if num_characters <= _LONGEST_KEPT else self._make_plan)(asked, content_type, accept)
 
     def _make_plan(self, asked: Asked, content_type: str | None, accept: str) -> Plan:
-        engine, (name, dtype, missing) = self._engine, asked
-        version, is_string = engine.store.version, engine.table(name).vocabulary.kind == "string"
+        engine, (name, dtype, missing, pooling, _) = self._engine, asked
+        table, version = engine.table(name), engine.store.version
         given = body_type(content_type)
-        if given == OCTETS and is_string:
+        if given == OCTETS and table.vocabulary.kind == "string":
             raise UnsupportedMediaTypeError(f"Content-Type: table {name!r} has string ids; send them as {JSON}")
+        wanted = _reply_type(accept, table, pooling)
+        _check_bags(asked, given)
+        read = _reader(asked, given)
 
-        def from_octets(body: bytes) -> Lookup:
-            return engine.lookup_ids(name, ids_from_octets(body), dtype, missing)
+        def request_of(body: bytes) -> TableRequest:
+            ids, bag_lengths_B = read(body)
+            return TableRequest(name, ids, dtype, missing, pooling, bag_lengths_B)
 
-        def from_json(body: bytes) -> Lookup:
-            request = TableRequest(table=name, ids=ids_from_json(body), dtype=dtype, missing=missing)
-            return engine.lookup([request]).lookups[0]
+        def from_octets_to_octets(body: bytes) -> Reply:  # what is asked for in haste
+            return Reply(*lookup_to_octets(version, engine.lookup_ids(name, ids_from_octets(body), dtype, missing)))
 
-        def in_octets(found: Lookup) -> Reply:
-            return Reply(*lookup_to_octets(version, found))
+        def to_octets(body: bytes) -> Reply:
+            return Reply(*lookup_to_octets(version, engine.lookup([request_of(body)]).lookups[0]))
 
-        def in_json(found: Lookup) -> Reply:
-            body = lookup_to_json(name, version, found)
-            return Reply(body, Headers(JSON, len(body), {}))
+        def to_json(body: bytes) -> Reply:
+            text = lookup_to_json(name, version, engine.lookup([request_of(body)]).lookups[0])
+            return Reply(text, Headers(JSON, len(text), {}))
 
-        find = from_octets if given == OCTETS else from_json
-        render = in_octets if reply_type(accept) == OCTETS else in_json
-        return lambda body: render(find(body))
+        def to_codes(body: bytes) -> Reply:
+            return codes_to_octets(version, engine.lookup_codes(request_of(body)))
+
+        if wanted == ARROW:
+            pa = load_pyarrow()
+
+        def to_arrow(body: bytes) -> Reply:
+            request = request_of(body)
+            return lookup_to_arrow(pa, (name, version), request.ids, engine.lookup([request]).lookups[0])
+
+        if wanted == OCTETS and given == OCTETS and pooling == "none":
+            return from_octets_to_octets
+        return {JSON: to_json, OCTETS: to_octets, CODES: to_codes, ARROW: to_arrow}[wanted]
+
+
+def _reply_type(accept: str, table: Table, pooling: Pooling) -> str:
+    """As `reply_type`, of the forms that there are of a table.
+
+    Raises:
+        NotAcceptableError: none is accepted; it says why a form is not offered that is offered elsewhere.
+    """
+    whys = {}
+    if not table.manifest.has_codes:
+        whys[CODES] = f"table {table.name!r} is of kind {table.manifest.kind!r} and has no codes"
+    if pooling != "none":
+        whys |= dict.fromkeys((CODES, ARROW), "bags have no ids and no codes: pooling gives vectors alone")
+    try:
+        return reply_type(accept, tuple(form for form in FORMS if form not in whys))
+    except NotAcceptableError as error:
+        why = "".join(f"; {why}" for form, why in whys.items() if form in accept.lower())
+        raise NotAcceptableError(f"{error}{why}") from None
+
+
+def _check_bags(asked: Asked, given: str) -> None:
+    needs_number = asked.pooling != "none" and given == OCTETS
+    if needs_number and asked.num_bags is None:
+        raise InvalidRequestError("num_bags: got none; with pooling, say in the query how many lengths follow the ids")
+    if not needs_number and asked.num_bags is not None:
+        raise InvalidRequestError(f"num_bags: got {asked.num_bags}, want it with pooling of {OCTETS} alone")
+
+
+def _reader(asked: Asked, given: str) -> Callable[[bytes], tuple[Ids, NDArray[np.int64] | None]]:
+    """From a body to ids and bag lengths."""
+    if asked.pooling == "none":
+        ids_of = ids_from_octets if given == OCTETS else ids_from_json
+        return lambda body: (ids_of(body), None)
+    num_bags = asked.num_bags
+    return bags_from_json if num_bags is None else lambda body: bags_from_octets(body, num_bags)
 
 
 def asked_of(path: str, query: bytes) -> Asked | None:
@@ -104,7 +173,28 @@ def asked_of(path: str, query: bytes) -> Asked | None:
     if found is None:
         return None
     given = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
-    dtype, missing = given.get("dtype", "float32"), given.get("missing", "zeros")
-    if dtype not in get_args(VectorType) or missing not in get_args(MissingPolicy):
+    chosen = [given.get(name, default) for name, (default, _) in _CHOICES.items()]
+    if any(value not in choices for value, (_, choices) in zip(chosen, _CHOICES.values(), strict=True)):
         return None
-    return Asked(found[1], dtype, missing)  # type: ignore[arg-type] # they are among the literals
+    num_bags = given.get("num_bags")
+    if num_bags is not None and not _COUNT.fullmatch(num_bags):
+        return None
+    return Asked(found[1], *chosen, None if num_bags is None else int(num_bags))  # type: ignore[arg-type, call-arg]
+
+
+def holds_key(headers: dict[bytes, bytes], key: bytes) -> bool:
+    """Whether a request has the key for sure."""
+    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+    given = bearer if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+    return hmac.compare_digest(given, key)
+
+
+def types_of(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, str]:
+    """Content-Type, the first if there are several, and Accept, all together."""
+    content_type, accept = None, ""
+    for name, value in headers:
+        if name == b"accept":
+            accept = f"{accept},{value.decode('latin-1')}" if accept else value.decode("latin-1")
+        elif name == b"content-type" and content_type is None:
+            content_type = value.decode("latin-1")
+    return content_type, accept

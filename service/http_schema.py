@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from service.engine import TableInfo
-from service.http_format import JSON, OCTETS
+from dpq_rec.client import CODES
+from service.http_format import ARROW, JSON, OCTETS
+from service.messages import TableInfo
 
 # Swagger UI as bundled reads OpenAPI 3.0, not the 3.1 that FastAPI writes unless told otherwise.
 OPENAPI_VERSION = "3.0.3"
@@ -83,24 +84,39 @@ _IDS = {
         {"type": "array", "items": {"type": "string"}},
     ],
 }
+_BAG_LENGTHS = {
+    "description": "With pooling: how many ids, in order, each bag has",
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0},
+}
 _LOOKUP = {"type": "object", "properties": {"ids": _IDS}, "required": ["ids"], "additionalProperties": False}
 _BINARY = {"type": "string", "format": "binary"}
-_OCTET_HEADERS = {
-    "X-Num-Rows": "integer", "X-Dim": "integer", "X-Dtype": "string", "X-Num-Missing": "integer", "X-Version": "string"
-}  # fmt: skip
+_HEADERS = {
+    "X-Num-Rows": ("integer", f"With {OCTETS}, {CODES} and {ARROW}"),
+    "X-Dim": ("integer", f"With {OCTETS}"),
+    "X-Dtype": ("string", f"With {OCTETS}"),
+    "X-Row-Bytes": ("integer", f"With {CODES}"),
+    "X-Num-Missing": ("integer", f"With {OCTETS}, {CODES} and {ARROW}"),
+    "X-Version": ("string", f"With {OCTETS}, {CODES} and {ARROW}"),
+}
 
+_OCTETS_BODY = (
+    "Little-endian int64 ids; not for tables of string ids. With pooling, num_bags little-endian uint32 follow: how "
+    "many ids, in order, each bag has"
+)
 LOOKUP_BODY = {
     "requestBody": {
         "required": True,
         "content": {
             JSON: {
-                "schema": _LOOKUP,
+                "schema": {**_LOOKUP, "properties": {"ids": _IDS, "bag_lengths": _BAG_LENGTHS}},
                 "examples": {
+                    "bags, with pooling": {"value": {"ids": [42, 7, 42], "bag_lengths": [2, 0, 1]}},
                     "integers": {"value": {"ids": [42, 7]}},
                     "strings": {"value": {"ids": ["B00004TKVY", "B00005NIFT"]}},
                 },
             },
-            OCTETS: {"schema": {**_BINARY, "description": "Little-endian int64 ids; not for tables of string ids"}},
+            OCTETS: {"schema": {**_BINARY, "description": _OCTETS_BODY}},
         },
     }
 }
@@ -144,20 +160,24 @@ MULTI_LOOKUP_BODY = {
         },
     }
 }
-OCTET_REPLY: dict[str, Any] = {
-    "description": "The vectors, as JSON or as bytes, as Accept asks",
-    "headers": {
-        name: {"schema": {"type": kind}, "description": f"With {OCTETS}"} for name, kind in _OCTET_HEADERS.items()
-    },
-    "content": {
-        OCTETS: {
-            "schema": {
-                **_BINARY,
-                "description": "X-Num-Rows x X-Dim values of X-Dtype, row major, little endian, then X-Num-Missing "
-                "positions as little-endian uint32",
-            }
-        }
-    },
+_FORMS = {
+    OCTETS: "X-Num-Rows x X-Dim values of X-Dtype, row major, little endian, then X-Num-Missing positions as "
+    "little-endian uint32",
+    CODES: "X-Num-Rows x X-Row-Bytes bytes of packed codes, zeros where an id is missing, then X-Num-Missing positions "
+    "as little-endian uint32; of a table with tiers, then a byte a row: its tier. Not of dense tables or with pooling. "
+    "X-Version says which values decode them",
+    ARROW: "A stream of one batch: id (int64 or string), vector (fixed_size_list of float or halffloat; null where an "
+    "id is missing). Not with pooling. The server needs pyarrow for it",
+}
+LOOKUP_REPLY: dict[str, Any] = {
+    "description": "The vectors, as Accept asks",
+    "headers": {name: {"schema": {"type": kind}, "description": text} for name, (kind, text) in _HEADERS.items()},
+    "content": {form: {"schema": {**_BINARY, "description": text}} for form, text in _FORMS.items()},
+}
+VALUES_REPLY: dict[str, Any] = {
+    "description": "A safetensors file",
+    "headers": {"X-Version": {"schema": {"type": "string"}, "description": "Of the artifact"}},
+    "content": {OCTETS: {"schema": _BINARY}},
 }
 
 

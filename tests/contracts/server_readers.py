@@ -14,7 +14,10 @@ from typing import Any
 import grpc
 import httpx
 import numpy as np
+import pyarrow as pa
 
+from dpq_rec.client import CodesClient
+from dpq_rec.errors import ServerError
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
 from tests.contracts import cases
@@ -104,6 +107,44 @@ class HttpBinaryReader(_HttpReader):
         return Answer(vectors, unknown.tolist())
 
 
+class HttpArrowReader(_HttpReader):
+    """POST /v1/tables/{table}/lookup, JSON to an Arrow IPC stream, in which null stands for an unknown id's vector."""
+
+    def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
+        headers = {"Accept": "application/vnd.apache.arrow.stream"}
+        reply = self._post(f"/v1/tables/{table}/lookup", dtype, missing, json={"ids": list(ids)}, headers=headers)
+        with pa.ipc.open_stream(reply.content) as stream:
+            rows = stream.read_all()
+        assert rows["id"].to_pylist() == list(ids)
+        vectors = rows["vector"].combine_chunks()
+        unknown = np.flatnonzero(vectors.is_null().to_numpy(zero_copy_only=False)).tolist()
+        dim = vectors.type.list_size
+        found = np.array([v or [0.0] * dim for v in vectors.to_pylist()], np.float64).astype(np.float32).astype(dtype)
+        assert str(vectors.type.value_type) == {"float32": "float", "float16": "halffloat"}[dtype]
+        return Answer(found.reshape(len(ids), dim), unknown)
+
+
+class HttpCodesReader(Anything):
+    """The client that takes codes and decodes them."""
+
+    tables = tuple(table for table in cases.TABLES if "dense" not in table and table != "trained_plain")
+    dtypes = ("float32",)
+    id_types: tuple[str, ...] = ("strings", "floats", "booleans")
+
+    def __init__(self, server: Server) -> None:
+        self.client = CodesClient(server.http)
+
+    def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
+        try:
+            vectors, unknown = self.client.lookup(table, list(ids), missing=missing)
+        except ServerError as error:
+            raise ReaderError("id_type" if error.status in (415, 422) else error.error_type) from error
+        return Answer(vectors, unknown.tolist())
+
+    def close(self) -> None:
+        self.client.close()
+
+
 class GrpcReader(Anything):
     """Lookup."""
 
@@ -157,6 +198,8 @@ OF_SERVER: dict[str, type[Any]] = {
     "http-json": HttpJsonReader,
     "http-tables": HttpTablesReader,
     "http-binary": HttpBinaryReader,
+    "http-arrow": HttpArrowReader,
+    "http-codes": HttpCodesReader,
     "grpc": GrpcReader,
     "grpc-batch": GrpcBatchReader,
 }

@@ -3,6 +3,7 @@
 import numpy as np
 
 JSON, OCTETS = "application/json", "application/octet-stream"
+CODES, ARROW = "application/vnd.dpq-rec.codes", "application/vnd.apache.arrow.stream"
 ITEMS = "/v1/tables/item_id/lookup"
 USERS = "/v1/tables/user_id/lookup"
 NAMES = "/v1/tables/name/lookup"

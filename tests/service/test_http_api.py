@@ -8,7 +8,7 @@ import pytest
 
 from service import http_schema
 from service.http_api import create_app
-from tests.service.http_requests import ITEMS, JSON, NAMES, OCTETS, USERS, octets
+from tests.service.http_requests import ARROW, CODES, ITEMS, JSON, NAMES, OCTETS, USERS, octets
 
 # Lookups
 
@@ -208,13 +208,14 @@ def test_openapi_describes_bodies_and_replies_of_lookup(make_engine):
     schema = operation["requestBody"]["content"][JSON]["schema"]
     assert schema["required"] == ["ids"]
     assert [kind["items"]["type"] for kind in schema["properties"]["ids"]["anyOf"]] == ["integer", "string"]
-    assert set(operation["responses"]["200"]["content"]) == {JSON, OCTETS}
-    assert {"X-Num-Rows", "X-Dim", "X-Dtype", "X-Num-Missing", "X-Version"} == set(
+    assert set(operation["responses"]["200"]["content"]) == {JSON, OCTETS, CODES, ARROW}
+    assert {"X-Num-Rows", "X-Dim", "X-Dtype", "X-Row-Bytes", "X-Num-Missing", "X-Version"} == set(
         operation["responses"]["200"]["headers"]
     )
     parameters = {p["name"]: p["schema"] for p in operation["parameters"]}
     assert parameters["dtype"]["enum"] == ["float32", "float16"]
     assert parameters["missing"]["enum"] == ["zeros", "error"]
+    assert parameters["pooling"]["enum"] == ["none", "sum", "mean"]
     assert set(operation["responses"]) == {"200", "400", "404", "406", "413", "415", "422", "429", "500", "503"}
     assert all(
         reply["content"][JSON]["schema"]["$ref"].endswith("/ErrorReply")
@@ -223,7 +224,7 @@ def test_openapi_describes_bodies_and_replies_of_lookup(make_engine):
     )
     assert set(paths) == {
         "/livez", "/readyz", "/metrics", "/v1/tables", "/v1/tables/{table}/lookup", "/v1/tables/{table}/search",
-        "/v1/lookup"
+        "/v1/tables/{table}/values", "/v1/lookup"
     }  # fmt: skip
 
 

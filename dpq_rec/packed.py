@@ -1,0 +1,147 @@
+"""Packed codes that travel, and what decodes them where they arrive. In: a table and rows. Out: PackedRows, Values.
+
+A row of a tier of fewer levels has fewer bytes: it is filled up with zeros, and its tier's number stands beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpq_rec import kernels
+from dpq_rec.artifact import Table
+from dpq_rec.codes import CodeLayout
+from dpq_rec.errors import ConfigError, DamagedArtifactError
+from dpq_rec.kernels import Coded
+from dpq_rec.tensorfile import pack_tensors, unpack_tensors
+from dpq_rec.tiers import PackedTier
+
+
+class PackedRows(NamedTuple):
+    """Rows as an artifact holds them.
+
+    Attributes:
+        packed_NW: packed codes (uint8), zeros where an id is missing.
+        missing: positions of unknown ids in the request, ascending (uint32).
+        tiers_N: the tier of each (uint8), any where one is missing; None for a table without tiers.
+    """
+
+    packed_NW: NDArray[np.uint8]
+    missing: NDArray[np.uint32]
+    tiers_N: NDArray[np.uint8] | None = None
+
+
+def packed_rows(table: Table, rows_N: NDArray[np.int64], missing: NDArray[np.uint32]) -> PackedRows:
+    """The packed codes of rows; MISSING_ROW, which stands at the positions that are missing, gives zeros.
+
+    Raises:
+        ConfigError: the table is dense, and has no codes.
+        DamagedArtifactError: a row outside the table.
+    """
+    if not table.manifest.has_codes:
+        raise ConfigError(f"table {table.name!r} is of kind {table.manifest.kind!r}: it has vectors, and no codes")
+    if (rows_N >= table.manifest.num_embeddings).any():
+        raise DamagedArtifactError(f"row {rows_N.max()} is outside the table's {table.manifest.num_embeddings} rows")
+    present_N = np.maximum(rows_N, 0) if len(missing) else rows_N
+    packed_NW, tiers_N = (_of_tiers if len(table.tiers) > 1 else _of_one_tier)(table.tiers, present_N)
+    if len(missing):
+        packed_NW[missing] = 0
+    return PackedRows(packed_NW, missing, tiers_N)
+
+
+def _of_one_tier(tiers: tuple[PackedTier, ...], rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], None]:
+    packed_VW = tiers[0].packed_VW
+    if not len(packed_VW):  # all are missing
+        return np.zeros((len(rows_N), packed_VW.shape[1]), np.uint8), None
+    return packed_VW.take(rows_N, axis=0), None
+
+
+def _of_tiers(tiers: tuple[PackedTier, ...], rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    packed_NW = np.zeros((len(rows_N), tiers[0].layout.row_bytes), np.uint8)
+    tiers_N = (np.searchsorted([tier.first_row for tier in tiers], rows_N, side="right") - 1).astype(np.uint8)
+    for at, tier in enumerate(tiers):
+        (here_P,) = (tiers_N == at).nonzero()
+        packed_NW[here_P, : tier.layout.row_bytes] = tier.packed_VW[rows_N[here_P] - tier.first_row]
+    return packed_NW, tiers_N
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """What turns a table's packed codes into its vectors.
+
+    Attributes:
+        version: of the artifact.
+        layouts: of the codes of a row of each tier; one, where there are none.
+        values_MKS: of the first tier, and so of all (float32); [L, K, S] where the subspaces share them.
+    """
+
+    version: str
+    layouts: tuple[CodeLayout, ...]
+    values_MKS: NDArray[np.float32]
+
+    def decode(self, rows: PackedRows) -> NDArray[np.float32]:
+        """Vectors [N, E] of rows, bit for bit those of `EmbeddingStore.lookup`; zeros where one is missing.
+
+        Raises:
+            DamagedArtifactError: a code of K or more.
+        """
+        at_N = np.arange(len(rows.packed_NW))
+        at_N[rows.missing] = kernels.MISSING_ROW
+        if rows.tiers_N is None:
+            return kernels.decode(Coded.of(rows.packed_NW, self.values_MKS, self.layouts[0]), at_N)
+        dim = self.layouts[0].num_subspaces * self.values_MKS.shape[2]
+        vectors_NE = np.zeros((len(at_N), dim), np.float32)
+        per_level = len(self.values_MKS) // self.layouts[0].num_levels
+        for tier, layout in enumerate(self.layouts):
+            (here_P,) = (rows.tiers_N == tier).nonzero()
+            packed_PW = np.ascontiguousarray(rows.packed_NW[here_P, : layout.row_bytes])
+            there_P = np.where(at_N[here_P] == kernels.MISSING_ROW, kernels.MISSING_ROW, np.arange(len(here_P)))
+            of_levels = self.values_MKS[: layout.num_levels * per_level]
+            vectors_NE[here_P] = kernels.decode(Coded.of(packed_PW, of_levels, layout), there_P)
+        return vectors_NE
+
+
+def values_to_bytes(table: Table, version: str) -> bytes:
+    """A safetensors file: the tensor `values`, as the artifact holds it, and what else `Values` needs as metadata.
+
+    The metadata, all text: `version`, `num_subspaces`, `num_codes`, `code_bits`, and `num_levels`, a JSON list of the
+    levels of each tier.
+
+    Raises:
+        ConfigError: the table is dense, and has no values.
+    """
+    if not table.manifest.has_codes:
+        raise ConfigError(f"table {table.name!r} is of kind {table.manifest.kind!r}: it has vectors, and no values")
+    layout = table.manifest.layout
+    metadata = {
+        "version": version,
+        "num_subspaces": str(layout.num_subspaces),
+        "num_codes": str(layout.num_codes),
+        "code_bits": str(layout.code_bits),
+        "num_levels": json.dumps([tier.layout.num_levels for tier in table.tiers]),
+    }
+    return pack_tensors({"values": table.tensors["values"]}, metadata)
+
+
+def values_of_bytes(content: bytes) -> Values:
+    """What `values_to_bytes` was given.
+
+    Raises:
+        DamagedArtifactError: it is not what that writes.
+    """
+    tensors, metadata = unpack_tensors(content)
+    try:
+        sizes = {name: int(metadata[name]) for name in ("num_subspaces", "num_codes")}
+        layouts = [CodeLayout(num_levels=levels, **sizes) for levels in json.loads(metadata["num_levels"])]
+        values_MKS = np.array(tensors["values"], np.float32)
+        of_first = layouts[0]
+        fits = values_MKS.ndim == 3 and len(values_MKS) in (of_first.num_levels, of_first.codes_per_row)
+        if not fits or values_MKS.shape[1] != of_first.num_codes:
+            raise ValueError(f"values {values_MKS.shape} of {of_first}")
+        return Values(version=metadata["version"], layouts=tuple(layouts), values_MKS=values_MKS)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DamagedArtifactError(f"values: got something else than a server sends: {error!r}") from error

@@ -1,0 +1,144 @@
+"""What an engine is asked, and what it answers: TableRequest, SearchRequest; Answer, SearchAnswer, TableList."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpq_rec import Lookup, Neighbours
+from dpq_rec.artifact import Table
+from dpq_rec.lookup import MissingPolicy, VectorType
+from dpq_rec.search import Similarity
+
+Pooling = Literal["none", "sum", "mean"]
+
+
+class TableRequest(NamedTuple):
+    """What is asked of one table.
+
+    Attributes:
+        table: its name.
+        ids: int64 [N], or N strings.
+        dtype: of the vectors.
+        missing: "zeros" reports unknown ids, "error" refuses them.
+        pooling: "none" gives a vector for each id, "sum" and "mean" one for each bag.
+        bag_lengths_B: ids in each bag, in order (int64); None without pooling.
+    """
+
+    table: str
+    ids: NDArray[np.int64] | list[str]
+    dtype: VectorType = "float32"
+    missing: MissingPolicy = "zeros"
+    pooling: Pooling = "none"
+    bag_lengths_B: NDArray[np.int64] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the reply."""
+        return len(self.ids) if self.bag_lengths_B is None else len(self.bag_lengths_B)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """What is searched for in one table.
+
+    Attributes:
+        table: its name.
+        queries: vectors, [Q, E], or as lists.
+        ids: of the table itself, whose vectors are the queries: int64 [Q], or Q strings. Either they or queries.
+        k: answers to each.
+        similarity: "dot" or "cosine".
+        missing: "zeros" gives no answers for an unknown id, and reports it; "error" refuses it.
+    """
+
+    table: str
+    queries: Any = None
+    ids: NDArray[np.int64] | list[str] | None = None
+    k: int = 10
+    similarity: Similarity = "dot"
+    missing: MissingPolicy = "zeros"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableInfo:
+    """One table of the artifact.
+
+    Attributes:
+        name: the table's name.
+        dim: width of its vectors.
+        num_embeddings: rows.
+        kind: "dpq" (compressed), "dpq-tiers" (likewise, rare rows to fewer bytes) or "dense".
+        vocabulary: the kind of ids: "int64", "identity", "modulo" or "string".
+        features: the names under which a model looks the table up.
+        artifact_bytes: packed codes and values, or vectors, as they lie on disk.
+        vocabulary_bytes: the list of ids, likewise.
+        full_bytes: the fp32 table that this one replaces.
+        compression_ratio: full_bytes / artifact_bytes.
+    """
+
+    name: str
+    dim: int
+    num_embeddings: int
+    kind: str
+    vocabulary: str
+    features: list[str]
+    artifact_bytes: int
+    vocabulary_bytes: int
+    full_bytes: int
+    compression_ratio: float
+
+
+class TableList(NamedTuple):
+    """The tables of a version."""
+
+    version: str
+    tables: list[TableInfo]
+
+
+class Answer(NamedTuple):
+    """The lookups of a request, all from one version. With pooling, `vectors` has a row for each bag."""
+
+    version: str
+    lookups: list[Lookup]
+
+
+class SearchAnswer(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        version: of the artifact.
+        neighbours: of the queries that have a vector, in order.
+        missing: positions of the unknown ids among the queries, ascending (uint32).
+    """
+
+    version: str
+    neighbours: Neighbours
+    missing: NDArray[np.uint32]
+
+    def by_query(self) -> Iterator[tuple[list[int] | list[str], list[float]]]:
+        """Ids and scores of each query, in order; none where its id is unknown."""
+        ids, scores_QT = self.neighbours
+        rows = iter(zip(ids if isinstance(ids, list) else ids.tolist(), scores_QT.tolist(), strict=True))
+        unknown = set(self.missing.tolist())
+        for q in range(len(scores_QT) + len(unknown)):
+            yield ([], []) if q in unknown else next(rows)
+
+
+def describe(table: Table) -> TableInfo:
+    """What is said of a table."""
+    return TableInfo(
+        name=table.name,
+        dim=table.manifest.embedding_dim,
+        num_embeddings=table.manifest.num_embeddings,
+        kind=table.manifest.kind,
+        vocabulary=table.vocabulary.kind,
+        features=list(table.manifest.features),
+        artifact_bytes=table.artifact_bytes,
+        vocabulary_bytes=table.vocabulary_bytes,
+        full_bytes=table.full_bytes,
+        compression_ratio=table.compression_ratio,
+    )
