@@ -10,7 +10,7 @@ import dataclasses
 import hmac
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -20,14 +20,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from numpy.typing import NDArray
 
-from dpq_rec import IdTypeError, Lookup, UnknownIdsError, UnknownTableError
+from dpq_rec import IdTypeError, UnknownIdsError, UnknownTableError
 from dpq_rec.lookup import MissingPolicy, VectorType
 from dpq_rec.search import Similarity
 from service import errors
 from service.engine import Engine, largest_reply_bytes
+from service.grpc_format import batch_reply, reply_pieces
+from service.http_format import Octets
 from service.messages import Pooling, SearchAnswer, SearchRequest, TableRequest
 from service.proto.dpq.v1 import embedding_pb2 as pb
-from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
 
 T = TypeVar("T")
 logger = logging.getLogger("service.grpc")
@@ -58,7 +59,8 @@ class GrpcServer:
         self._engine = engine
         self._server = grpc.aio.server(options=_options(engine))
         self._health = health.aio.HealthServicer()
-        pb_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(engine), self._server)  # type: ignore[no-untyped-call]
+        servicer = EmbeddingServicer(engine)
+        self._server.add_generic_rpc_handlers((_handlers(servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
@@ -110,28 +112,52 @@ def _options(engine: Engine) -> list[tuple[str, int]]:
     ]
 
 
-class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
+def _handlers(servicer: EmbeddingServicer) -> grpc.GenericRpcHandler:
+    """The procedures by name. Not the generated ones: replies of lookups are bytes already (`service.grpc_format`)."""
+    as_bytes = pb.ListTablesReply.SerializeToString, pb.SearchReply.SerializeToString
+    handlers = {
+        "Lookup": grpc.unary_unary_rpc_method_handler(servicer.Lookup, pb.LookupRequest.FromString),
+        "BatchLookup": grpc.unary_unary_rpc_method_handler(servicer.BatchLookup, pb.BatchLookupRequest.FromString),
+        "StreamLookup": grpc.stream_stream_rpc_method_handler(servicer.StreamLookup, pb.LookupRequest.FromString),
+        "ListTables": grpc.unary_unary_rpc_method_handler(
+            servicer.ListTables, pb.ListTablesRequest.FromString, as_bytes[0]
+        ),
+        "Search": grpc.unary_unary_rpc_method_handler(servicer.Search, pb.SearchRequest.FromString, as_bytes[1]),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+class EmbeddingServicer:
     """The procedures. They parse, call the engine and render."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._most_bytes = largest_reply_bytes(engine.store, engine.settings.max_ids)
 
-    async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupReply:  # noqa: N802 - the contract's name
+    async def Lookup(self, request: pb.LookupRequest, context: Any) -> bytes:  # noqa: N802 - the contract's name
         """Vectors of ids of one table."""
 
-        def work() -> pb.LookupReply:
-            return self._lookup([request])[0]
+        def work() -> bytes:
+            return b"".join(self._lookup([request])[0])
 
         return await self._answer("Lookup", context, work, request.ByteSize())
 
-    async def BatchLookup(self, request: pb.BatchLookupRequest, context: Any) -> pb.BatchLookupReply:  # noqa: N802
+    async def BatchLookup(self, request: pb.BatchLookupRequest, context: Any) -> bytes:  # noqa: N802
         """Several lookups, all from one version."""
 
-        def work() -> pb.BatchLookupReply:
-            return pb.BatchLookupReply(replies=self._lookup(request.requests))
+        def work() -> bytes:
+            return batch_reply(self._lookup(request.requests))
 
         return await self._answer("BatchLookup", context, work, request.ByteSize())
+
+    async def StreamLookup(self, requests: AsyncIterator[pb.LookupRequest], context: Any) -> AsyncIterator[bytes]:  # noqa: N802
+        """A reply to each request, in order, while the caller sends more; the first that fails ends the stream."""
+        async for request in requests:
+
+            def work(request: pb.LookupRequest = request) -> bytes:
+                return b"".join(self._lookup([request])[0])
+
+            yield await self._answer("StreamLookup", context, work, request.ByteSize())
 
     async def Search(self, request: pb.SearchRequest, context: Any) -> pb.SearchReply:  # noqa: N802
         """The ids most similar to queries."""
@@ -156,10 +182,10 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
 
         return await self._answer("ListTables", context, work, request.ByteSize())
 
-    def _lookup(self, messages: Sequence[pb.LookupRequest]) -> list[pb.LookupReply]:
+    def _lookup(self, messages: Sequence[pb.LookupRequest]) -> list[list[Octets]]:
         self._engine.check_num_ids(sum(len(message.ids) + len(message.string_ids) for message in messages))
         version, lookups = self._engine.lookup([_request_of(message) for message in messages])
-        return [_reply_of(version, message, found) for message, found in zip(messages, lookups, strict=True)]
+        return [reply_pieces(version, message.dtype, found) for message, found in zip(messages, lookups, strict=True)]
 
     async def _answer(self, method: str, context: Any, work: Callable[[], T], num_bytes: int | None) -> T:
         """work() within the engine's limits; what it raises becomes a status. Without num_bytes it is never small."""
@@ -254,14 +280,3 @@ def _named(names: dict[int, T], number: int, what: str) -> T:
 
 def _array(numbers: Sequence[int]) -> NDArray[np.int64]:
     return np.fromiter(numbers, np.int64, len(numbers))
-
-
-def _reply_of(version: str, message: pb.LookupRequest, found: Lookup) -> pb.LookupReply:
-    vectors = found.vectors
-    return pb.LookupReply(
-        vectors=vectors.astype(vectors.dtype.newbyteorder("<"), copy=False).tobytes(),
-        dim=vectors.shape[1],
-        dtype=message.dtype,
-        missing=found.missing.tolist(),
-        version=version,
-    )

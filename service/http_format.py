@@ -302,7 +302,7 @@ def codes_to_octets(version: str, rows: PackedRows) -> Reply:
     packed_NW, missing, tiers_N = rows
     headers = _codes_headers(version, *packed_NW.shape, len(missing), tiers_N is not None)
     body = _joined(packed_NW, missing)
-    return Reply(body if tiers_N is None else b"".join((body, _view(tiers_N))), headers)
+    return Reply(body if tiers_N is None else b"".join((body, bytes_of(tiers_N))), headers)
 
 
 @functools.lru_cache(_MOST_HEADERS)
@@ -318,11 +318,11 @@ def _codes_headers(version: str, num_rows: int, row_bytes: int, num_missing: int
 
 def _joined(rows_NX: NDArray[Any], missing: NDArray[np.uint32]) -> Octets:
     """Rows, little endian, then positions."""
-    rows = _view(rows_NX)
-    return b"".join((rows, _view(missing))) if len(missing) else rows
+    rows = bytes_of(rows_NX)
+    return b"".join((rows, bytes_of(missing))) if len(missing) else rows
 
 
-def _view(array: NDArray[Any]) -> memoryview:
+def bytes_of(array: NDArray[Any]) -> memoryview:
     """The bytes of an array, little endian; the array's own where its type is."""
     little = array.astype(array.dtype.newbyteorder("<"), copy=False) if _BIG_ENDIAN else array
     return memoryview(little).cast("B") if little.size else memoryview(b"")  # type: ignore[arg-type] # it is a buffer

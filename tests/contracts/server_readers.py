@@ -193,6 +193,14 @@ class GrpcBatchReader(GrpcReader):
         return self.stub.BatchLookup(pb.BatchLookupRequest(requests=[other, request])).replies[1]
 
 
+class GrpcStreamReader(GrpcReader):
+    """StreamLookup, which takes one request after the other."""
+
+    def _call(self, request: Any) -> Any:
+        other = pb.LookupRequest(table="one_row", ids=[42])
+        return list(self.stub.StreamLookup(iter([other, request])))[1]
+
+
 # Readers of the server that serves the artifact.
 OF_SERVER: dict[str, type[Any]] = {
     "http-json": HttpJsonReader,
@@ -202,4 +210,5 @@ OF_SERVER: dict[str, type[Any]] = {
     "http-codes": HttpCodesReader,
     "grpc": GrpcReader,
     "grpc-batch": GrpcBatchReader,
+    "grpc-stream": GrpcStreamReader,
 }

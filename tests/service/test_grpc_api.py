@@ -89,6 +89,51 @@ def test_batch_lookup_answers_each_request_in_order_from_one_version(talk, refer
     assert list(replies[0].missing) == [1]
 
 
+def test_stream_lookup_answers_each_request_in_order_as_it_comes(talk, make_engine, references):
+    engine, known = make_engine(), references["item_id"].ids
+
+    async def use(channel):
+        stream = pb_grpc.EmbeddingServiceStub(channel).StreamLookup()
+        found = []
+        for num_ids in (1, 400, 0, 3):
+            await stream.write(pb.LookupRequest(table="item_id", ids=[*known[:num_ids].tolist(), 10**15]))
+            found.append(await stream.read())
+        await stream.done_writing()
+        return found, await stream.read() is grpc.aio.EOF, await stream.code()
+
+    found, ended, code = talk(use, engine)
+    for reply, num_ids in zip(found, (1, 400, 0, 3), strict=True):
+        np.testing.assert_array_equal(vectors_of(reply)[:-1], references["item_id"].vectors[:num_ids])
+        assert (list(reply.missing), reply.version) == ([num_ids], "test-1")
+    assert (ended, code, engine.num_in_flight) == (True, Status.OK, 0)
+    counted = 'dpq_requests_total{api="grpc",code="OK",method="StreamLookup"} 4.0'
+    assert counted in engine.metrics.render().decode().splitlines()
+
+
+def test_stream_lookup_ends_with_the_first_request_that_fails(talk):
+    async def use(channel):
+        requests = [pb.LookupRequest(table=table, ids=[1]) for table in ("user_id", "usr", "user_id")]
+        stream = pb_grpc.EmbeddingServiceStub(channel).StreamLookup(iter(requests))
+        first = await stream.read()
+        with pytest.raises(grpc.aio.AioRpcError, match="it has: item_id, user_id"):
+            await stream.read()
+        return first.dim, await stream.code()
+
+    assert talk(use) == (1, Status.NOT_FOUND)
+
+
+def test_stream_lookup_refuses_a_wrong_key_and_too_many_ids(talk, make_engine):
+    async def use(channel):
+        stub, codes = pb_grpc.EmbeddingServiceStub(channel), []
+        for metadata in ((), (("x-api-key", "secret"),)):
+            stream = stub.StreamLookup(iter([pb.LookupRequest(table="item_id", ids=range(301))]), metadata=metadata)
+            codes.append(await stream.code())
+        return codes
+
+    codes = talk(use, make_engine(api_key="secret", max_ids=300))
+    assert codes == [Status.UNAUTHENTICATED, Status.RESOURCE_EXHAUSTED]
+
+
 def test_list_tables_describes_every_table(talk, make_engine):
     engine = make_engine()
     reply = talk(lambda channel: pb_grpc.EmbeddingServiceStub(channel).ListTables(pb.ListTablesRequest()), engine)

@@ -53,7 +53,7 @@ def test_contract_has_the_fields_and_numbers_that_were_agreed():
         {"NONE": 0, "SUM": 1, "MEAN": 2},
     )
     assert set(pb.DESCRIPTOR.services_by_name["EmbeddingService"].methods_by_name) == {
-        "Lookup", "BatchLookup", "Search", "ListTables"
+        "Lookup", "BatchLookup", "StreamLookup", "Search", "ListTables"
     }  # fmt: skip
 
 

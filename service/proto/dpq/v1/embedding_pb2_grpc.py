@@ -44,6 +44,11 @@ class EmbeddingServiceStub:
                 request_serializer=dpq_dot_v1_dot_embedding__pb2.BatchLookupRequest.SerializeToString,
                 response_deserializer=dpq_dot_v1_dot_embedding__pb2.BatchLookupReply.FromString,
                 _registered_method=True)
+        self.StreamLookup = channel.stream_stream(
+                '/dpq.v1.EmbeddingService/StreamLookup',
+                request_serializer=dpq_dot_v1_dot_embedding__pb2.LookupRequest.SerializeToString,
+                response_deserializer=dpq_dot_v1_dot_embedding__pb2.LookupReply.FromString,
+                _registered_method=True)
         self.Search = channel.unary_unary(
                 '/dpq.v1.EmbeddingService/Search',
                 request_serializer=dpq_dot_v1_dot_embedding__pb2.SearchRequest.SerializeToString,
@@ -68,6 +73,14 @@ class EmbeddingServiceServicer:
 
     def BatchLookup(self, request, context):
         """Several lookups in one call, all from one version; the limit on ids holds for all together.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamLookup(self, request_iterator, context):
+        """For bulk: a reply to each request, in order, while the caller sends more. Each has the limits of a Lookup of its own,
+        and a version of its own; the first request that fails ends the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,6 +112,11 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
                     servicer.BatchLookup,
                     request_deserializer=dpq_dot_v1_dot_embedding__pb2.BatchLookupRequest.FromString,
                     response_serializer=dpq_dot_v1_dot_embedding__pb2.BatchLookupReply.SerializeToString,
+            ),
+            'StreamLookup': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamLookup,
+                    request_deserializer=dpq_dot_v1_dot_embedding__pb2.LookupRequest.FromString,
+                    response_serializer=dpq_dot_v1_dot_embedding__pb2.LookupReply.SerializeToString,
             ),
             'Search': grpc.unary_unary_rpc_method_handler(
                     servicer.Search,
@@ -165,6 +183,33 @@ class EmbeddingService:
             '/dpq.v1.EmbeddingService/BatchLookup',
             dpq_dot_v1_dot_embedding__pb2.BatchLookupRequest.SerializeToString,
             dpq_dot_v1_dot_embedding__pb2.BatchLookupReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamLookup(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dpq.v1.EmbeddingService/StreamLookup',
+            dpq_dot_v1_dot_embedding__pb2.LookupRequest.SerializeToString,
+            dpq_dot_v1_dot_embedding__pb2.LookupReply.FromString,
             options,
             channel_credentials,
             insecure,
