@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import hmac
 import logging
 import time
@@ -136,11 +137,7 @@ class EmbeddingServicer:
 
     async def Lookup(self, request: pb.LookupRequest, context: Any) -> bytes:  # noqa: N802 - the contract's name
         """Vectors of ids of one table."""
-
-        def work() -> bytes:
-            return b"".join(self._lookup([request])[0])
-
-        return await self._answer("Lookup", context, work, request.ByteSize())
+        return await self._answer("Lookup", context, lambda: self.answer_one(request), request.ByteSize())
 
     async def BatchLookup(self, request: pb.BatchLookupRequest, context: Any) -> bytes:  # noqa: N802
         """Several lookups, all from one version."""
@@ -153,10 +150,7 @@ class EmbeddingServicer:
     async def StreamLookup(self, requests: AsyncIterator[pb.LookupRequest], context: Any) -> AsyncIterator[bytes]:  # noqa: N802
         """A reply to each request, in order, while the caller sends more; the first that fails ends the stream."""
         async for request in requests:
-
-            def work(request: pb.LookupRequest = request) -> bytes:
-                return b"".join(self._lookup([request])[0])
-
+            work = functools.partial(self.answer_one, request)
             yield await self._answer("StreamLookup", context, work, request.ByteSize())
 
     async def Search(self, request: pb.SearchRequest, context: Any) -> pb.SearchReply:  # noqa: N802
@@ -181,6 +175,10 @@ class EmbeddingServicer:
             )
 
         return await self._answer("ListTables", context, work, request.ByteSize())
+
+    def answer_one(self, request: pb.LookupRequest) -> bytes:
+        """A serialized LookupReply."""
+        return b"".join(self._lookup([request])[0])
 
     def _lookup(self, messages: Sequence[pb.LookupRequest]) -> list[list[Octets]]:
         self._engine.check_num_ids(sum(len(message.ids) + len(message.string_ids) for message in messages))

@@ -71,7 +71,7 @@ async def serve(store: EmbeddingStore, settings: Settings, wiring: Wiring) -> in
     metrics = Metrics(store.version, wiring.metrics_folder)
     engine = Engine(store, settings, metrics)
     grpc_server = GrpcServer(engine)
-    http_server = HttpServer(_http_config(engine))
+    http_server = HttpServer(http_config(engine))
     http = asyncio.create_task(http_server.serve(sockets=[wiring.http_socket]))
     memory = asyncio.create_task(_watch_memory(metrics))
     while not http_server.started:
@@ -123,7 +123,8 @@ async def _watch_memory(metrics: Metrics) -> None:
         await asyncio.sleep(_MEMORY_SECONDS)
 
 
-def _http_config(engine: Engine) -> uvicorn.Config:
+def http_config(engine: Engine) -> uvicorn.Config:
+    """How uvicorn serves an engine."""
     app = create_app(engine)
     return uvicorn.Config(
         app,

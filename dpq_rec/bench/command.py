@@ -11,8 +11,10 @@ from dpq_rec.errors import ConfigError, MissingDependencyError
 _EXTRAS = {
     "faiss": "dev",
     "fbgemm_gpu": "train",
+    "hiredis": "dev",
     "httpx": "dev",
     "matplotlib": "dev",
+    "redis": "dev",
     "threadpoolctl": "dev",
     "torch": "train",
     "tqdm": "train",

@@ -5,6 +5,9 @@ import sys
 from dpq_rec.bench.command import run
 
 BENCHMARKS = {
+    "http": "lookups over HTTP, beside constant bytes from the same server and FastAPI's own JSON",
+    "grpc": "lookups over gRPC, call by call and as a stream, beside gRPC's server with threads",
+    "redis": "lookups over HTTP, beside Redis MGET of the fp32 vectors: requests, memory, a Python client",
     "load": "latency against rate, over HTTP and gRPC",
     "start": "seconds to ready, and a worker's memory",
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dpq_rec.bench.record import add_results_flag, append, head, line_of
-from dpq_rec.bench.rounds import draw_rows
 from dpq_rec.errors import ConfigError
 from service.bench.clients import grpc_client, http_client
 from service.bench.open_loop import Latencies, at_rate
-from service.bench.server import TABLE, Running, TableConfig, running, two_cpus, write_random_artifact
+from service.bench.product import Running, running
+from service.bench.setting import TABLE, BenchConfig, cores, draw_ids, make_artifact, make_ids, use_second_core
 from service.proto.dpq.v1 import embedding_pb2 as pb
 
 PROTOCOLS = ("http", "grpc")
@@ -35,12 +34,12 @@ _NUM_CONNECTIONS = 32
 _WARM_UP_SECONDS = 0.5
 
 
-def draw_ids(kind: str, ids_V: NDArray[np.int64], num_ids: int, generator: np.random.Generator) -> NDArray[np.int64]:
+def draw(kind: str, ids_V: NDArray[np.int64], num_ids: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """Ids of one request [N] (int64)."""
-    rows_N = draw_rows("hot" if kind == "power law" else "uniform", len(ids_V), num_ids, generator)
+    ids_N = draw_ids("hot" if kind == "power law" else "uniform", ids_V, num_ids, generator)
     if kind == "hot key":
-        rows_N[generator.random(num_ids) < 0.5] = 0
-    return np.asarray(ids_V[rows_N])
+        ids_N[generator.random(num_ids) < 0.5] = ids_V[0]
+    return ids_N
 
 
 def http_request(ids_N: NDArray[np.int64]) -> bytes:
@@ -70,22 +69,20 @@ async def load(
         return await at_rate(ask, per_second, seconds)
 
 
-def measure(config: TableConfig, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(config: BenchConfig, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A line of figures for each protocol, kind of ids and rate."""
-    server_cpus, own_cpus = two_cpus()
     cases = [(protocol, kind, rate) for rate in options.rates for protocol in options.protocols for kind in KINDS]
-    generator, ids_V = np.random.default_rng(0), config.ids()
-    batches = {
-        kind: [draw_ids(kind, ids_V, options.num_ids, generator) for _ in range(_NUM_REQUESTS)] for kind in KINDS
-    }
+    generator, ids_V = np.random.default_rng(0), make_ids(config)
+    batches = {kind: [draw(kind, ids_V, config.num_ids, generator) for _ in range(_NUM_REQUESTS)] for kind in KINDS}
+    sizes = ("num_ids", "num_embeddings", "embedding_dim", "num_subspaces", "num_codes")
+    settings = {name: getattr(config, name) for name in sizes}
     with tempfile.TemporaryDirectory(prefix="dpq-rec-bench-") as folder:
-        artifact = write_random_artifact(config, Path(folder) / "artifact")
-        with running(artifact, ["--workers", "1"], cpus=server_cpus) as server:
-            if own_cpus is not None:
-                os.sched_setaffinity(0, own_cpus)
+        artifact = make_artifact(config, ids_V, Path(folder) / "artifact")
+        with running(artifact, ["--workers", "1"], core=cores()[0]) as server:
+            use_second_core()
             for protocol, kind, rate in tqdm(cases, unit="load", leave=False):
                 found = asyncio.run(load(server, protocol, batches[kind], rate, options.seconds))
-                yield {"protocol": protocol, "ids": kind, "num_ids": options.num_ids, **vars(config), **found.summary()}
+                yield {"protocol": protocol, "ids": kind, "seconds": options.seconds, **settings, **found.summary()}
 
 
 def report(lines: list[dict[str, Any]]) -> str:
@@ -99,7 +96,7 @@ def report(lines: list[dict[str, Any]]) -> str:
     return "\n".join([head(lines[0]), "", *rows])
 
 
-def draw(lines: list[dict[str, Any]], path: Path) -> None:
+def draw_picture(lines: list[dict[str, Any]], path: Path) -> None:
     """Latency against rate, a panel for each protocol and kind of ids."""
     import matplotlib as mpl
 
@@ -136,11 +133,12 @@ def main(flags: list[str]) -> None:
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw latency against rate")
     add_results_flag(parser)
     options = parser.parse_args(flags)
-    if min(*options.rates, options.seconds, options.num_ids) <= 0:
-        raise ConfigError("--rates, --seconds, --num-ids: want more than 0")
-    config = TableConfig(num_embeddings=options.num_embeddings)
+    if min(*options.rates, options.seconds) <= 0:
+        raise ConfigError("--rates, --seconds: want more than 0")
+    cores()
+    config = BenchConfig(num_embeddings=options.num_embeddings, num_ids=options.num_ids)
     lines = [line_of("load", measured, PACKAGES) for measured in measure(config, options)]
     append(options.results, lines)
     print(report(lines))
     if options.picture is not None:
-        draw(lines, options.picture)
+        draw_picture(lines, options.picture)

@@ -1,125 +1,139 @@
-"""A server to measure. In: sizes. Out: an artifact of random codes, and a server of it in processes of its own."""
+"""The server that is measured: `python -m service.bench.server ARTIFACT CORE`. Out: a line with its two ports.
+
+One worker, wired as the product wires it, and beside its routes what it is compared with, in the same server: constant
+bytes, and a lookup as FastAPI does one by default. On another port gRPC's server with threads.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import concurrent.futures
 import os
-import re
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import grpc
 import numpy as np
-from numpy.typing import NDArray
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dpq_rec import CodeLayout, Int64Vocabulary, TableContents, pack_codes, write_artifact
-from dpq_rec.errors import ConfigError
+from dpq_rec import EmbeddingStore
+from service import supervisor, worker
+from service.engine import Engine
+from service.grpc_api import SERVICE, EmbeddingServicer, GrpcServer
+from service.http_schema import LookupReply
+from service.proto.dpq.v1 import embedding_pb2 as pb
+from service.settings import Settings
 
-TABLE = "item_id"
-_CHUNK_ROWS = 1 << 17
-_READY = re.compile(r"ready: http://127\.0\.0\.1:(\d+) grpc://127\.0\.0\.1:(\d+) ")
-_STOP_SECONDS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableConfig:
-    """The table that is served: V rows of E numbers, D groups of K codes; ids are integers that are no rows."""
-
-    num_embeddings: int = 1_000_000
-    embedding_dim: int = 64
-    num_subspaces: int = 16
-    num_codes: int = 256
-
-    def __post_init__(self) -> None:
-        if self.num_embeddings < 1:
-            raise ConfigError(f"num_embeddings: got {self.num_embeddings}, want 1 or more")
-
-    def ids(self) -> NDArray[np.int64]:
-        """The id of each row [V] (int64): spread over 64 bits, in no order."""
-        rows_V = np.arange(1, self.num_embeddings + 1, dtype=np.uint64)
-        return (rows_V * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)  # an odd factor: no two are equal
+_CONSTANT = "/constant/"  # and how many bytes
+_DEFAULT = "/default/"
+_THREADS = 4
 
 
-def write_random_artifact(config: TableConfig, path: Path, seed: int = 0) -> Path:
-    """An artifact with one table of random codes and values.
+class Ids(BaseModel):
+    """A body as FastAPI parses it."""
 
-    Raises:
-        ConfigError: sizes that do not fit each other.
-    """
-    generator = np.random.default_rng(seed)
-    layout = CodeLayout(num_subspaces=config.num_subspaces, num_codes=config.num_codes)
-    width = config.embedding_dim // config.num_subspaces
+    ids: list[int]
 
-    def chunks() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, config.num_embeddings, _CHUNK_ROWS):
-            shape = (min(_CHUNK_ROWS, config.num_embeddings - start), config.num_subspaces)
-            yield pack_codes(generator.integers(0, config.num_codes, shape, np.uint16), layout)
 
-    contents = TableContents(
-        num_embeddings=config.num_embeddings,
-        embedding_dim=config.embedding_dim,
-        vocabulary=Int64Vocabulary.from_ids(config.ids()),
-        layout=layout,
-        values=generator.standard_normal((config.num_subspaces, config.num_codes, width), np.float32),
-        chunks=chunks(),
+class Compared:
+    """ASGI: the product's application, and what it is compared with."""
+
+    def __init__(self, app: ASGIApp, engine: Engine) -> None:
+        self.app, self.default = app, _default(engine)
+        self.constant: dict[str, bytes] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        path = scope["path"]
+        if not path.startswith(_CONSTANT):
+            await (self.default if path.startswith(_DEFAULT) else self.app)(scope, receive, send)
+            return
+        num_bytes = path.removeprefix(_CONSTANT)
+        body = self.constant.setdefault(num_bytes, bytes(int(num_bytes)))
+        await receive()
+        headers = [(b"content-length", num_bytes.encode()), (b"content-type", b"application/octet-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def _default(engine: Engine) -> FastAPI:
+    """A lookup as one writes it first: models in and out."""
+    app, store = FastAPI(), engine.store
+
+    @app.post(_DEFAULT + "{table}")
+    def lookup(table: str, asked: Ids) -> LookupReply:
+        vectors, missing = store.lookup(table, np.array(asked.ids, np.int64))
+        return LookupReply(
+            table=table,
+            version=store.version,
+            dim=vectors.shape[1],
+            vectors=vectors.tolist(),
+            missing=missing.tolist(),
+        )
+
+    return app
+
+
+def _threaded(engine: Engine, port: int) -> grpc.Server:
+    """GRPC's server with threads, and the same procedures."""
+    servicer = EmbeddingServicer(engine)
+
+    def lookup(request: pb.LookupRequest, context: Any) -> bytes:
+        return servicer.answer_one(request)
+
+    def stream(requests: Iterator[pb.LookupRequest], context: Any) -> Iterator[bytes]:
+        return map(servicer.answer_one, requests)
+
+    handlers = {
+        "Lookup": grpc.unary_unary_rpc_method_handler(lookup, pb.LookupRequest.FromString),
+        "StreamLookup": grpc.stream_stream_rpc_method_handler(stream, pb.LookupRequest.FromString),
+    }
+    server = grpc.server(
+        concurrent.futures.ThreadPoolExecutor(_THREADS), options=[("grpc.max_receive_message_length", -1)]
     )
-    return write_artifact(path, {TABLE: contents})
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    server.start()
+    return server
 
 
-class Running(NamedTuple):
-    """A server that is ready.
+async def serve(artifact: Path) -> None:
+    """Serve until killed."""
+    from service.metrics import Metrics  # after the folder is set: see there
 
-    Attributes:
-        http_port: of 127.0.0.1.
-        grpc_port: likewise.
-        pid: of the process that started the workers.
-        seconds_to_ready: from its start to its ready line.
-    """
-
-    http_port: int
-    grpc_port: int
-    pid: int
-    seconds_to_ready: float
-
-
-@contextlib.contextmanager
-def running(artifact: Path, flags: Sequence[str] = (), *, cpus: set[int] | None = None) -> Iterator[Running]:
-    """A server of an artifact, on free ports, until the end of the block.
-
-    Args:
-        artifact: what it serves.
-        flags: of `python -m service`, besides ports and artifact.
-        cpus: that it runs on; the caller should then stay away from them.
-
-    Raises:
-        RuntimeError: it ended before it was ready.
-    """
-    command = [sys.executable, "-m", "service", "--artifact", str(artifact), "--http-port", "0", "--grpc-port", "0"]
-    command += ["--drain-seconds", "0", "--log-level", "error", *flags]
-    start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            if cpus is not None and hasattr(os, "sched_setaffinity"):
-                os.sched_setaffinity(process.pid, cpus)
-            assert process.stdout is not None
-            ready = _READY.match(process.stdout.readline())
-            if ready is None:
-                raise RuntimeError(f"the server ended before it was ready, with code {process.wait()}")
-            yield Running(int(ready[1]), int(ready[2]), process.pid, time.perf_counter() - start)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_SECONDS)
-            process.kill()
+    store = EmbeddingStore.open(artifact)
+    engine = Engine(store, Settings(artifact=artifact), Metrics(store.version, Path(os.environ[_FOLDER])))
+    config = worker.http_config(engine)
+    config.app = Compared(config.app, engine)  # type: ignore[arg-type] # it is an application
+    sock = supervisor.bind("127.0.0.1", 0, shared=False)
+    server, grpc_server = uvicorn.Server(config), GrpcServer(engine)
+    task = asyncio.create_task(server.serve(sockets=[sock]))
+    grpc_port = await grpc_server.start("127.0.0.1:0")
+    await grpc_server.serve()
+    threaded_port = supervisor.bind("127.0.0.1", 0, shared=True).getsockname()[1]
+    threaded = _threaded(engine, threaded_port)
+    engine.start()
+    while not server.started:
+        await asyncio.sleep(0.01)
+    sys.stdout.write(f"{sock.getsockname()[1]} {grpc_port} {threaded_port}\n")
+    sys.stdout.flush()
+    await task
+    threaded.stop(0)
 
 
-def two_cpus() -> tuple[set[int] | None, set[int] | None]:
-    """CPUs for a server and for who asks it, apart from each other; None for both where there is one or no telling."""
-    if not hasattr(os, "sched_getaffinity") or len(cpus := sorted(os.sched_getaffinity(0))) < 2:
-        return None, None
-    return {cpus[0]}, set(cpus[1:])
+_FOLDER = supervisor.METRICS_FOLDER_VARIABLE
+
+
+if __name__ == "__main__":
+    os.sched_setaffinity(0, {int(sys.argv[2])})
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[_FOLDER] = folder
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(Path(sys.argv[1])))

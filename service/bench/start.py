@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dpq_rec.bench.record import add_results_flag, append, head, line_of
-from service.bench.server import TABLE, Running, TableConfig, running, write_random_artifact
+from service.bench.product import Running, running
+from service.bench.setting import TABLE, BenchConfig, make_artifact, make_ids
 
 PACKAGES = ("dpq-rec", "numpy", "fastapi", "uvicorn", "grpcio")
 _SMALL_ROWS = 1_000
@@ -25,21 +28,25 @@ _NUM_LOOKUPS = 200
 _OCTETS = "application/octet-stream"
 
 
-def measure(config: TableConfig, num_rounds: int) -> dict[str, Any]:
+def measure(config: BenchConfig, num_rounds: int) -> dict[str, Any]:
     """Medians over the rounds of seconds to ready, and of a worker's memory after some lookups, of both sizes."""
     seconds: dict[str, list[float]] = {"small": [], "large": []}
     memory: dict[str, list[dict[str, float]]] = {"small": [], "large": []}
-    configs = {"small": TableConfig(**{**vars(config), "num_embeddings": _SMALL_ROWS}), "large": config}
+    configs = {"small": replace(config, num_embeddings=_SMALL_ROWS), "large": config}
+    ids_V = {name: make_ids(of_it) for name, of_it in configs.items()}
     with tempfile.TemporaryDirectory(prefix="dpq-rec-bench-") as folder:
-        artifacts = {name: write_random_artifact(c, Path(folder) / name) for name, c in configs.items()}
+        artifacts = {name: make_artifact(of_it, ids_V[name], Path(folder) / name) for name, of_it in configs.items()}
         for _ in tqdm(range(num_rounds), unit="round", leave=False):
             for name, artifact in artifacts.items():
                 with running(artifact, ["--workers", "2"]) as server:
                     seconds[name].append(server.seconds_to_ready)
-                    _look_up(server, configs[name])
+                    _look_up(server, ids_V[name])
                     memory[name] += [memory_of(pid) for pid in children_of(server.pid)]
     return {
-        **vars(config),
+        "num_embeddings": config.num_embeddings,
+        "embedding_dim": config.embedding_dim,
+        "num_subspaces": config.num_subspaces,
+        "num_codes": config.num_codes,
         "small_num_embeddings": _SMALL_ROWS,
         "num_rounds": num_rounds,
         "seconds_to_ready": {name: statistics.median(of_it) for name, of_it in seconds.items()},
@@ -50,9 +57,9 @@ def measure(config: TableConfig, num_rounds: int) -> dict[str, Any]:
     }
 
 
-def _look_up(server: Running, config: TableConfig) -> None:
+def _look_up(server: Running, ids_V: NDArray[np.int64]) -> None:
     """Random lookups, so that workers hold what they hold in service."""
-    url, ids_V = f"http://127.0.0.1:{server.http_port}/v1/tables/{TABLE}/lookup", config.ids()
+    url = f"http://127.0.0.1:{server.http_port}/v1/tables/{TABLE}/lookup"
     generator, headers = np.random.default_rng(0), {"Content-Type": _OCTETS, "Accept": _OCTETS}
     # Each over a connection of its own: the workers take them in turn.
     with httpx.Client(headers=headers, limits=httpx.Limits(max_keepalive_connections=0)) as client:
@@ -92,6 +99,6 @@ def main(flags: list[str]) -> None:
     parser.add_argument("--num-rounds", type=int, default=5, help="servers of each size (default: 5)")
     add_results_flag(parser)
     options = parser.parse_args(flags)
-    line = line_of("start", measure(TableConfig(num_embeddings=options.num_embeddings), options.num_rounds), PACKAGES)
+    line = line_of("start", measure(BenchConfig(num_embeddings=options.num_embeddings), options.num_rounds), PACKAGES)
     append(options.results, [line])
     print(report(line))

@@ -51,7 +51,7 @@ def exchange(make_engine):
 
     def run(pieces, engine=None, between=lambda protocol: None):
         async def scenario():
-            config = worker._http_config(engine or make_engine())
+            config = worker.http_config(engine or make_engine())
             config.load()
             protocol = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})
             transport = Transport()
