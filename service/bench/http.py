@@ -63,9 +63,11 @@ def measure(config: BenchConfig, popularity: Popularity, port: int, ids_V: NDArr
         contenders[form] = asked(path, CODES if form == "codes" else OCTETS, octets, OCTETS)
         baselines[form] = constant
     contenders["arrow"] = asked(LOOKUP, ARROW, octets, OCTETS)
-    contenders["FastAPI's JSON"] = asked(f"/default/{TABLE}", JSON, text, JSON)
+    contenders["FastAPI, jsonable_encoder"] = asked(f"/default/encoder/{TABLE}", JSON, text, JSON)
+    contenders["FastAPI, response_model"] = asked(f"/default/{TABLE}", JSON, text, JSON)
     contenders["JSON"] = asked(LOOKUP, JSON, text, JSON)
-    baselines |= {"JSON": "FastAPI's JSON", "arrow": "float32"}
+    baselines |= {"JSON": "FastAPI, jsonable_encoder", "arrow": "float32"}
+    baselines |= {"FastAPI, response_model": "FastAPI, jsonable_encoder"}
     rounds = take_turns(contenders, config.num_rounds, f"{popularity} ids")
     return {"ids": popularity, "workers": 1, **vars(config), "contenders": summary(rounds, baselines)}
 

@@ -64,7 +64,7 @@ class Compared:
 
 
 def _default(engine: Engine) -> FastAPI:
-    """A lookup as one writes it first: models in and out."""
+    """A lookup as one writes it first: models in and out, or a model in and through jsonable_encoder out."""
     app, store = FastAPI(), engine.store
 
     @app.post(_DEFAULT + "{table}")
@@ -77,6 +77,12 @@ def _default(engine: Engine) -> FastAPI:
             vectors=vectors.tolist(),
             missing=missing.tolist(),
         )
+
+    @app.post(_DEFAULT + "encoder/{table}", response_model=None)
+    def lookup_encoded(table: str, asked: Ids) -> dict[str, Any]:
+        vectors, missing = store.lookup(table, np.array(asked.ids, np.int64))
+        found = {"table": table, "version": store.version, "dim": vectors.shape[1]}
+        return {**found, "vectors": vectors.tolist(), "missing": missing.tolist()}
 
     return app
 

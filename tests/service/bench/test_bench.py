@@ -15,7 +15,7 @@ from service.bench.setting import BenchConfig
 SIZES = ["--num-embeddings", 500, "--num-codes", 20, "--num-ids", 8, "--num-rounds", 1, "--seconds", 1]
 NEEDS = {"http": ["wrk"], "grpc": [], "redis": ["wrk", "redis-server", "redis-benchmark"]}
 RATIOS = {
-    "http": {"float32": "constant 2,048 bytes", "JSON": "FastAPI's JSON"},
+    "http": {"float32": "constant 2,048 bytes", "JSON": "FastAPI, jsonable_encoder"},
     "grpc": {"asyncio, streams of 256 ids": "asyncio, calls of 256 ids"},
     "redis": {"codes": "redis", "client of codes": "redis-py"},
 }
