@@ -44,10 +44,12 @@ def packed_rows(table: Table, rows_N: NDArray[np.int64], missing: NDArray[np.uin
     """
     if not table.manifest.has_codes:
         raise ConfigError(f"table {table.name!r} is of kind {table.manifest.kind!r}: it has vectors, and no codes")
-    if (rows_N >= table.manifest.num_embeddings).any():
-        raise DamagedArtifactError(f"row {rows_N.max()} is outside the table's {table.manifest.num_embeddings} rows")
     present_N = np.maximum(rows_N, 0) if len(missing) else rows_N
-    packed_NW, tiers_N = (_of_tiers if len(table.tiers) > 1 else _of_one_tier)(table.tiers, present_N)
+    try:
+        packed_NW, tiers_N = (_of_tiers if len(table.tiers) > 1 else _of_one_tier)(table.tiers, present_N)
+    except IndexError:
+        num_rows = table.manifest.num_embeddings
+        raise DamagedArtifactError(f"row {rows_N.max()} is outside the table's {num_rows} rows") from None
     if len(missing):
         packed_NW[missing] = 0
     return PackedRows(packed_NW, missing, tiers_N)
@@ -55,7 +57,7 @@ def packed_rows(table: Table, rows_N: NDArray[np.int64], missing: NDArray[np.uin
 
 def _of_one_tier(tiers: tuple[PackedTier, ...], rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], None]:
     packed_VW = tiers[0].packed_VW
-    if not len(packed_VW):  # all are missing
+    if not len(packed_VW) and not rows_N.any():  # all are missing
         return np.zeros((len(rows_N), packed_VW.shape[1]), np.uint8), None
     return packed_VW.take(rows_N, axis=0), None
 

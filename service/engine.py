@@ -256,18 +256,14 @@ class Engine:
         self.check_num_ids(len(ids))
         return self._find(table, ids, dtype, missing)
 
-    def lookup_codes(self, request: TableRequest) -> PackedRows:
-        """Packed codes for one request, which has no bags.
+    def lookup_codes(
+        self, table: str, ids: NDArray[np.int64] | list[str], missing: MissingPolicy = "zeros"
+    ) -> PackedRows:
+        """Packed codes of ids of one table, which is not dense.
 
         Raises:
             UnknownTableError, UnknownIdsError, IdTypeError, TooManyIdsError: as `lookup`.
-            InvalidRequestError: a dtype, which codes have none of.
         """
-        table, ids, dtype, missing, *_ = request
-        if dtype != "float32":
-            raise InvalidRequestError(
-                f"dtype: got {dtype} with codes, which have none; cast the vectors they decode to"
-            )
         self.check_num_ids(len(ids))
         _check_kind(self.store.table(table), table, ids)
         found = self.store.codes(table, ids, missing=missing)

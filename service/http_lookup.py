@@ -101,6 +101,8 @@ class LookupPlans:
             raise UnsupportedMediaTypeError(f"Content-Type: table {name!r} has string ids; send them as {JSON}")
         wanted = _reply_type(accept, table, pooling)
         _check_bags(asked, given)
+        if wanted == CODES and dtype != "float32":
+            raise InvalidRequestError(f"dtype: got {dtype} with codes, which have none; cast what they decode to")
         read = _reader(asked, given)
 
         def request_of(body: bytes) -> TableRequest:
@@ -118,7 +120,7 @@ class LookupPlans:
             return Reply(text, Headers(JSON, len(text), {}))
 
         def to_codes(body: bytes) -> Reply:
-            return codes_to_octets(version, engine.lookup_codes(request_of(body)))
+            return codes_to_octets(version, engine.lookup_codes(name, read(body)[0], missing))
 
         if wanted == ARROW:
             pa = load_pyarrow()

@@ -83,24 +83,18 @@ class Metrics:
             seconds: from its start to its reply.
         """
         self._answered.append(((api, method, code), seconds))
-        self._write_soon()
+        self.write()
+
+    def answered_soon(self, api: str, method: str, code: str, seconds: float) -> None:
+        """Count a request as `answered` does, but together with all others of this turn of the event loop."""
+        self._answered.append(((api, method, code), seconds))
+        if not self._is_planned:
+            self._is_planned = True
+            asyncio.get_running_loop().call_soon(self.write)
 
     def looked_up(self, table: str, num_ids: int, num_missing: int) -> None:
-        """Count the ids of a lookup."""
+        """Count the ids of a lookup; they are written with the request that they belong to."""
         self._looked_up.append((table, num_ids, num_missing))
-        self._write_soon()
-
-    def _write_soon(self) -> None:
-        """What is counted in one turn of the event loop is written together; outside of a loop at once."""
-        if self._is_planned:
-            return
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self.write()
-        else:
-            self._is_planned = True
-            loop.call_soon(self.write)
 
     def write(self) -> None:
         """Write what has been counted. Threads may count meanwhile, and write too: each entry is taken once."""

@@ -27,8 +27,8 @@ def test_what_one_turn_of_the_loop_counts_is_written_by_the_next():
 
     async def scenario():
         for _ in range(3):
-            counted.answered("http", "POST /x", "200", 0.1)
             counted.looked_up("t", 5, 1)
+            counted.answered_soon("http", "POST /x", "200", 0.1)
         written = [counted._requests._metrics.copy()]
         await asyncio.sleep(0)
         return [*written, counted._requests._metrics]
@@ -50,7 +50,7 @@ def test_threads_count_each_of_their_lookups_once():
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            counted.looked_up("t", 0, 0)
+            counted.answered_soon("http", "POST /x", "200", 0.1)
             await asyncio.sleep(0)
         for thread in threads:
             thread.join()

@@ -1,0 +1,116 @@
+"""Packed rows and values that travel, held to EmbeddingStore.lookup bit for bit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpq_rec import (
+    CodeLayout,
+    ConfigError,
+    DamagedArtifactError,
+    EmbeddingStore,
+    IdentityVocabulary,
+    TableContents,
+    UnknownIdsError,
+    pack_codes,
+    write_artifact,
+)
+from dpq_rec.packed import packed_rows, values_of_bytes, values_to_bytes
+from dpq_rec.tiers import cut_into_tiers
+
+NONE = np.empty(0, np.uint32)
+
+
+def store_of(folder, layout, *, num_rows=20, shares=(), shared=False, dtype="float32"):
+    """One table `t` of random codes and values."""
+    rng, tiers = np.random.default_rng(1), cut_into_tiers(layout, num_rows, shares)
+    groups = layout.num_levels if shared else layout.codes_per_row
+    contents = TableContents(
+        num_embeddings=num_rows,
+        embedding_dim=3 * layout.num_subspaces,
+        vocabulary=IdentityVocabulary(num_rows),
+        layout=layout,
+        tiers=tiers if shares else (),
+        values=rng.standard_normal((groups, layout.num_codes, 3)).astype(dtype),
+        chunks=[
+            pack_codes(rng.integers(0, layout.num_codes, (tier.num_rows, tier.layout.codes_per_row)), tier.layout)
+            for tier in tiers
+        ],
+    )
+    return EmbeddingStore.open(write_artifact(folder / "artifact", {"t": contents}))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_codes=st.sampled_from([2, 5, 16, 256, 300]),
+    num_subspaces=st.integers(1, 5),
+    shares=st.sampled_from([(), ((0.3, 2),), ((0.1, 2), (0.5, 1)), ((0.0, 1),)]),
+    shared=st.booleans(),
+    dtype=st.sampled_from(["float32", "float16"]),
+    ids=st.lists(st.integers(-2, 22), max_size=30),
+)
+def test_values_decode_packed_rows_to_the_vectors_of_the_store(
+    tmp_path_factory, num_codes, num_subspaces, shares, shared, dtype, ids
+):
+    layout = CodeLayout(num_subspaces=num_subspaces, num_codes=num_codes, num_levels=3 if shares else 1)
+    folder = tmp_path_factory.mktemp("packed")
+    store = store_of(folder, layout, shares=shares, shared=shared, dtype=dtype)
+    rows, wanted = store.codes("t", ids), store.lookup("t", ids)
+    values = values_of_bytes(values_to_bytes(store.tables["t"], store.version))
+    assert values.decode(rows).tobytes() == wanted.vectors.tobytes()
+    assert rows.missing.tolist() == wanted.missing.tolist()
+    assert not rows.packed_NW[rows.missing].any()
+    assert values.version == store.version
+
+
+def test_values_are_read_by_the_safetensors_library(tmp_path):
+    store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=5), dtype="float16")
+    found = safetensors.numpy.load(values_to_bytes(store.tables["t"], "v"))
+    np.testing.assert_array_equal(found["values"], store.tables["t"].tensors["values"])
+
+
+def test_codes_of_an_empty_table_are_of_missing_ids_alone(tmp_path):
+    rows = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=256), num_rows=0).codes("t", [0, 7])
+    assert (rows.packed_NW.tolist(), rows.missing.tolist()) == ([[0, 0], [0, 0]], [0, 1])
+
+
+def test_codes_refuse_unknown_ids_when_asked_to(tmp_path):
+    store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=5))
+    with pytest.raises(UnknownIdsError, match="99"):
+        store.codes("t", [1, 99], missing="error")
+
+
+@pytest.mark.parametrize("shares", [(), ((0.5, 1),)])
+def test_a_row_outside_the_table_is_damage(tmp_path, shares):
+    store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=5, num_levels=2), shares=shares)
+    with pytest.raises(DamagedArtifactError, match="row 20 is outside the table's 20 rows"):
+        packed_rows(store.tables["t"], np.array([3, 20]), NONE)
+
+
+def test_a_code_that_the_values_do_not_know_is_damage(tmp_path):
+    store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=5))
+    values = values_of_bytes(values_to_bytes(store.tables["t"], "v"))
+    rows = store.codes("t", [1])
+    with pytest.raises(DamagedArtifactError, match="a code of 5 or more"):
+        values.decode(rows._replace(packed_NW=np.full_like(rows.packed_NW, 0x3F)))
+
+
+def test_a_dense_table_has_neither_codes_nor_values(tmp_path):
+    rows = np.ones((2, 2), np.float32)
+    dense = TableContents(num_embeddings=2, embedding_dim=2, vocabulary=IdentityVocabulary(2), chunks=[rows])
+    store = EmbeddingStore.open(write_artifact(tmp_path / "artifact", {"t": dense}))
+    with pytest.raises(ConfigError, match="'t' is of kind 'dense': it has vectors, and no codes"):
+        store.codes("t", [1])
+    with pytest.raises(ConfigError, match="it has vectors, and no values"):
+        values_to_bytes(store.tables["t"], "v")
+
+
+def test_values_cannot_be_changed_by_mistake(tmp_path):
+    store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=5))
+    values = values_of_bytes(values_to_bytes(store.tables["t"], "v"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        values.version = "w"
