@@ -47,8 +47,8 @@ DPQ_INLINE void load_piece(const float* from, typename Piece<kPiece>::Floats& to
   std::memcpy(&to, from, sizeof(to));
 }
 
-// Vectors as codes, which are read as Codes; kOneLevel spares a tenth where there are no more. The arguments come by value: a copy that no pointer can reach stays in
-// registers whatever is written.
+// Vectors as codes, which are read as Codes; kOneLevel spares a tenth where there are no more. The arguments come by
+// value: a copy that no pointer can reach stays in registers whatever is written.
 template <int kPiece, typename Codes, bool kOneLevel>
 struct Coded {
   const Source a;
