@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from dpq_rec.codes import CodeLayout, find_damaged_row
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError
 from dpq_rec.files import renamed_into, write_file
+from dpq_rec.kernels import Coded, Stored
 from dpq_rec.tensorfile import Stream, map_tensors, sha256_of, write_tensors
 from dpq_rec.tiers import PackedTier, Tier, as_entries, codes_name, cut_into_tiers, of_entries, packed_streams
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
@@ -134,6 +135,11 @@ class Table:
             PackedTier(tier.first_row, tier.layout, self.tensors[codes_name(at)])
             for at, tier in enumerate(self.manifest.cut())
         )
+
+    @functools.cached_property
+    def stored(self) -> Stored:
+        """The vectors of all rows, as the kernels take them."""
+        return Coded(self.tiers, self.tensors["values_fp32"]) if self.manifest.has_codes else self.tensors["vectors"]
 
     @property
     def packed_bytes(self) -> int:

@@ -25,11 +25,4 @@ def decode_rows(
     Raises:
         DamagedArtifactError: a row outside the table, or an impossible code.
     """
-    return kernels.decode(stored_vectors(table), rows_N, dtype=dtype, num_threads=num_threads)
-
-
-def stored_vectors(table: Table) -> kernels.Stored:
-    """A table's vectors, as the kernels take them."""
-    if table.manifest.has_codes:
-        return kernels.Coded(table.tiers, table.tensors["values_fp32"])
-    return table.tensors["vectors"]
+    return kernels.decode(table.stored, rows_N, dtype=dtype, num_threads=num_threads)

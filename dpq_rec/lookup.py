@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dpq_rec import kernels
 from dpq_rec.artifact import Artifact, Table, open_artifact
-from dpq_rec.decode import decode_rows, stored_vectors
+from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError, IdTypeError, UnknownIdsError, UnknownTableError
 from dpq_rec.packed import PackedRows, packed_rows
 from dpq_rec.search import Neighbours, Similarity, TableSearch
@@ -19,6 +19,7 @@ from dpq_rec.search import Neighbours, Similarity, TableSearch
 MissingPolicy = Literal["zeros", "error"]
 VectorType = Literal["float32", "float16"]
 Pooling = Literal["sum", "mean"]
+_MISSING_POLICIES, _VECTOR_TYPES, _POOLINGS = get_args(MissingPolicy), get_args(VectorType), get_args(Pooling)
 
 
 class Lookup(NamedTuple):
@@ -100,9 +101,9 @@ class EmbeddingStore:
             ConfigError: another dtype or policy than those named, or no thread.
         """
         _check_options(dtype=dtype, num_threads=num_threads)
-        rows_N, missing_positions = self._find_rows(table, ids, missing)
-        vectors_NE = decode_rows(self.table(table), rows_N, dtype=dtype, num_threads=num_threads)
-        return Lookup(vectors_NE, missing_positions)
+        found = self.table(table)
+        rows_N, missing_positions = _find_rows(found, ids, missing)
+        return Lookup(decode_rows(found, rows_N, dtype=dtype, num_threads=num_threads), missing_positions)
 
     def lookup_bags(
         self,
@@ -138,9 +139,10 @@ class EmbeddingStore:
         _check_options(dtype=dtype, num_threads=num_threads, pooling=pooling)
         if pooling == "mean" and weights is not None:
             raise ConfigError("weights: got some with pooling mean, want sum; a weighted mean is not defined")
-        rows_N, missing_positions = self._find_rows(table, ids, missing)
+        found = self.table(table)
+        rows_N, missing_positions = _find_rows(found, ids, missing)
         pooled_BE = kernels.decode_bags(
-            stored_vectors(self.table(table)),
+            found.stored,
             rows_N,
             _bag_lengths(bag_lengths, len(rows_N)),
             mean=pooling == "mean",
@@ -149,16 +151,6 @@ class EmbeddingStore:
             num_threads=num_threads,
         )
         return Lookup(pooled_BE, missing_positions)
-
-    def _find_rows(self, table: str, ids: Any, missing: MissingPolicy) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """Rows of ids, and the positions of those that have none."""
-        if missing not in get_args(MissingPolicy):
-            raise ConfigError(f"missing: got {missing!r}, want zeros or error")
-        rows_N = self.table(table).vocabulary.rows(ids)
-        positions = (rows_N == kernels.MISSING_ROW).nonzero()[0].astype(np.uint32)
-        if missing == "error" and len(positions):
-            raise UnknownIdsError(table, [ids[i] for i in positions], positions.tolist())
-        return rows_N, positions
 
     def codes(self, table: str, ids: Any, *, missing: MissingPolicy = "zeros") -> PackedRows:
         """Packed codes of ids, for whoever holds the table's values (`dpq_rec.packed`).
@@ -173,7 +165,8 @@ class EmbeddingStore:
             ConfigError: a dense table, too: it has no codes.
             DamagedArtifactError: the vocabulary names a row outside the table.
         """
-        return packed_rows(self.table(table), *self._find_rows(table, ids, missing))
+        found = self.table(table)
+        return packed_rows(found, *_find_rows(found, ids, missing))
 
     def search(self, table: str, queries: Any, k: int, *, similarity: Similarity = "dot") -> Neighbours:
         """The k ids of a table whose vectors are most similar to each query, exactly: every row is looked at.
@@ -199,10 +192,21 @@ class EmbeddingStore:
         return self._searches[self.table(table).name](queries, k, similarity)
 
 
+def _find_rows(table: Table, ids: Any, missing: MissingPolicy) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """Rows of ids, and the positions of those that have none."""
+    if missing not in _MISSING_POLICIES:
+        raise ConfigError(f"missing: got {missing!r}, want zeros or error")
+    rows_N = table.vocabulary.rows(ids)
+    positions = (rows_N == kernels.MISSING_ROW).nonzero()[0].astype(np.uint32)
+    if missing == "error" and len(positions):
+        raise UnknownIdsError(table.name, [ids[i] for i in positions], positions.tolist())
+    return rows_N, positions
+
+
 def _check_options(*, dtype: VectorType, num_threads: int, pooling: Pooling = "sum") -> None:
-    if dtype not in get_args(VectorType):
+    if dtype not in _VECTOR_TYPES:
         raise ConfigError(f"dtype: got {dtype!r}, want float32 or float16")
-    if pooling not in get_args(Pooling):
+    if pooling not in _POOLINGS:
         raise ConfigError(f"pooling: got {pooling!r}, want sum or mean")
     if num_threads < 1:
         raise ConfigError(f"num_threads: got {num_threads}, want 1 or more")

@@ -6,6 +6,8 @@ file, rows, codes and offsets, is checked as it is read.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +27,8 @@ except ImportError as error:
 MISSING_ROW = -1
 
 
-class Coded(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Coded:
     """Vectors that are stored as codes.
 
     Attributes:
@@ -47,10 +50,16 @@ class Coded(NamedTuple):
         layout = self.tiers[0].layout
         return len(self.values_MKS) == layout.num_levels != layout.codes_per_row
 
-    @property
+    @functools.cached_property
     def embedding_dim(self) -> int:
         """E = D * S."""
         return self.tiers[0].layout.num_subspaces * int(self.values_MKS.shape[2])
+
+    @functools.cached_property
+    def native(self) -> _native.Vectors:
+        """The same, as the C++ takes it: made once, it would take longer than a small lookup."""
+        layout, packed = self.tiers[0].layout, [(tier.packed_VW, tier.layout.num_levels) for tier in self.tiers]
+        return _native.Vectors(packed, self.values_MKS, layout.num_subspaces, layout.code_bits, self.shared)
 
 
 Stored = Coded | NDArray[np.float32]  # vectors as codes, or as they are: [V, E]
@@ -117,10 +126,7 @@ def _embedding_dim(stored: Stored) -> int:
 
 
 def _vectors(stored: Stored) -> _native.Vectors:
-    if not isinstance(stored, Coded):
-        return _native.Vectors(stored)
-    layout, packed = stored.tiers[0].layout, [(tier.packed_VW, tier.layout.num_levels) for tier in stored.tiers]
-    return _native.Vectors(packed, stored.values_MKS, layout.num_subspaces, layout.code_bits, stored.shared)
+    return stored.native if isinstance(stored, Coded) else _native.Vectors(stored)
 
 
 def _check(stored: Stored, rows_N: NDArray[np.int64], bad_at: tuple[int, int]) -> None:

@@ -1,6 +1,7 @@
 """Decoding in fp16, of dense vectors and of tiers, and on several threads. How codes are read: test_decode."""
 
 import concurrent.futures
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_decode_rounds_to_float16_as_numpy_does(width, is_dense):
     numbers = np.array([*HARD_TO_ROUND, *(-number for number in HARD_TO_ROUND)], np.float32)
     values_MKS = np.resize(numbers, (1, 32, width))
     stored = Coded.of(np.arange(32, dtype=np.uint8)[:, None], values_MKS, CodeLayout(num_subspaces=1, num_codes=256))
-    stored = values_MKS[0] if is_dense else stored._replace(values_MKS=np.resize(numbers, (1, 256, width)))
+    stored = values_MKS[0] if is_dense else dataclasses.replace(stored, values_MKS=np.resize(numbers, (1, 256, width)))
     with np.errstate(over="ignore"):
         wanted = values_MKS[0].astype(np.float16)
     assert kernels.decode(stored, np.arange(32), dtype=np.float16).tobytes() == wanted.tobytes()
