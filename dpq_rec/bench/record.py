@@ -52,10 +52,10 @@ def head(line: dict[str, Any]) -> str:
 
 
 def _command() -> str:
-    """What the user typed, without paths of this machine."""
+    """What the user typed, without folders of this machine."""
     main = sys.modules["__main__"].__spec__
     name = main.name.removesuffix(".__main__") if main else Path(sys.argv[0]).name
-    flags = list(sys.argv[1:])
+    flags = [Path(flag).name if Path(flag).is_absolute() else flag for flag in sys.argv[1:]]
     if "--results" in flags:
         del flags[flags.index("--results") : flags.index("--results") + 2]
     return " ".join(["python", "-m", name, *flags])

@@ -96,7 +96,7 @@ def report(lines: list[dict[str, Any]]) -> str:
     return "\n".join([head(lines[0]), "", *rows])
 
 
-def draw_picture(lines: list[dict[str, Any]], path: Path) -> None:
+def draw_plot(lines: list[dict[str, Any]], path: Path) -> None:
     """Latency against rate, a panel for each protocol and kind of ids."""
     import matplotlib as mpl
 
@@ -130,7 +130,7 @@ def main(flags: list[str]) -> None:
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="default: both")
     parser.add_argument("--num-ids", type=int, default=256, help="in a request")
     parser.add_argument("--num-embeddings", type=int, default=1_000_000, help="rows of the table")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw latency against rate")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency against rate")
     add_results_flag(parser)
     options = parser.parse_args(flags)
     if min(*options.rates, options.seconds) <= 0:
@@ -140,5 +140,5 @@ def main(flags: list[str]) -> None:
     lines = [line_of("load", measured, PACKAGES) for measured in measure(config, options)]
     append(options.results, lines)
     print(report(lines))
-    if options.picture is not None:
-        draw_picture(lines, options.picture)
+    if options.plot is not None:
+        draw_plot(lines, options.plot)

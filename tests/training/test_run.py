@@ -80,7 +80,8 @@ def test_run_leaves_an_artifact_with_the_bytes_it_reports(finished):
         tensors = load_file(finished / "artifact" / table.manifest.file)
         stored = sum(tensors[n].nbytes for n in ("packed_codes", "values", "vectors") if n in tensors)
         assert metrics["tables"][name]["artifact_bytes"] == stored
-        assert metrics["tables"][name]["vocabulary_bytes"] == tensors["ids"].nbytes + tensors["rows"].nbytes
+        vocabulary = sum(tensors[n].nbytes for n in ("ids", "rows", "id_tree"))
+        assert metrics["tables"][name]["vocabulary_bytes"] == vocabulary
         full = 4 * 16 * metrics["tables"][name]["num_embeddings"]
         assert metrics["tables"][name]["compression_ratio"] == pytest.approx(full / stored)
     assert (table.manifest.kind == "dense") == (metrics["embedding"] == "full")

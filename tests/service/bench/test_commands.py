@@ -21,7 +21,7 @@ def lines_of(path):
 
 def test_load_leaves_a_line_for_each_protocol_kind_of_ids_and_rate_and_a_picture(tmp_path):
     sizes = ["--rates", 20, 40, "--seconds", 0.5, "--num-ids", 8, "--num-embeddings", 1000]
-    done = bench("load", *sizes, "--picture", tmp_path / "load.png", "--results", tmp_path / "load.jsonl")
+    done = bench("load", *sizes, "--plot", tmp_path / "load.png", "--results", tmp_path / "load.jsonl")
     assert done.returncode == 0, done.stderr
     lines = lines_of(tmp_path / "load.jsonl")
     assert len(lines) == 2 * 3 * 2
