@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dpq_rec.errors import ConfigError, ServerError
 from dpq_rec.lookup import Lookup, MissingPolicy
 from dpq_rec.packed import PackedRows, Values, values_of_bytes
+from dpq_rec.vocabulary import int64_ids
 
 CODES = "application/vnd.dpq-rec.codes"
 _HEAD_END = b"\r\n\r\n"
@@ -70,7 +71,8 @@ class CodesClient:
             missing: "zeros" gives zero vectors to unknown ids and reports their positions; "error" raises.
 
         Raises:
-            ServerError: what the server refuses, as it says; `error_type` tells it apart.
+            IdTypeError: neither strings nor a flat list of 64-bit integers.
+            ServerError: what the server refuses, as it says; `error_type` tells it apart. Or something else than codes.
             OSError: the server cannot be reached, or does not answer in time.
             DamagedArtifactError: codes that the values do not know.
         """
@@ -91,13 +93,13 @@ class CodesClient:
             more = f"Accept: {CODES}\r\nContent-Type: {content_type}\r\nContent-Length: "
             self._heads[key] = self._head("POST", f"{quote(table, safe='')}/lookup?missing={missing}", more)
         answer = self._ask(self._heads[key] + b"%d" % len(body), body)
-        headers, content = answer.headers, answer.body
-        num_rows, row_bytes = int(headers[b"x-num-rows"]), int(headers[b"x-row-bytes"])
-        num_missing, at = int(headers[b"x-num-missing"]), num_rows * row_bytes
-        packed_NW = np.frombuffer(content, np.uint8, at).reshape(num_rows, row_bytes)
-        positions = np.frombuffer(content, "<u4", num_missing, at).astype(np.uint32, copy=False)
-        rest: NDArray[np.uint8] = np.frombuffer(content, np.uint8, -1, at + 4 * num_missing)
-        return headers[b"x-version"].decode("latin-1"), PackedRows(packed_NW, positions, rest if len(rest) else None)
+        try:
+            version, rows = answer.headers[b"x-version"].decode("latin-1"), _rows_of(answer)
+        except (KeyError, ValueError) as error:
+            raise ServerError(200, "reply", f"got no codes, but {answer.body[:80]!r}: {error!r}") from error
+        if len(rows.packed_NW) != len(ids):
+            raise ServerError(200, "reply", f"got codes of {len(rows.packed_NW)} ids, want {len(ids)}")
+        return version, rows
 
     # The connection
 
@@ -110,9 +112,8 @@ class CodesClient:
         is_new = self._socket is None
         try:
             answer = self._exchange(head + _HEAD_END + body)
-        except (ConnectionError, TimeoutError) as error:
-            self.close()
-            if is_new or isinstance(error, TimeoutError):
+        except ConnectionError:
+            if is_new:
                 raise
             answer = self._exchange(head + _HEAD_END + body)  # the server had closed a connection that was idle
         if answer.status != 200:
@@ -120,7 +121,13 @@ class CodesClient:
         return answer
 
     def _exchange(self, request: bytes) -> Answer:
-        connection = self._socket or self._connect()
+        try:
+            return self._answer_to(request, self._socket or self._connect())
+        except BaseException:  # what is still to come on this connection would be taken for the next reply
+            self.close()
+            raise
+
+    def _answer_to(self, request: bytes, connection: socket.socket) -> Answer:
         connection.sendall(request)
         received = bytearray()
         while (at := received.find(_HEAD_END)) < 0:
@@ -128,7 +135,6 @@ class CodesClient:
         status, *lines = bytes(received[:at]).split(b"\r\n")
         headers = {name.lower(): value for name, _, value in (line.partition(b": ") for line in lines)}
         if not headers.get(b"content-length", b"").isdigit():
-            self.close()
             raise ServerError(0, "reply", f"got {status!r} without a Content-Length, which this client needs")
         num_bytes = int(headers[b"content-length"])
         while len(received) < at + len(_HEAD_END) + num_bytes:
@@ -159,16 +165,26 @@ class CodesClient:
         self.close()
 
 
+def _rows_of(answer: Answer) -> PackedRows:
+    """Raises KeyError or ValueError where it is another reply."""
+    headers, content = answer.headers, answer.body
+    num_rows, row_bytes = int(headers[b"x-num-rows"]), int(headers[b"x-row-bytes"])
+    num_missing, at = int(headers[b"x-num-missing"]), num_rows * row_bytes
+    packed_NW = np.frombuffer(content, np.uint8, at).reshape(num_rows, row_bytes)
+    positions = np.frombuffer(content, "<u4", num_missing, at).astype(np.uint32, copy=False)
+    rest: NDArray[np.uint8] = np.frombuffer(content, np.uint8, -1, at + 4 * num_missing)
+    return PackedRows(packed_NW, positions, rest if len(rest) else None)
+
+
 def _body_of(ids: Any) -> tuple[str, bytes]:
-    """A body's media type, and the body; strings travel as JSON, which says what is wrong with others, too."""
-    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":
-        return "application/octet-stream", ids.astype("<i8", copy=False).tobytes()
-    if isinstance(ids, Sequence) and set(map(type, ids)) == {int}:
-        try:
-            return "application/octet-stream", np.array(ids, "<i8").tobytes()
-        except OverflowError:
-            pass
-    return "application/json", json.dumps({"ids": ids if isinstance(ids, list) else list(ids)}).encode()
+    """A body's media type, and the body: strings, and no ids at all, travel as JSON.
+
+    Raises:
+        IdTypeError: neither strings nor a flat list of 64-bit integers.
+    """
+    if all(isinstance(each, str) for each in ids):  # of no ids their type does not tell
+        return "application/json", json.dumps({"ids": list(map(str, ids))}).encode()
+    return "application/octet-stream", int64_ids(ids).astype("<i8", copy=False).tobytes()
 
 
 def _some(connection: socket.socket) -> bytes:

@@ -1,4 +1,4 @@
-"""Rows to vectors, or to pooled bags of them, whatever the table's kind. In: a table and rows. Out: vectors_NE."""
+"""Rows to vectors, whatever the table's kind. In: a table and rows. Out: vectors_NE."""
 
 from __future__ import annotations
 

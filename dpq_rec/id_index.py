@@ -1,7 +1,8 @@
 """What finds ids fast in a sorted list. In: the list. Out: `id_tree` of integers, `id_slots` of strings.
 
-Both stand beside the list in the artifact, may be missing, and hold nothing that does not follow from it. Neither is
-believed: what is found is compared with the id in the list.
+Both stand beside the list in the artifact, may be missing, and hold nothing that does not follow from it. What they
+find is compared with the id in the list. That an id is not where it could be, a tree shows; a slot that was lost, and
+with it a string, `verify` alone finds.
 
     id_tree     int64. The ids are cut into leaves of 16. A level holds the first id of each leaf, the level above it
                 every 16th key of it, and so on up to a level of 16 keys or fewer, the root. The levels stand from the

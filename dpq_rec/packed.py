@@ -89,8 +89,9 @@ class Values:
         """Vectors [N, E] of rows, bit for bit those of `EmbeddingStore.lookup`; zeros where one is missing.
 
         Raises:
-            DamagedArtifactError: a code of K or more.
+            DamagedArtifactError: a code of K or more, or rows that are none of this table's: nothing is read outside.
         """
+        self._check(rows)
         at_N = np.arange(len(rows.packed_NW))
         at_N[rows.missing] = kernels.MISSING_ROW
         if rows.tiers_N is None:
@@ -105,6 +106,19 @@ class Values:
             of_levels = self.values_MKS[: layout.num_levels * per_level]
             vectors_NE[here_P] = kernels.decode(Coded.of(packed_PW, of_levels, layout), there_P)
         return vectors_NE
+
+    def _check(self, rows: PackedRows) -> None:
+        """They come from elsewhere, and the kernels trust shapes."""
+        packed_NW, missing, tiers_N = rows
+        got, want = packed_NW.shape[1], self.layouts[0].row_bytes
+        if got != want:
+            raise DamagedArtifactError(f"codes: got {got} bytes a row, want {want}")
+        if len(missing) and missing.max() >= len(packed_NW):
+            raise DamagedArtifactError(f"missing: got position {missing.max()} of {len(packed_NW)} rows")
+        if len(packed_NW) and (tiers_N is None) != (len(self.layouts) == 1):
+            raise DamagedArtifactError(f"tiers: want those of a table that has {len(self.layouts)}")
+        if tiers_N is not None and (len(tiers_N) != len(packed_NW) or tiers_N.max(initial=0) >= len(self.layouts)):
+            raise DamagedArtifactError(f"tiers: want {len(packed_NW)} of {len(self.layouts)}, got others")
 
 
 def values_to_bytes(table: Table, version: str) -> bytes:
@@ -142,7 +156,8 @@ def values_of_bytes(content: bytes) -> Values:
         values_MKS = np.array(tensors["values"], np.float32)
         of_first = layouts[0]
         fits = values_MKS.ndim == 3 and len(values_MKS) in (of_first.num_levels, of_first.codes_per_row)
-        if not fits or values_MKS.shape[1] != of_first.num_codes:
+        falls = all(layout.num_levels <= of_first.num_levels for layout in layouts)
+        if not fits or not falls or values_MKS.shape[1] != of_first.num_codes:
             raise ValueError(f"values {values_MKS.shape} of {of_first}")
         return Values(version=metadata["version"], layouts=tuple(layouts), values_MKS=values_MKS)
     except (ValueError, KeyError, TypeError, IndexError) as error:

@@ -1,8 +1,9 @@
 """The gRPC API (contract 5). In: an Engine and an address. Out: a GrpcServer on the running event loop.
 
-Imported only after the fork: gRPC's threads do not survive one. gRPC's server with threads answers half as many small
-calls again, but its threads would take the interpreter from the loop that HTTP is answered on, and the engine counts
-without locks; a caller in haste has StreamLookup, which gains more. `python -m service.bench grpc` compares them.
+Imported only after the fork: gRPC's threads do not survive one. gRPC's server with threads answers up to twice as
+many small calls, but its threads would take the interpreter from the loop that HTTP is answered on, and the engine
+counts without locks; a caller in haste has StreamLookup, which gains as much. `python -m service.bench grpc` compares
+them.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ _MOST_KEPT = 256
 def reply_pieces(version: str, dtype: int, found: Lookup) -> list[Octets]:
     """A serialized LookupReply, in pieces that are to be joined."""
     vectors = bytes_of(found.vectors)
-    rest = _rest(version, dtype, found.vectors.shape[1], tuple(found.missing.tolist()))
+    dim, missing = found.vectors.shape[1], found.missing.tolist()
+    rest = _rest(version, dtype, dim, missing) if missing else _rest_of_all(version, dtype, dim)
     return [_begin(len(vectors)), vectors, rest] if len(vectors) else [rest]
 
 
@@ -33,7 +34,12 @@ def batch_reply(replies: Sequence[Sequence[Octets]]) -> bytes:
 
 
 @functools.lru_cache(_MOST_KEPT)
-def _rest(version: str, dtype: int, dim: int, missing: tuple[int, ...]) -> bytes:
+def _rest_of_all(version: str, dtype: int, dim: int) -> bytes:
+    """Where none is missing; what is seldom repeats, and would be kept for nothing."""
+    return _rest(version, dtype, dim, [])
+
+
+def _rest(version: str, dtype: int, dim: int, missing: list[int]) -> bytes:
     """The fields behind the vectors."""
     message = pb.LookupReply(dim=dim, dtype=dtype, missing=missing, version=version)  # type: ignore[arg-type] # an enum is an int
     serialized: bytes = message.SerializeToString()

@@ -298,19 +298,23 @@ class HttpApi:
         row, K choices of each, S numbers of each choice. Its metadata says `version`, `num_subspaces` (D), `num_codes`
         (K), `code_bits` and `num_levels` (L): a JSON list, with an entry for each tier of rows.
         """
-        store = self.engine.store
-        try:
-            octets = values_to_bytes(self.engine.table(table), store.version)
-        except ConfigError as error:
-            raise InvalidRequestError(str(error)) from error
-        return Response(octets, headers={"X-Version": store.version}, media_type=OCTETS)
+        version, found = self.engine.store.version, self.engine.table(table)
+
+        def answer() -> Response:
+            try:
+                return Response(values_to_bytes(found, version), headers={"X-Version": version}, media_type=OCTETS)
+            except ConfigError as error:
+                raise InvalidRequestError(str(error)) from error
+
+        with self.engine.slot():
+            return await self.engine.run(answer, found.artifact_bytes)
 
     def asked_of(self, scope: Scope) -> Asked | None:
         """What a lookup of one table asks for; None for what FastAPI is to answer."""
         if scope["type"] != "http" or scope["method"] != "POST" or scope.get("root_path"):
             return None
         key = self.settings.api_key
-        if key is not None and not holds_key(dict(scope["headers"]), key.encode()):
+        if key is not None and not holds_key(dict(reversed(scope["headers"])), key.encode()):
             return None
         return self._plans.asked_of(scope["path"], scope["query_string"])
 

@@ -25,7 +25,7 @@ def load_pyarrow() -> Any:
         raise NotAcceptableError(text) from None
 
 
-def lookup_to_arrow(pa: Any, names: tuple[str, str], ids: Ids, lookup: Lookup) -> Reply:
+def lookup_to_arrow(pa: Any, names: tuple[str, str], ids: Ids, lookup: Lookup, *, are_strings: bool) -> Reply:
     """Columns `id` (int64 or string) and `vector` (fixed_size_list of float or halffloat; null where an id is missing).
 
     Args:
@@ -33,13 +33,14 @@ def lookup_to_arrow(pa: Any, names: tuple[str, str], ids: Ids, lookup: Lookup) -
         names: of the table and the version, which the schema's metadata holds as `table` and `version`.
         ids: of the request.
         lookup: what was found of them.
+        are_strings: whether the table's ids are: of no ids their type does not tell.
     """
     vectors_NE, missing = lookup
     num_rows, dim = vectors_NE.shape
     is_missing_N = np.zeros(num_rows, bool)
     is_missing_N[missing] = True
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(vectors_NE.reshape(-1)), dim, mask=pa.array(is_missing_N))
-    columns = [pa.array(ids, pa.string() if isinstance(ids, list) else pa.int64()), vectors]
+    columns = [pa.array(list(ids), pa.string()) if are_strings else pa.array(ids, pa.int64()), vectors]
     schema = pa.schema(
         [("id", columns[0].type), ("vector", vectors.type)],
         metadata=dict(zip(("table", "version"), names, strict=True)),

@@ -97,7 +97,8 @@ class LookupPlans:
         engine, (name, dtype, missing, pooling, _) = self._engine, asked
         table, version = engine.table(name), engine.store.version
         given = body_type(content_type)
-        if given == OCTETS and table.vocabulary.kind == "string":
+        are_strings = table.vocabulary.kind == "string"
+        if given == OCTETS and are_strings:
             raise UnsupportedMediaTypeError(f"Content-Type: table {name!r} has string ids; send them as {JSON}")
         wanted = _reply_type(accept, table, pooling)
         _check_bags(asked, given)
@@ -127,7 +128,8 @@ class LookupPlans:
 
         def to_arrow(body: bytes) -> Reply:
             request = request_of(body)
-            return lookup_to_arrow(pa, (name, version), request.ids, engine.lookup([request]).lookups[0])
+            found = engine.lookup([request]).lookups[0]
+            return lookup_to_arrow(pa, (name, version), request.ids, found, are_strings=are_strings)
 
         if wanted == OCTETS and given == OCTETS and pooling == "none":
             return from_octets_to_octets

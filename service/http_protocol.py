@@ -49,23 +49,22 @@ class Heads:
     def _read(self, head: bytes) -> Head | None:
         """What a head asks for, without its empty line; None for what is uvicorn's."""
         seen = _Seen()
-        parser = httptools.HttpRequestParser(seen)
+        parser = seen.parser = httptools.HttpRequestParser(seen)
         try:
             parser.feed_data(head + _HEAD_END)
+            url = httptools.parse_url(seen.url)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             return None
+        if not url.path:
+            return None
         names = [name for name, _ in seen.headers]
-        plain = parser.get_http_version() == "1.1" and parser.should_keep_alive() and not parser.should_upgrade()
+        plain = parser.get_http_version() == "1.1" and seen.keeps_alive and not parser.should_upgrade()
         if not plain or {b"transfer-encoding", b"expect"} & set(names) or names.count(b"content-length") != 1:
             return None
         num_bytes = int(dict(seen.headers)[b"content-length"])
-        return self._head_of(parser.get_method().decode(), seen, num_bytes)
-
-    def _head_of(self, method: str, seen: _Seen, num_bytes: int) -> Head | None:
-        url = httptools.parse_url(seen.url)
         scope = {
             "type": "http",
-            "method": method,
+            "method": parser.get_method().decode(),
             "path": urllib.parse.unquote(url.path.decode("ascii")),
             "query_string": url.query or b"",
             "headers": seen.headers,
@@ -81,6 +80,11 @@ class _Seen:
     def __init__(self) -> None:
         self.url = b""
         self.headers: list[tuple[bytes, bytes]] = []
+        self.parser: Any = None
+        self.keeps_alive = False
+
+    def on_headers_complete(self) -> None:
+        self.keeps_alive = self.parser.should_keep_alive()  # behind an empty body the parser has forgotten it
 
     def on_url(self, url: bytes) -> None:
         self.url += url

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpq_rec.client import CodesClient
-from dpq_rec.errors import ServerError
+from dpq_rec.errors import IdTypeError, ServerError
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
 from tests.contracts import cases
@@ -137,6 +137,8 @@ class HttpCodesReader(Anything):
     def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
         try:
             vectors, unknown = self.client.lookup(table, list(ids), missing=missing)
+        except IdTypeError as error:
+            raise ReaderError("id_type") from error
         except ServerError as error:
             raise ReaderError("id_type" if error.status in (415, 422) else error.error_type) from error
         return Answer(vectors, unknown.tolist())

@@ -9,7 +9,7 @@ import pytest
 from dpq_rec import ConfigError, DamagedArtifactError, EmbeddingStore, Int64Vocabulary, TableContents, write_artifact
 from dpq_rec.client import CodesClient
 from dpq_rec.codes import CodeLayout
-from dpq_rec.errors import ServerError
+from dpq_rec.errors import IdTypeError, ServerError
 from dpq_rec.packed import values_of_bytes, values_to_bytes
 
 IDS = [7, -1, 2**53 + 1]
@@ -148,6 +148,40 @@ def test_client_refuses_a_reply_without_a_length(store):
     peer = Peer([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"])
     with CodesClient(peer.url) as client, pytest.raises(ServerError, match="without a Content-Length"):
         client.lookup("t", [1])
+
+
+def test_client_never_takes_a_late_reply_for_the_next_one(store):
+    """Its second try, after an idle connection was closed, is answered too late."""
+    peer = Peer(codes(store), values(store), None, [b"HTTP/1.1 200 OK\r\n"], codes(store))
+    with CodesClient(peer.url, timeout_seconds=0.3) as client:
+        client.lookup("t", [2**53 + 1, 5])
+        with pytest.raises(TimeoutError):
+            client.lookup("t", [2**53 + 1, 5])
+        assert client._socket is None
+
+
+@pytest.mark.parametrize("ids", [np.array([2**64 - 1], np.uint64), np.array([[1, 2]]), [1.5], [True], [2**63]])
+def test_client_refuses_ids_as_the_store_does(store, ids):
+    with pytest.raises(IdTypeError):
+        store.lookup("t", ids)
+    with CodesClient("http://localhost:1") as client, pytest.raises(IdTypeError):
+        client.lookup("t", ids)
+
+
+@pytest.mark.parametrize(
+    ("headers", "error"),
+    [
+        ({}, ServerError),
+        ({"X_Num_Rows": 3, "x_row_bytes": 2, "X_Num_Missing": 0, "X_Version": "one"}, ServerError),
+        ({"X_Num_Rows": 2, "x_row_bytes": 1, "X_Num_Missing": 0, "X_Version": "one"}, DamagedArtifactError),
+    ],
+    ids=["another reply", "codes of more ids", "narrower codes"],
+)
+def test_client_refuses_codes_that_do_not_fit(store, headers, error):
+    sizes = headers.get("X_Num_Rows", 0) * headers.get("x_row_bytes", 0)
+    peer = Peer(reply(bytes(sizes), **headers), values(store))
+    with CodesClient(peer.url) as client, pytest.raises(error):
+        client.lookup("t", [2**53 + 1, 5])
 
 
 def test_client_refuses_values_that_are_none(store):

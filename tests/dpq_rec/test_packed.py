@@ -67,6 +67,32 @@ def test_values_decode_packed_rows_to_the_vectors_of_the_store(
     assert values.version == store.version
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"packed_NW": np.zeros((3, 1), np.uint8)}, "got 1 bytes a row, want 6"),
+        ({"missing": np.array([3], np.uint32)}, "position 3 of 3 rows"),
+        ({"tiers_N": None}, "tiers: want those of a table that has 2"),
+        ({"tiers_N": np.array([0, 2, 0], np.uint8)}, "tiers: want 3 of 2"),
+        ({"tiers_N": np.array([0], np.uint8)}, "tiers: want 3 of 2"),
+    ],
+)
+def test_rows_of_another_table_are_damage(tmp_path, changes, match):
+    store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=256, num_levels=3), shares=((0.5, 1),))
+    values = values_of_bytes(values_to_bytes(store.tables["t"], "v"))
+    rows = store.codes("t", [0, 1, 19])
+    assert len(values.decode(rows)) == 3
+    with pytest.raises(DamagedArtifactError, match=match):
+        values.decode(rows._replace(**changes))
+
+
+def test_values_of_tiers_that_have_more_levels_than_the_first_are_damage(tmp_path):
+    store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=256, num_levels=3), shares=((0.5, 1),))
+    content = values_to_bytes(store.tables["t"], "v")
+    with pytest.raises(DamagedArtifactError, match="values"):
+        values_of_bytes(content.replace(b"[3, 1]", b"[3, 4]"))
+
+
 def test_values_are_read_by_the_safetensors_library(tmp_path):
     store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=5), dtype="float16")
     found = safetensors.numpy.load(values_to_bytes(store.tables["t"], "v"))

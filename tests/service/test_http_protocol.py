@@ -119,6 +119,9 @@ OTHERS = {  # left to uvicorn
     + octets([1])
     + b"\r\n0\r\n\r\n",
     "close": request(USERS, KNOWN, headers=["Connection: close"]),
+    "close, no ids": request(USERS, headers=["Connection: close"]),
+    "no path": request("http://example.com", KNOWN),
+    "no port": request(f"http://a:99999{USERS}", KNOWN),
     "HTTP/1.0": request(USERS, KNOWN, version="1.0"),
 }
 
@@ -140,7 +143,7 @@ def test_what_is_not_answered_at_once_is_uvicorns(exchange, at_once, name):
     assert len(replies(written)) == 1
 
 
-@pytest.mark.parametrize("name", ["close", "HTTP/1.0", "too many bytes"])
+@pytest.mark.parametrize("name", ["close", "close, no ids", "HTTP/1.0", "too many bytes"])
 def test_a_connection_that_is_to_close_is_closed(exchange, name):
     assert exchange([OTHERS[name]])[1]
     assert not exchange([WHOLE["octets"]])[1]
