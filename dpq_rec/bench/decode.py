@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,18 @@ import torch
 from numpy.typing import NDArray
 
 from dpq_rec import kernels
-from dpq_rec.artifact import Table, TableContents, open_artifact, write_artifact
+from dpq_rec.artifact import Table, open_artifact, write_artifact
 from dpq_rec.bench import fbgemm
 from dpq_rec.bench.record import PACKAGES, add_config_flags, add_results_flag, append, head, line_of
 from dpq_rec.bench.rounds import POPULARITIES, Popularity, draw_rows, take_turns
-from dpq_rec.codes import CodeLayout, pack_codes
+from dpq_rec.bench.tables import random_contents
+from dpq_rec.codes import CodeLayout
 from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError
 from dpq_rec.vocabulary import IdentityVocabulary
 
 BASELINE = "torch.index_select"
 GATHER = "fp32 gather with prefetch"
-_CHUNK_ROWS = 1 << 17
 _SEED = 0
 
 
@@ -94,22 +94,9 @@ def _contenders(config: DecodeConfig, table: Table) -> dict[str, Callable[[NDArr
 
 def random_table(config: DecodeConfig, path: Path, generator: np.random.Generator) -> Table:
     """A table of random codes and values, mapped from its file."""
-    layout = config.layout
-    value_shape = (layout.codes_per_row, layout.num_codes, config.embedding_dim // layout.num_subspaces)
-
-    def chunks() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, config.num_embeddings, _CHUNK_ROWS):
-            shape = (min(_CHUNK_ROWS, config.num_embeddings - start), layout.codes_per_row)
-            yield pack_codes(generator.integers(0, layout.num_codes, shape, np.uint16), layout)
-
-    contents = TableContents(
-        num_embeddings=config.num_embeddings,
-        embedding_dim=config.embedding_dim,
-        vocabulary=IdentityVocabulary(config.num_embeddings),
-        layout=layout,
-        values=generator.standard_normal(value_shape, np.float32),
-        chunks=chunks(),
-    )
+    vocabulary = IdentityVocabulary(config.num_embeddings)
+    shape = (config.num_embeddings, config.embedding_dim)
+    contents = random_contents(shape, config.layout, vocabulary, generator)
     return open_artifact(write_artifact(path, {"table": contents})).tables["table"]
 
 

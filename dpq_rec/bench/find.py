@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.bench.record import add_results_flag, append, head, line_of
+from dpq_rec.bench.record import add_config_flags, add_results_flag, append, head, line_of
 from dpq_rec.bench.rounds import POPULARITIES, Popularity, draw_rows, take_turns
 from dpq_rec.errors import ConfigError
 from dpq_rec.kernels import MISSING_ROW, find_integer_rows, find_rows, reference
@@ -189,8 +189,7 @@ def report(line: dict[str, Any]) -> str:
 def main(flags: Sequence[str]) -> None:
     """Measure, print, and add to the results."""
     parser = argparse.ArgumentParser("python -m dpq_rec.bench find", description=__doc__.split("\n")[0])
-    for field, default in vars(FindConfig()).items():
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default, help=f"{default:,}")
+    add_config_flags(parser, FindConfig())
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="both")
     add_results_flag(parser)
     options = vars(parser.parse_args(flags))

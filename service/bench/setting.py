@@ -6,19 +6,18 @@ import argparse
 import functools
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec import CodeLayout, ConfigError, Int64Vocabulary, TableContents, pack_codes, write_artifact
-from dpq_rec.bench.record import add_results_flag
+from dpq_rec import CodeLayout, ConfigError, Int64Vocabulary, write_artifact
+from dpq_rec.bench.record import add_config_flags, add_results_flag
 from dpq_rec.bench.rounds import Popularity, draw_rows
+from dpq_rec.bench.tables import random_contents
 
 TABLE = "item_id"
-_CHUNK_ROWS = 1 << 17
 _LARGEST_ID = 1 << 40
 _SEED = 0
 
@@ -54,8 +53,7 @@ def parse(name: str, text: str, flags: list[str]) -> tuple[BenchConfig, Path | N
         ConfigError: sizes that make no sense, or fewer than two cores.
     """
     parser = argparse.ArgumentParser(f"python -m service.bench {name}", description=text)
-    for field, default in vars(BenchConfig()).items():
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default, help=f"{default:,}")
+    add_config_flags(parser, BenchConfig())
     add_results_flag(parser)
     options = vars(parser.parse_args(flags))
     results = options.pop("results")
@@ -102,22 +100,8 @@ def make_ids(config: BenchConfig) -> NDArray[np.int64]:
 
 def make_artifact(config: BenchConfig, ids_V: NDArray[np.int64], path: Path) -> Path:
     """An artifact of one table of random codes and values."""
-    generator, layout = np.random.default_rng(_SEED), config.layout
-    value_shape = (layout.codes_per_row, layout.num_codes, config.embedding_dim // layout.num_subspaces)
-
-    def chunks() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, config.num_embeddings, _CHUNK_ROWS):
-            shape = (min(_CHUNK_ROWS, config.num_embeddings - start), layout.codes_per_row)
-            yield pack_codes(generator.integers(0, layout.num_codes, shape, np.uint16), layout)
-
-    contents = TableContents(
-        num_embeddings=config.num_embeddings,
-        embedding_dim=config.embedding_dim,
-        vocabulary=Int64Vocabulary.from_ids(ids_V),
-        layout=layout,
-        values=generator.standard_normal(value_shape, np.float32),
-        chunks=chunks(),
-    )
+    shape, vocabulary = (config.num_embeddings, config.embedding_dim), Int64Vocabulary.from_ids(ids_V)
+    contents = random_contents(shape, config.layout, vocabulary, np.random.default_rng(_SEED))
     return write_artifact(path, {TABLE: contents})
 
 
