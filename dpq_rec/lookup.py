@@ -13,12 +13,15 @@ from dpq_rec import kernels
 from dpq_rec.artifact import Artifact, Table, open_artifact
 from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError, IdTypeError, UnknownIdsError, UnknownTableError
+from dpq_rec.octets import Form, FoundOctets, find_octets
 from dpq_rec.packed import PackedRows, packed_rows
 from dpq_rec.search import Neighbours, Similarity, TableSearch
+from dpq_rec.vocabulary import Int64Vocabulary, int64_ids
 
 MissingPolicy = Literal["zeros", "error"]
 VectorType = Literal["float32", "float16"]
 Pooling = Literal["sum", "mean"]
+_NO_POSITIONS = np.empty(0, np.uint32)
 _MISSING_POLICIES, _VECTOR_TYPES, _POOLINGS = get_args(MissingPolicy), get_args(VectorType), get_args(Pooling)
 
 
@@ -100,10 +103,17 @@ class EmbeddingStore:
             DamagedArtifactError: a row's codes are not what was published.
             ConfigError: another dtype or policy than those named, or no thread.
         """
-        _check_options(dtype=dtype, num_threads=num_threads)
+        _check_options(missing, dtype=dtype, num_threads=num_threads)
         found = self.table(table)
-        rows_N, missing_positions = _find_rows(found, ids, missing)
-        return Lookup(decode_rows(found, rows_N, dtype=dtype, num_threads=num_threads), missing_positions)
+        if isinstance(found.vocabulary, Int64Vocabulary):
+            known = found.vocabulary.sorted
+            rows_N, vectors_NE, num_missing = kernels.lookup_integers(
+                int64_ids(ids), known, found.stored, dtype=dtype, num_threads=num_threads
+            )
+            positions = _missing_positions(found, ids, rows_N, missing) if num_missing else _NO_POSITIONS
+            return Lookup(vectors_NE, positions)
+        rows_N, positions = _find_rows(found, ids, missing)
+        return Lookup(decode_rows(found, rows_N, dtype=dtype, num_threads=num_threads), positions)
 
     def lookup_bags(
         self,
@@ -136,7 +146,7 @@ class EmbeddingStore:
                 named, or no thread.
             UnknownTableError, IdTypeError, UnknownIdsError, DamagedArtifactError: as in `lookup`.
         """
-        _check_options(dtype=dtype, num_threads=num_threads, pooling=pooling)
+        _check_options(missing, dtype=dtype, num_threads=num_threads, pooling=pooling)
         if pooling == "mean" and weights is not None:
             raise ConfigError("weights: got some with pooling mean, want sum; a weighted mean is not defined")
         found = self.table(table)
@@ -165,8 +175,30 @@ class EmbeddingStore:
             ConfigError: a dense table, too: it has no codes.
             DamagedArtifactError: the vocabulary names a row outside the table.
         """
+        _check_options(missing)
         found = self.table(table)
         return packed_rows(found, *_find_rows(found, ids, missing))
+
+    def lookup_octets(
+        self, table: str, asked: bytes, *, form: Form = "float32", missing: MissingPolicy = "zeros"
+    ) -> FoundOctets:
+        """What `lookup` or `codes` finds, from bytes to bytes as they travel (`dpq_rec.octets`), in one go.
+
+        Args:
+            table: the table's name.
+            asked: ids, little-endian int64.
+            form: "float32" or "float16" vectors, or packed "codes".
+            missing: as for `lookup`.
+
+        Raises:
+            UnknownTableError, UnknownIdsError, DamagedArtifactError, ConfigError: as `lookup` and `codes`.
+            IdTypeError: no multiple of 8 bytes, or a table whose ids are strings.
+        """
+        _check_options(missing, dtype="float32" if form == "codes" else form)
+        found = find_octets(self.table(table), asked, form)
+        if missing == "error" and found.num_missing:
+            _find_rows(self.table(table), np.frombuffer(asked, "<i8"), missing)
+        return found
 
     def search(self, table: str, queries: Any, k: int, *, similarity: Similarity = "dot") -> Neighbours:
         """The k ids of a table whose vectors are most similar to each query, exactly: every row is looked at.
@@ -194,16 +226,27 @@ class EmbeddingStore:
 
 def _find_rows(table: Table, ids: Any, missing: MissingPolicy) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     """Rows of ids, and the positions of those that have none."""
-    if missing not in _MISSING_POLICIES:
-        raise ConfigError(f"missing: got {missing!r}, want zeros or error")
     rows_N = table.vocabulary.rows(ids)
-    positions = (rows_N == kernels.MISSING_ROW).nonzero()[0].astype(np.uint32)
+    return rows_N, _missing_positions(table, ids, rows_N, missing)
+
+
+def _missing_positions(table: Table, ids: Any, rows_N: NDArray[np.int64], missing: MissingPolicy) -> NDArray[np.uint32]:
+    """Positions of ids that have no row.
+
+    Raises:
+        UnknownIdsError: there are some, and `missing` is "error".
+    """
+    positions: NDArray[np.uint32] = (rows_N == kernels.MISSING_ROW).nonzero()[0].astype(np.uint32)
     if missing == "error" and len(positions):
         raise UnknownIdsError(table.name, [ids[i] for i in positions], positions.tolist())
-    return rows_N, positions
+    return positions
 
 
-def _check_options(*, dtype: VectorType, num_threads: int, pooling: Pooling = "sum") -> None:
+def _check_options(
+    missing: MissingPolicy, *, dtype: VectorType = "float32", num_threads: int = 1, pooling: Pooling = "sum"
+) -> None:
+    if missing not in _MISSING_POLICIES:
+        raise ConfigError(f"missing: got {missing!r}, want zeros or error")
     if dtype not in _VECTOR_TYPES:
         raise ConfigError(f"dtype: got {dtype!r}, want float32 or float16")
     if pooling not in _POOLINGS:

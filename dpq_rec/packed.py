@@ -18,7 +18,6 @@ from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import ConfigError, DamagedArtifactError
 from dpq_rec.kernels import Coded
 from dpq_rec.tensorfile import pack_tensors, unpack_tensors
-from dpq_rec.tiers import PackedTier
 
 
 class PackedRows(NamedTuple):
@@ -27,7 +26,7 @@ class PackedRows(NamedTuple):
     Attributes:
         packed_NW: packed codes (uint8), zeros where an id is missing.
         missing: positions of unknown ids in the request, ascending (uint32).
-        tiers_N: the tier of each (uint8), any where one is missing; None for a table without tiers.
+        tiers_N: the tier of each (uint8), 0 where one is missing; None for a table without tiers.
     """
 
     packed_NW: NDArray[np.uint8]
@@ -42,33 +41,10 @@ def packed_rows(table: Table, rows_N: NDArray[np.int64], missing: NDArray[np.uin
         ConfigError: the table is dense, and has no codes.
         DamagedArtifactError: a row outside the table.
     """
-    if not table.manifest.has_codes:
+    if not isinstance(table.stored, Coded):
         raise ConfigError(f"table {table.name!r} is of kind {table.manifest.kind!r}: it has vectors, and no codes")
-    present_N = np.maximum(rows_N, 0) if len(missing) else rows_N
-    try:
-        packed_NW, tiers_N = (_of_tiers if len(table.tiers) > 1 else _of_one_tier)(table.tiers, present_N)
-    except IndexError:
-        num_rows = table.manifest.num_embeddings
-        raise DamagedArtifactError(f"row {rows_N.max()} is outside the table's {num_rows} rows") from None
-    if len(missing):
-        packed_NW[missing] = 0
+    packed_NW, tiers_N = kernels.copy_codes(table.stored, rows_N)
     return PackedRows(packed_NW, missing, tiers_N)
-
-
-def _of_one_tier(tiers: tuple[PackedTier, ...], rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], None]:
-    packed_VW = tiers[0].packed_VW
-    if not len(packed_VW) and not rows_N.any():  # all are missing
-        return np.zeros((len(rows_N), packed_VW.shape[1]), np.uint8), None
-    return packed_VW.take(rows_N, axis=0), None
-
-
-def _of_tiers(tiers: tuple[PackedTier, ...], rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    packed_NW = np.zeros((len(rows_N), tiers[0].layout.row_bytes), np.uint8)
-    tiers_N = (np.searchsorted([tier.first_row for tier in tiers], rows_N, side="right") - 1).astype(np.uint8)
-    for at, tier in enumerate(tiers):
-        (here_P,) = (tiers_N == at).nonzero()
-        packed_NW[here_P, : tier.layout.row_bytes] = tier.packed_VW[rows_N[here_P] - tier.first_row]
-    return packed_NW, tiers_N
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError, IdTypeError
 from dpq_rec.id_index import MOST_SLOTTED, build_slots, build_tree, num_slots, num_tree_keys
-from dpq_rec.kernels import MISSING_ROW, find_integer_rows, find_rows
+from dpq_rec.kernels import MISSING_ROW, SortedIntegers, find_integer_rows, find_rows
 from dpq_rec.strings import LazyStrings, PackedStrings
 
 _SCAN_ROWS = 1 << 22  # ids looked through at a time by ids_of_rows and check
@@ -155,6 +155,7 @@ class Int64Vocabulary:
             raise ConfigError(f"vocabulary: got ids {ids_U.shape} and rows {rows_U.shape}, want two equal lengths")
         _check_index("id_tree", tree_T, np.int64, num_tree_keys(len(ids_U)))
         self.ids_U, self.rows_U, self.tree_T = ids_U, rows_U, tree_T
+        self.sorted = SortedIntegers(ids_U, rows_U, tree_T)
 
     @classmethod
     def from_ids(cls, ids_V: Sequence[int] | NDArray[np.int64]) -> Int64Vocabulary:
@@ -186,7 +187,7 @@ class Int64Vocabulary:
 
     def rows(self, ids: Any) -> NDArray[np.int64]:
         """See `Vocabulary.rows`."""
-        return find_integer_rows(int64_ids(ids), self.ids_U, self.rows_U, self.tree_T)
+        return find_integer_rows(int64_ids(ids), self.sorted)
 
     def ids_of_rows(self, start: int, stop: int) -> RowIds:
         """See `Vocabulary.ids_of_rows`."""

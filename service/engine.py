@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from dpq_rec import ConfigError, EmbeddingStore, IdTypeError, Lookup
 from dpq_rec.artifact import Table
-from dpq_rec.lookup import MissingPolicy, VectorType
+from dpq_rec.lookup import MissingPolicy
+from dpq_rec.octets import ID_BYTES, Form, FoundOctets
 from dpq_rec.packed import PackedRows
 from service.errors import InvalidRequestError, NotReadyError, OverloadedError, TooManyIdsError
 from service.messages import Answer, SearchAnswer, SearchRequest, TableList, TableRequest, describe
@@ -245,16 +246,17 @@ class Engine:
             raise InvalidRequestError(str(error)) from error
         return SearchAnswer(store.version, found, missing)
 
-    def lookup_ids(
-        self, table: str, ids: NDArray[np.int64], dtype: VectorType = "float32", missing: MissingPolicy = "zeros"
-    ) -> Lookup:
-        """What `lookup` finds for one request that is known to have ids of the table's type, and no bags.
+    def lookup_octets(self, table: str, asked: bytes, form: Form, missing: MissingPolicy = "zeros") -> FoundOctets:
+        """What `lookup`, or `lookup_codes`, finds for one request without bags, as it travels.
 
         Raises:
-            UnknownTableError, UnknownIdsError, TooManyIdsError: as there.
+            UnknownTableError, UnknownIdsError, IdTypeError, TooManyIdsError: as there.
         """
-        self.check_num_ids(len(ids))
-        return self._find(table, ids, dtype, missing)
+        num_ids = len(asked) // ID_BYTES
+        self.check_num_ids(num_ids)
+        found = self.store.lookup_octets(table, asked, form=form, missing=missing)
+        self.metrics.looked_up(table, num_ids, found.num_missing)
+        return found
 
     def lookup_codes(
         self, table: str, ids: NDArray[np.int64] | list[str], missing: MissingPolicy = "zeros"
@@ -270,20 +272,14 @@ class Engine:
         self.metrics.looked_up(table, len(ids), len(found.missing))
         return found
 
-    def _find(
-        self, table: str, ids: NDArray[np.int64] | list[str], dtype: VectorType, missing: MissingPolicy
-    ) -> Lookup:
-        found = self.store.lookup(table, ids, dtype=dtype, missing=missing)
-        self.metrics.looked_up(table, len(ids), len(found.missing))
-        return found
-
     def _lookup(self, request: TableRequest) -> Lookup:
         table, ids, dtype, missing, pooling, bag_lengths_B = request
         _check_kind(self.store.table(table), table, ids)
         _check_bags(request)
         if pooling == "none" or bag_lengths_B is None:
-            return self._find(table, ids, dtype, missing)
-        found = self.store.lookup_bags(table, ids, bag_lengths_B, pooling=pooling, dtype=dtype, missing=missing)
+            found = self.store.lookup(table, ids, dtype=dtype, missing=missing)
+        else:
+            found = self.store.lookup_bags(table, ids, bag_lengths_B, pooling=pooling, dtype=dtype, missing=missing)
         self.metrics.looked_up(table, len(ids), len(found.missing))
         return found
 

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from dpq_rec import IdTypeError, UnknownIdsError, UnknownTableError
 from dpq_rec.lookup import MissingPolicy, VectorType
+from dpq_rec.octets import Octets
 from dpq_rec.search import Similarity
 from service import errors
 from service.engine import Engine, largest_reply_bytes
 from service.grpc_format import batch_reply, reply_pieces
-from service.http_format import Octets
 from service.messages import Pooling, SearchAnswer, SearchRequest, TableRequest
 from service.proto.dpq.v1 import embedding_pb2 as pb
 

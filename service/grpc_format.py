@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence
 
 from dpq_rec import Lookup
-from service.http_format import Octets, bytes_of
+from dpq_rec.octets import Octets, bytes_of
 from service.proto.dpq.v1 import embedding_pb2 as pb
 
 _FIELD_1 = 1 << 3 | 2  # the tag of a field of bytes, or of a message: LookupReply.vectors, BatchLookupReply.replies

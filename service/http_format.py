@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from dpq_rec import Lookup
 from dpq_rec.client import CODES
+from dpq_rec.octets import ID_BYTES, Octets, to_octets
 from dpq_rec.packed import PackedRows
 from service.errors import InvalidRequestError, MalformedError, NotAcceptableError, UnsupportedMediaTypeError
 from service.messages import SearchAnswer
@@ -21,11 +21,9 @@ JSON = "application/json"
 OCTETS = "application/octet-stream"
 ARROW = "application/vnd.apache.arrow.stream"
 Ids = NDArray[np.int64] | list[str]
-Octets = bytes | memoryview
-_ID_BYTES, _POSITION_BYTES, _LENGTH_BYTES = 8, 4, 4
+_POSITION_BYTES, _LENGTH_BYTES = 4, 4
 _MOST_LENGTH = 1 << 32  # of a bag, as in the other forms
 _MOST_HEADERS = 1024  # of a kind, that are kept
-_BIG_ENDIAN = sys.byteorder == "big"
 _SEARCH_FIELDS = ("queries", "ids", "k", "similarity")
 _PIECE_VALUES = 1 << 16  # values written as JSON at a time: orjson keeps every other thread waiting
 
@@ -108,9 +106,18 @@ def ids_from_octets(body: bytes) -> NDArray[np.int64]:
     Raises:
         MalformedError: no multiple of 8 bytes.
     """
-    if len(body) % _ID_BYTES:
-        raise MalformedError(f"body: got {len(body)} bytes, want a multiple of {_ID_BYTES}: little-endian int64 ids")
+    check_octets(body)
     return np.frombuffer(body, "<i8").astype(np.int64, copy=False)
+
+
+def check_octets(body: bytes) -> None:
+    """See that a body holds whole ids.
+
+    Raises:
+        MalformedError: no multiple of 8 bytes.
+    """
+    if len(body) % ID_BYTES:
+        raise MalformedError(f"body: got {len(body)} bytes, want a multiple of {ID_BYTES}: little-endian int64 ids")
 
 
 def bags_from_octets(body: bytes, num_bags: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -120,8 +127,8 @@ def bags_from_octets(body: bytes, num_bags: int) -> tuple[NDArray[np.int64], NDA
         MalformedError: another number of bytes.
     """
     at = len(body) - _LENGTH_BYTES * num_bags
-    if at < 0 or at % _ID_BYTES:
-        wanted = f"a multiple of {_ID_BYTES} for the ids, and {_LENGTH_BYTES * num_bags} for the lengths of the bags"
+    if at < 0 or at % ID_BYTES:
+        wanted = f"a multiple of {ID_BYTES} for the ids, and {_LENGTH_BYTES * num_bags} for the lengths of the bags"
         raise MalformedError(f"body: got {len(body)} bytes, want {wanted}, of which num_bags says {num_bags}")
     return ids_from_octets(body[:at]), np.frombuffer(body[at:], "<u4").astype(np.int64)
 
@@ -274,19 +281,18 @@ def _dumps(value: Any) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def lookup_to_octets(version: str, lookup: Lookup) -> tuple[Octets, Headers]:
-    """The vectors, row major, little endian, then the missing positions as little-endian uint32; and the headers.
-
-    Where none is missing the body is a view of the vectors, not a copy.
-    """
+def lookup_to_octets(version: str, lookup: Lookup) -> Reply:
+    """The octets of vectors and missing positions."""
     vectors_NE, missing = lookup
     num_rows, dim = vectors_NE.shape
-    return _joined(vectors_NE, missing), _octets_headers(version, num_rows, dim, vectors_NE.dtype.char, len(missing))
+    headers = octets_headers(version, num_rows, dim, vectors_NE.dtype.name, len(missing))
+    return Reply(to_octets(vectors_NE, missing), headers)
 
 
 @functools.lru_cache(_MOST_HEADERS)
-def _octets_headers(version: str, num_rows: int, dim: int, dtype_char: str, num_missing: int) -> Headers:
-    dtype = np.dtype(dtype_char)
+def octets_headers(version: str, num_rows: int, dim: int, dtype_name: str, num_missing: int) -> Headers:
+    """Headers of vectors and missing positions."""
+    dtype = np.dtype(dtype_name)
     named = {
         "X-Num-Rows": str(num_rows),
         "X-Dim": str(dim),
@@ -298,15 +304,15 @@ def _octets_headers(version: str, num_rows: int, dim: int, dtype_char: str, num_
 
 
 def codes_to_octets(version: str, rows: PackedRows) -> Reply:
-    """Packed codes, row major, missing positions as little-endian uint32 and, of a table with tiers, a byte a row."""
+    """The octets of packed codes, missing positions and tiers."""
     packed_NW, missing, tiers_N = rows
-    headers = _codes_headers(version, *packed_NW.shape, len(missing), tiers_N is not None)
-    body = _joined(packed_NW, missing)
-    return Reply(body if tiers_N is None else b"".join((body, bytes_of(tiers_N))), headers)
+    headers = codes_headers(version, *packed_NW.shape, len(missing), has_tiers=tiers_N is not None)
+    return Reply(to_octets(*rows), headers)
 
 
 @functools.lru_cache(_MOST_HEADERS)
-def _codes_headers(version: str, num_rows: int, row_bytes: int, num_missing: int, has_tiers: bool) -> Headers:
+def codes_headers(version: str, num_rows: int, row_bytes: int, num_missing: int, *, has_tiers: bool) -> Headers:
+    """Headers of packed codes, missing positions and, of a table that has some, tiers."""
     named = {
         "X-Num-Rows": str(num_rows),
         "X-Row-Bytes": str(row_bytes),
@@ -314,15 +320,3 @@ def _codes_headers(version: str, num_rows: int, row_bytes: int, num_missing: int
         "X-Version": version,
     }
     return Headers(CODES, num_rows * (row_bytes + has_tiers) + _POSITION_BYTES * num_missing, named)
-
-
-def _joined(rows_NX: NDArray[Any], missing: NDArray[np.uint32]) -> Octets:
-    """Rows, little endian, then positions."""
-    rows = bytes_of(rows_NX)
-    return b"".join((rows, bytes_of(missing))) if len(missing) else rows
-
-
-def bytes_of(array: NDArray[Any]) -> memoryview:
-    """The bytes of an array, little endian; the array's own where its type is."""
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False) if _BIG_ENDIAN else array
-    return memoryview(little).cast("B") if little.size else memoryview(b"")  # type: ignore[arg-type] # it is a buffer

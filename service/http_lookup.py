@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dpq_rec.artifact import Table
 from dpq_rec.client import CODES
 from dpq_rec.lookup import MissingPolicy, VectorType
+from dpq_rec.octets import ID_BYTES
 from service.engine import Engine
 from service.errors import InvalidRequestError, NotAcceptableError, UnsupportedMediaTypeError
 from service.http_arrow import load_pyarrow, lookup_to_arrow
@@ -31,11 +32,14 @@ from service.http_format import (
     bags_from_json,
     bags_from_octets,
     body_type,
+    check_octets,
+    codes_headers,
     codes_to_octets,
     ids_from_json,
     ids_from_octets,
     lookup_to_json,
     lookup_to_octets,
+    octets_headers,
     reply_type,
 )
 from service.messages import Pooling, TableRequest
@@ -105,16 +109,23 @@ class LookupPlans:
         if wanted == CODES and dtype != "float32":
             raise InvalidRequestError(f"dtype: got {dtype} with codes, which have none; cast what they decode to")
         read = _reader(asked, given)
+        row_bytes = table.manifest.layout.row_bytes if wanted == CODES else 0
+        has_tiers = wanted == CODES and len(table.tiers) > 1
 
         def request_of(body: bytes) -> TableRequest:
             ids, bag_lengths_B = read(body)
             return TableRequest(name, ids, dtype, missing, pooling, bag_lengths_B)
 
         def from_octets_to_octets(body: bytes) -> Reply:  # what is asked for in haste
-            return Reply(*lookup_to_octets(version, engine.lookup_ids(name, ids_from_octets(body), dtype, missing)))
+            check_octets(body)
+            reply, num_missing = engine.lookup_octets(name, body, "codes" if wanted == CODES else dtype, missing)
+            num_ids = len(body) // ID_BYTES
+            if wanted == CODES:
+                return Reply(reply, codes_headers(version, num_ids, row_bytes, num_missing, has_tiers=has_tiers))
+            return Reply(reply, octets_headers(version, num_ids, table.manifest.embedding_dim, dtype, num_missing))
 
         def to_octets(body: bytes) -> Reply:
-            return Reply(*lookup_to_octets(version, engine.lookup([request_of(body)]).lookups[0]))
+            return lookup_to_octets(version, engine.lookup([request_of(body)]).lookups[0])
 
         def to_json(body: bytes) -> Reply:
             text = lookup_to_json(name, version, engine.lookup([request_of(body)]).lookups[0])
@@ -131,7 +142,7 @@ class LookupPlans:
             found = engine.lookup([request]).lookups[0]
             return lookup_to_arrow(pa, (name, version), request.ids, found, are_strings=are_strings)
 
-        if wanted == OCTETS and given == OCTETS and pooling == "none":
+        if wanted in (OCTETS, CODES) and given == OCTETS and pooling == "none":
             return from_octets_to_octets
         return {JSON: to_json, OCTETS: to_octets, CODES: to_codes, ARROW: to_arrow}[wanted]
 

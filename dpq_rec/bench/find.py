@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dpq_rec.bench.record import add_config_flags, add_results_flag, append, head, line_of
 from dpq_rec.bench.rounds import POPULARITIES, Popularity, draw_rows, take_turns
 from dpq_rec.errors import ConfigError
-from dpq_rec.kernels import MISSING_ROW, find_integer_rows, find_rows, reference
+from dpq_rec.kernels import MISSING_ROW, SortedIntegers, find_integer_rows, find_rows, reference
 from dpq_rec.tensorfile import map_tensors, write_tensors
 from dpq_rec.vocabulary import Int64Vocabulary, StringVocabulary, Vocabulary, load_vocabulary
 
@@ -86,7 +86,8 @@ def _contenders(vocabulary: Vocabulary, num_known: int) -> dict[str, Callable[[A
     tensors = vocabulary.tensors()
     if vocabulary.kind == "int64":
         known_U, rows_U = tensors["ids"], tensors["rows"]
-        contenders["find, no index"] = lambda ids_N: find_integer_rows(ids_N, known_U, rows_U)
+        without_tree = SortedIntegers(known_U, rows_U)
+        contenders["find, no index"] = lambda ids_N: find_integer_rows(ids_N, without_tree)
         contenders["numpy.searchsorted"] = lambda ids_N: reference.find_integer_rows(ids_N, known_U, rows_U)
     else:
         packed = tensors["id_bytes"], tensors["id_offsets"], tensors["rows"]

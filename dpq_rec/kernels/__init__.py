@@ -129,7 +129,7 @@ def _vectors(stored: Stored) -> _native.Vectors:
     return stored.native if isinstance(stored, Coded) else _native.Vectors(stored)
 
 
-def _check(stored: Stored, rows_N: NDArray[np.int64], bad_at: tuple[int, int]) -> None:
+def _check(stored: Stored, rows_N: NDArray[np.int64], bad_at: Sequence[int]) -> None:
     """Say what is damaged: a row, or the codes of one."""
     bad_row_at, bad_code_at = bad_at
     if bad_row_at >= 0:
@@ -330,20 +330,33 @@ def scan_top(
     return Best(rows_T[:num_found], scores_T[:num_found])
 
 
-def find_integer_rows(
-    ids_N: NDArray[np.int64],
-    known_U: NDArray[np.int64],
-    rows_U: NDArray[np.uint32],
-    tree_T: NDArray[np.int64] | None = None,
-) -> NDArray[np.int64]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class SortedIntegers:
+    """A sorted list of integers, and the row of each.
+
+    Attributes:
+        ids_U: strictly ascending (int64).
+        rows_U: the row of each (uint32).
+        tree_T: the list's `id_tree` (see `dpq_rec.id_index`), of the length that belongs to U; without it the list is
+            halved, which is slower.
+    """
+
+    ids_U: NDArray[np.int64]
+    rows_U: NDArray[np.uint32]
+    tree_T: NDArray[np.int64] | None = None
+
+    @functools.cached_property
+    def native(self) -> _native.Integers:
+        """The same, as the C++ takes it."""
+        return _native.Integers(self.ids_U, self.rows_U, self.tree_T)
+
+
+def find_integer_rows(ids_N: NDArray[np.int64], known: SortedIntegers) -> NDArray[np.int64]:
     """Rows of integers, found in a sorted list of them.
 
     Args:
         ids_N: what is looked for (int64), contiguous.
-        known_U: the list, strictly ascending (int64).
-        rows_U: the row of each (uint32).
-        tree_T: the list's `id_tree` (see `dpq_rec.id_index`), of the length that belongs to U; without it the list is
-            halved, which is slower.
+        known: the list.
 
     Returns:
         rows_N (int64), MISSING_ROW where an id is not in the list.
@@ -352,10 +365,111 @@ def find_integer_rows(
         DamagedArtifactError: the tree leads an id to where it cannot be: it is not said to be missing.
     """
     out_N = np.empty(len(ids_N), np.int64)
-    bad_at = _native.find_integer_rows(ids_N, known_U, rows_U, tree_T, out_N)
+    _check_id(ids_N, _native.find_integer_rows(known.native, ids_N, out_N))
+    return out_N
+
+
+class FoundVectors(NamedTuple):
+    """Rows of ids, and their vectors.
+
+    Attributes:
+        rows_N: int64; MISSING_ROW where an id is not known.
+        vectors_NE: zeros there.
+        num_missing: how often that is so.
+    """
+
+    rows_N: NDArray[np.int64]
+    vectors_NE: NDArray[Any]
+    num_missing: int
+
+
+def lookup_integers(
+    ids_N: NDArray[np.int64],
+    known: SortedIntegers,
+    stored: Stored,
+    *,
+    dtype: DTypeLike = np.float32,
+    num_threads: int = 1,
+) -> FoundVectors:
+    """`find_integer_rows` and `decode` in one: codes are on their way from memory while the next ids are searched.
+
+    Args:
+        ids_N: what is looked for (int64), contiguous.
+        known: the list of ids.
+        stored: the vectors of all rows.
+        dtype: as in `decode`.
+        num_threads: likewise.
+
+    Raises:
+        DamagedArtifactError: as in both.
+    """
+    rows_N, out_NE = np.empty(len(ids_N), np.int64), np.empty((len(ids_N), _embedding_dim(stored)), dtype)
+    num_missing, bad_id_at, *bad_at = _native.lookup_integers(
+        known.native, _vectors(stored), ids_N, rows_N, out_NE, num_threads
+    )
+    _check_id(ids_N, bad_id_at)
+    _check(stored, rows_N, bad_at)
+    return FoundVectors(rows_N, out_NE, num_missing)
+
+
+class FoundBytes(NamedTuple):
+    """A reply to ids, and how many of them are not known."""
+
+    reply: bytes
+    num_missing: int
+
+
+def lookup_bytes(asked: bytes, known: SortedIntegers, stored: Stored, *, form: str) -> FoundBytes:
+    """`lookup_integers` or, with the form "codes", `find_integer_rows` and `copy_codes`, from bytes to bytes.
+
+    The numbers are as this machine has them.
+
+    Args:
+        asked: what is looked for (int64).
+        known: the list of ids.
+        stored: the vectors of all rows; coded where codes are wanted.
+        form: "float32", "float16" or "codes".
+
+    Returns:
+        rows, then the positions of those that are missing (uint32), then, of codes that have tiers, the tier of each.
+
+    Raises:
+        DamagedArtifactError: as there.
+    """
+    number_bytes = _NUMBER_BYTES[form]
+    reply, num_missing, *bad_at = _native.lookup_bytes(known.native, _vectors(stored), asked, number_bytes)
+    if max(bad_at) >= 0:  # what is damaged is said where the rows are at hand
+        rows_N = find_integer_rows(np.frombuffer(asked, np.int64), known)
+        _check(stored, rows_N, bad_at[1:])
+    return FoundBytes(reply, num_missing)
+
+
+_NUMBER_BYTES = {"float32": 4, "float16": 2, "codes": 0}
+
+
+def copy_codes(stored: Coded, rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """Packed codes of rows.
+
+    Args:
+        stored: the codes of all rows.
+        rows_N: rows (int64), contiguous; MISSING_ROW gives zeros.
+
+    Returns:
+        packed_NW, of the width of the first tier, a row of fewer bytes filled up with zeros; and, where there are
+        several tiers, tiers_N (uint8), 0 where a row is missing.
+
+    Raises:
+        DamagedArtifactError: a row outside the table.
+    """
+    packed_NW = np.empty((len(rows_N), stored.tiers[0].layout.row_bytes), np.uint8)
+    tiers_N = np.empty(len(rows_N), np.uint8) if len(stored.tiers) > 1 else None
+    _check(stored, rows_N, _native.copy_codes(stored.native, rows_N, packed_NW, tiers_N))
+    return packed_NW, tiers_N
+
+
+def _check_id(ids_N: NDArray[np.int64], bad_at: int) -> None:
     if bad_at >= 0:
         raise DamagedArtifactError(f"the vocabulary's id_tree leads id {ids_N[bad_at]} to where it cannot be")
-    return out_N
 
 
 def find_rows(

@@ -18,6 +18,9 @@ class Vectors:
         shared: bool,
     ) -> None: ...
 
+class Integers:
+    def __init__(self, ids: NDArray[np.int64], rows: NDArray[np.uint32], tree: NDArray[np.int64] | None) -> None: ...
+
 def decode(vectors: Vectors, rows: NDArray[np.int64], out: NDArray[Any], num_threads: int) -> tuple[int, int]: ...
 def decode_bags(
     vectors: Vectors,
@@ -74,13 +77,21 @@ def scan_top(
     best_scores: NDArray[np.float32],
     num_found: int,
 ) -> tuple[int, int]: ...
-def find_integer_rows(
+def find_integer_rows(known: Integers, asked: NDArray[np.int64], out: NDArray[np.int64]) -> int: ...
+def lookup_integers(
+    known: Integers,
+    vectors: Vectors,
     asked: NDArray[np.int64],
-    ids: NDArray[np.int64],
-    rows: NDArray[np.uint32],
-    tree: NDArray[np.int64] | None,
-    out: NDArray[np.int64],
-) -> int: ...
+    rows: NDArray[np.int64],
+    out: NDArray[Any],
+    num_threads: int,
+) -> tuple[int, int, int, int]: ...
+def lookup_bytes(
+    known: Integers, vectors: Vectors, asked: bytes, number_bytes: int
+) -> tuple[bytes, int, int, int, int]: ...
+def copy_codes(
+    vectors: Vectors, rows: NDArray[np.int64], packed: NDArray[np.uint8], tiers: NDArray[np.uint8] | None
+) -> tuple[int, int]: ...
 def find_rows(
     ids: tuple[object, ...],
     id_bytes: NDArray[np.uint8],

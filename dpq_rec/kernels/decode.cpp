@@ -1,5 +1,7 @@
 // Rows to vectors. Its plain twin is decode in reference.py, which the tests hold it to bit for bit.
 
+#include "decode.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
@@ -20,18 +22,7 @@ namespace nb = nanobind;
 
 namespace {
 
-constexpr int64_t kRowsOfPart = 1024;      // of one thread at a time: some 15 microseconds of work
 constexpr int64_t kRowsToWriteAhead = 12;  // rows of output between the one written and the one asked from memory
-
-struct DecodeArgs {
-  dpq::Source source;
-  const int64_t* rows;  // [num_lookups], of which begin .. end - 1 are decoded
-  int64_t begin, end, num_lookups;
-  void* out;  // [num_lookups, E], float or half
-  bool half;
-  uint8_t* tail;  // room for one row and kRunSlackBytes
-  dpq::Damage* damage;
-};
 
 // Takes the vector of position n to row n of the output.
 template <int kLanes, typename Number>
@@ -59,7 +50,7 @@ struct Store {
 };
 
 template <int kLanes, typename Number>
-DPQ_INLINE void decode_to(const DecodeArgs& a) {
+DPQ_INLINE void decode_to(const dpq::DecodeArgs& a) {
   dpq::with_vectors<kLanes, true>(a.source, a.tail, [&](const auto& vectors) DPQ_INLINE_LAMBDA {
     Store<kLanes, Number> store{static_cast<Number*>(a.out), a.source.dim};
     *a.damage = dpq::walk(vectors, a.rows, a.begin, a.end, a.num_lookups, store);
@@ -67,32 +58,31 @@ DPQ_INLINE void decode_to(const DecodeArgs& a) {
 }
 
 template <int kLanes>
-DPQ_INLINE void decode_loop(const DecodeArgs& a) {
+DPQ_INLINE void decode_loop(const dpq::DecodeArgs& a) {
   a.half ? decode_to<kLanes, uint16_t>(a) : decode_to<kLanes, float>(a);
 }
 
-DPQ_DEFINE_BY_LANES(decode_rows, decode_loop, DecodeArgs)
+DPQ_DEFINE_BY_LANES(decode_by_lanes, decode_loop, dpq::DecodeArgs)
 
 nb::tuple decode(const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> rows, dpq::Out out, int64_t num_threads) {
   const dpq::Source& source = vectors.source();
-  const int64_t num_lookups = static_cast<int64_t>(rows.shape(0));
-  const int64_t rows_of_part = num_threads > 1 ? kRowsOfPart : std::max<int64_t>(num_lookups, 1);
-  const int64_t num_parts = (num_lookups + rows_of_part - 1) / rows_of_part;
+  const dpq::Parts parts(static_cast<int64_t>(rows.shape(0)), num_threads);
   const int64_t tail_bytes = source.max_row_bytes + dpq::kRunSlackBytes;
-  std::vector<uint8_t> tails(num_parts * tail_bytes);
-  std::vector<dpq::Damage> damage(num_parts);
+  std::vector<uint8_t> tails(parts.num_parts * tail_bytes);
+  std::vector<dpq::Damage> damage(parts.num_parts);
   {
     nb::gil_scoped_release release;
-    dpq::in_parts(num_parts, num_threads, [&](int64_t part) {
-      const int64_t begin = part * rows_of_part, end = std::min(begin + rows_of_part, num_lookups);
-      decode_rows(DecodeArgs{source, rows.data(), begin, end, num_lookups, out.data(), dpq::is_half(out),
-                             tails.data() + part * tail_bytes, &damage[part]});
+    dpq::in_parts(parts.num_parts, num_threads, [&](int64_t part) {
+      dpq::decode_rows(dpq::DecodeArgs{source, rows.data(), parts.begin(part), parts.end(part), parts.num_rows, out.data(),
+                             dpq::is_half(out), tails.data() + part * tail_bytes, &damage[part]});
     });
   }
   return dpq::first_of(damage);
 }
 
 }  // namespace
+
+void dpq::decode_rows(const DecodeArgs& args) { decode_by_lanes(args); }
 
 void define_decode(nb::module_& m) {
   nb::class_<dpq::Vectors>(m, "Vectors")

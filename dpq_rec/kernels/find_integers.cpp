@@ -1,6 +1,8 @@
 // Integers to rows. Its plain twin is find_integer_rows in reference.py, which the tests hold it to.
 // Lengths of the arrays are trusted to fit each other; what the tree says is checked against the ids themselves.
 
+#include "find_integers.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -9,28 +11,24 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <utility>
 #include <vector>
 
+#include "arrays.h"
 #include "simd.h"
 
 namespace nb = nanobind;
 
 namespace {
 
-constexpr int64_t kMissingRow = -1;
+using dpq::kMissingRow;
+using dpq::Level;
+using dpq::load;
+
 constexpr int64_t kNone = -1;
 constexpr int64_t kNode = 16;       // keys of a node, ids of a leaf: two cache lines
 constexpr int64_t kLineKeys = 8;    // keys of a cache line
 constexpr int64_t kTogether = 128;  // ids searched in step, so that their cache misses overlap
-
-template <typename T>
-using Array = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-// The ids that begin the nodes of the level below, or the leaves; filled up to whole nodes.
-struct Level {
-  const int64_t* keys;
-  int64_t num_keys;  // without the filling
-};
 
 struct FindArgs {
   const int64_t* asked;  // [num_asked]
@@ -41,14 +39,6 @@ struct FindArgs {
   int64_t* bad_at;       // position of the first id that the tree led astray
   int64_t num_asked, num_ids, num_levels;
 };
-
-// What a file holds may be aligned to nothing.
-template <typename T>
-DPQ_INLINE T load(const T* from) {
-  T to;
-  std::memcpy(&to, from, sizeof(to));
-  return to;
-}
 
 // How many of kNode ascending keys are not above the id; some number from 0 to kNode where they do not ascend.
 template <int kLanes>
@@ -203,19 +193,35 @@ std::vector<Level> levels_of(const int64_t* tree, int64_t num_ids) {
 }
 
 // Returns the position of the first id that the tree led astray, -1 where there is none.
-int64_t find_integer_rows(Array<const int64_t> asked, Array<const int64_t> ids, Array<const uint32_t> rows,
-                          std::optional<Array<const int64_t>> tree, Array<int64_t> out) {
+int64_t find_integer_rows(const dpq::Integers& known, dpq::Array<const int64_t, 1> asked,
+                          dpq::Array<int64_t, 1> out) {
   nb::gil_scoped_release release;
-  const int64_t num_ids = static_cast<int64_t>(ids.shape(0));
-  const std::vector<Level> levels = tree ? levels_of(tree->data(), num_ids) : std::vector<Level>();
-  int64_t bad_at = kNone;
-  find_all(FindArgs{asked.data(), ids.data(), rows.data(), levels.data(), out.data(), &bad_at,
-                    static_cast<int64_t>(asked.shape(0)), num_ids, static_cast<int64_t>(levels.size())});
-  return bad_at;
+  return known.find(asked.data(), static_cast<int64_t>(asked.shape(0)), out.data());
 }
 
 }  // namespace
 
+namespace dpq {
+
+Integers::Integers(Array<const int64_t, 1> ids, Array<const uint32_t, 1> rows,
+                   std::optional<Array<const int64_t, 1>> tree)
+    : ids_(std::move(ids)), rows_(std::move(rows)), tree_(std::move(tree)) {
+  if (tree_) levels_ = levels_of(tree_->data(), static_cast<int64_t>(ids_.shape(0)));
+}
+
+int64_t Integers::find(const int64_t* asked, int64_t num_asked, int64_t* out) const {
+  int64_t bad_at = kNone;
+  find_all(FindArgs{asked, ids_.data(), rows_.data(), levels_.data(), out, &bad_at, num_asked,
+                    static_cast<int64_t>(ids_.shape(0)), static_cast<int64_t>(levels_.size())});
+  return bad_at;
+}
+
+}  // namespace dpq
+
 void define_find_integers(nb::module_& m) {
-  m.def("find_integer_rows", &find_integer_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+  nb::class_<dpq::Integers>(m, "Integers")
+      .def(nb::init<dpq::Array<const int64_t, 1>, dpq::Array<const uint32_t, 1>,
+                    std::optional<dpq::Array<const int64_t, 1>>>(),
+           nb::arg(), nb::arg(), nb::arg().none());
+  m.def("find_integer_rows", &find_integer_rows);
 }

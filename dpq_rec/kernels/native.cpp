@@ -105,6 +105,7 @@ void define_central_moments(nb::module_& m);    // central_moments.cpp
 void define_decode(nb::module_& m);             // decode.cpp
 void define_find_integers(nb::module_& m);      // find_integers.cpp
 void define_find_rows(nb::module_& m);          // find_rows.cpp
+void define_lookup(nb::module_& m);             // lookup.cpp
 void define_scan(nb::module_& m);               // scan.cpp
 void define_softmax_gradients(nb::module_& m);  // softmax_gradients.cpp
 
@@ -116,6 +117,7 @@ NB_MODULE(_native, m) {
   define_decode(m);
   define_find_integers(m);
   define_find_rows(m);
+  define_lookup(m);
   define_scan(m);
   define_softmax_gradients(m);
 }

@@ -195,6 +195,17 @@ def find_integer_rows(
     return np.where(known_U[at_N] == ids_N, rows_U[at_N].astype(np.int64), -1)
 
 
+def copy_codes(stored: Coded, rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Packed codes [N, W] of rows, zeros where one is missing or short, and the tier [N] of each."""
+    width = stored.tiers[0].layout.row_bytes
+    packed_NW, tiers_N = np.zeros((len(rows_N), width), np.uint8), np.zeros(len(rows_N), np.uint8)
+    for n, row in enumerate(rows_N):
+        for at, tier in enumerate(stored.tiers):
+            if 0 <= row - tier.first_row < len(tier.packed_VW):
+                packed_NW[n, : tier.layout.row_bytes], tiers_N[n] = tier.packed_VW[row - tier.first_row], at
+    return packed_NW, tiers_N
+
+
 def find_rows(
     ids: Sequence[str], id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], rows_U: NDArray[np.uint32]
 ) -> NDArray[np.int64]:

@@ -9,12 +9,10 @@
 #include <utility>
 #include <vector>
 
+#include "arrays.h"
 #include "vectors.h"
 
 namespace dpq {
-
-template <typename T, int kDims>
-using Array = nanobind::ndarray<T, nanobind::ndim<kDims>, nanobind::c_contig, nanobind::device::cpu>;
 
 // A Source, and the arrays that it points into.
 class Vectors {
@@ -38,6 +36,7 @@ class Vectors {
       first_row = end_row;
     }
     source_.tiers = tiers_.data();
+    source_.num_tiers = static_cast<int64_t>(tiers_.size());
     source_.values = values_.data();
     source_.num_rows = first_row;
     source_.num_subspaces = num_subspaces;

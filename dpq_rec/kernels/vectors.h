@@ -7,12 +7,12 @@
 #include <cstring>
 #include <type_traits>
 
+#include "arrays.h"
 #include "codes.h"
 #include "simd.h"
 
 namespace dpq {
 
-constexpr int64_t kMissingRow = -1;
 constexpr int64_t kPrefetchRows = 24;  // rows between the one decoded and the one asked from memory
 constexpr int64_t kCacheLine = 64;
 
@@ -33,9 +33,28 @@ struct Source {
   const Tier* tiers;     // by rising rows; null where the vectors are dense
   const float* values;   // [M, K, S], or [L, K, S] where shared
   const float* vectors;  // [V, E] where dense
-  int64_t num_rows, dim, max_row_bytes, max_levels, num_subspaces, num_codes, subspace_dim, code_bits;
+  int64_t num_tiers, num_rows, dim, max_row_bytes, max_levels, num_subspaces, num_codes, subspace_dim, code_bits;
   bool shared;
 };
+
+DPQ_INLINE const Tier& tier_of(const Source& a, int64_t row) {
+  const Tier* tier = a.tiers;
+  while (row >= tier->end_row) ++tier;
+  return *tier;
+}
+
+// Asks for all bytes of a row from memory.
+DPQ_INLINE void prefetch_row(const Source& a, int64_t row) {
+  const uint8_t* from = reinterpret_cast<const uint8_t*>(a.vectors + row * a.dim);
+  int64_t num_bytes = a.dim * sizeof(float);
+  if (a.tiers != nullptr) {
+    const Tier& tier = tier_of(a, row);
+    from = tier.packed + (row - tier.first_row) * tier.row_bytes;
+    num_bytes = tier.row_bytes;
+  }
+  for (int64_t byte = 0; byte < num_bytes; byte += kCacheLine) __builtin_prefetch(from + byte);
+  __builtin_prefetch(from + num_bytes - 1);
+}
 
 template <int kPiece>
 struct Piece {
@@ -54,24 +73,10 @@ struct Coded {
   const Source a;
   uint8_t* tail;  // room for one row and kRunSlackBytes
 
-  DPQ_INLINE const Tier& tier_of(int64_t row) const {
-    const Tier* tier = a.tiers;
-    while (row >= tier->end_row) ++tier;
-    return *tier;
-  }
-
-  DPQ_INLINE void prefetch(int64_t row) const {
-    const Tier& tier = tier_of(row);
-    const uint8_t* packed = tier.packed + (row - tier.first_row) * tier.row_bytes;
-    __builtin_prefetch(packed);
-    for (int64_t byte = kCacheLine; byte < tier.row_bytes; byte += kCacheLine) __builtin_prefetch(packed + byte);
-    __builtin_prefetch(packed + tier.row_bytes - 1);
-  }
-
   // False where a code is none: then the sink has got nothing.
   template <typename Sink>
   DPQ_INLINE bool emit(int64_t row, Sink& sink) const {
-    const Tier& tier = tier_of(row);
+    const Tier& tier = tier_of(a, row);
     const uint8_t* packed = tier.packed + (row - tier.first_row) * tier.row_bytes;
     if constexpr (std::is_same_v<Codes, ByteCodes>) {
       return emit_codes(Codes{packed}, tier.num_levels, sink);
@@ -155,11 +160,6 @@ template <int kLanes>
 struct Dense {
   const Source a;
 
-  DPQ_INLINE void prefetch(int64_t row) const {
-    const float* vector = a.vectors + row * a.dim;
-    for (int64_t s = 0; s < a.dim; s += kCacheLine / sizeof(float)) __builtin_prefetch(vector + s);
-  }
-
   template <typename Sink>
   DPQ_INLINE bool emit(int64_t row, Sink& sink) const {
     const float* vector = a.vectors + row * a.dim;
@@ -188,7 +188,7 @@ DPQ_INLINE Damage walk(const Vectors vectors, const int64_t* rows, int64_t begin
   for (int64_t n = begin; n < end; ++n) {
     if (n + kPrefetchRows < last) {
       const int64_t ahead = rows[n + kPrefetchRows];
-      if (ahead >= 0 && ahead < num_rows) vectors.prefetch(ahead);
+      if (ahead >= 0 && ahead < num_rows) prefetch_row(vectors.a, ahead);
     }
     const int64_t row = rows[n];
     if (row == kMissingRow) {

@@ -40,8 +40,10 @@ def json_of(ids_NI: NDArray[np.int64]) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(text.ljust(longest) for text in texts), np.uint8).reshape(len(texts), longest)
 
 
-def measure(config: BenchConfig, popularity: Popularity, port: int, ids_V: NDArray[np.int64]) -> dict[str, Any]:
-    """Settings and figures of one kind of ids."""
+def measure(
+    config: BenchConfig, popularity: Popularity, server: tuple[int, int], ids_V: NDArray[np.int64]
+) -> dict[str, Any]:
+    """Settings and figures of one kind of ids; `server` is a port and a process."""
     generator = np.random.default_rng()
     ids_NI = draw_ids(popularity, ids_V, _NUM_BODIES * config.num_ids, generator).reshape(_NUM_BODIES, config.num_ids)
     octets, text = octets_of(ids_NI), json_of(ids_NI[:64])
@@ -54,7 +56,7 @@ def measure(config: BenchConfig, popularity: Popularity, port: int, ids_V: NDArr
 
     def asked(path: str, accept: str, bodies_NB: NDArray[np.uint8], given: str) -> Callable[[], Figures]:
         requests = Requests(path, {"Content-Type": given, "Accept": accept}, bodies_NB)
-        return functools.partial(_figures, port, requests, config)
+        return functools.partial(_figures, server, requests, config)
 
     contenders, baselines = {}, {}
     for form, path in paths.items():
@@ -72,8 +74,8 @@ def measure(config: BenchConfig, popularity: Popularity, port: int, ids_V: NDArr
     return {"ids": popularity, "workers": 1, **vars(config), "contenders": summary(rounds, baselines)}
 
 
-def _figures(port: int, requests: Requests, config: BenchConfig) -> Figures:
-    return run_wrk(port, requests, config)._asdict()
+def _figures(server: tuple[int, int], requests: Requests, config: BenchConfig) -> Figures:
+    return run_wrk(*server, requests, config)._asdict()
 
 
 def main(flags: list[str]) -> None:
@@ -83,8 +85,8 @@ def main(flags: list[str]) -> None:
     ids_V = make_ids(config)
     with tempfile.TemporaryDirectory(prefix="dpq-rec-bench-") as folder:
         artifact = make_artifact(config, ids_V, Path(folder) / "artifact")
-        with running_server(artifact) as (ports, _):
+        with running_server(artifact) as (ports, pid):
             for popularity in POPULARITIES:
-                line = line_of("http", measure(config, popularity, ports.http, ids_V), PACKAGES)
+                line = line_of("http", measure(config, popularity, (ports.http, pid), ids_V), PACKAGES)
                 append(results, [line])
                 print(report(line), end="\n\n")

@@ -26,7 +26,7 @@ from dpq_rec.bench.record import append, line_of
 from dpq_rec.bench.rounds import POPULARITIES, Popularity, draw_rows
 from dpq_rec.client import CODES, CodesClient
 from service.bench.http import LOOKUP, octets_of
-from service.bench.processes import Requests, run_wrk, running_server
+from service.bench.processes import Measured, Requests, processor_seconds, run_wrk, running_server
 from service.bench.setting import TABLE, BenchConfig, cores, make_artifact, make_ids, need, parse, use_second_core
 from service.bench.turns import Figures, report, summary, take_turns
 from service.http_format import OCTETS
@@ -41,8 +41,8 @@ _RANDOM_KEY = "__rand_int__"  # redis-benchmark's word for 12 random digits
 
 
 @contextlib.contextmanager
-def running_redis(store: EmbeddingStore, ids_V: NDArray[np.int64]) -> Iterator[int]:
-    """Redis on the first core, with the vector of row r under the key r in 12 digits: its port."""
+def running_redis(store: EmbeddingStore, ids_V: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Redis on the first core, with the vector of row r under the key r in 12 digits: its port and its process."""
     with bind("127.0.0.1", 0, shared=False) as free:
         port = free.getsockname()[1]
     command = [need("redis-server", "redis-server"), "--port", str(port), "--save", "", "--appendonly", "no"]
@@ -55,7 +55,7 @@ def running_redis(store: EmbeddingStore, ids_V: NDArray[np.int64]) -> Iterator[i
             for start in range(0, len(ids_V), _CHUNK_ROWS):
                 vectors = store.lookup(TABLE, ids_V[start : start + _CHUNK_ROWS]).vectors
                 filler.mset({_key(start + at): vector.tobytes() for at, vector in enumerate(vectors)})
-        yield port
+        yield port, process.pid
     finally:
         process.kill()
         process.wait()
@@ -76,15 +76,18 @@ def _key(row: int) -> str:
     return f"{row:012d}"
 
 
-def run_redis_benchmark(port: int, keys: list[str], config: BenchConfig) -> Figures:
-    """MGET a second, and the seconds that half and 99 in 100 took at most."""
+def run_redis_benchmark(server: tuple[int, int], keys: list[str], config: BenchConfig) -> Figures:
+    """What `Measured` has, of MGET; `server` is a port and a process."""
+    port, pid = server
     num_requests = _REQUESTS_A_SECOND * config.seconds
     command = ["taskset", "-c", str(cores()[1]), need("redis-benchmark", "redis-tools"), "-p", str(port), "--csv"]
     command += ["-n", str(num_requests), "-c", str(config.num_connections), "-r", str(config.num_embeddings)]
+    before = processor_seconds(pid)
     said = subprocess.run([*command, "MGET", *keys], capture_output=True, text=True, check=True).stdout
+    taken = processor_seconds(pid) - before
     numbers = [float(number) for number in re.findall(r'"([\d.]+)"', said.splitlines()[-1])]
     per_second, _, _, p50, _, p99, _ = numbers[-7:]  # rps, then average, least, p50, p95, p99 and most, in milliseconds
-    return {"per_second": per_second, "p50_seconds": p50 / 1e3, "p99_seconds": p99 / 1e3}
+    return Measured(per_second, p50 / 1e3, p99 / 1e3, taken / num_requests)._asdict()
 
 
 _REQUESTS_A_SECOND = 5_000  # about as many as there will be
@@ -103,10 +106,13 @@ def clock(ask: Callable[[NDArray[np.int64]], object], draw: Callable[[], NDArray
 
 
 def measure(
-    config: BenchConfig, popularity: Popularity, ports: tuple[int, int], ids_V: NDArray[np.int64]
+    config: BenchConfig,
+    popularity: Popularity,
+    server: tuple[int, int],
+    redis_server: tuple[int, int],
+    ids_V: NDArray[np.int64],
 ) -> dict[str, Any]:
-    """Settings and figures of one kind of ids; `ports` are ours and that of Redis."""
-    http_port, redis_port = ports
+    """Settings and figures of one kind of ids; of each server the port and the process."""
     generator = np.random.default_rng(_SEED)
     draw = functools.partial(draw_rows, popularity, len(ids_V), config.num_ids, generator)
     rows_RN = np.stack([draw() for _ in range(_NUM_BODIES if popularity == "uniform" else 1)])
@@ -115,16 +121,16 @@ def measure(
 
     def asked(path: str, accept: str) -> Callable[[], Figures]:
         requests = Requests(path, {"Content-Type": OCTETS, "Accept": accept}, octets)
-        return lambda: run_wrk(http_port, requests, config)._asdict()
+        return lambda: run_wrk(*server, requests, config)._asdict()
 
-    with redis.Redis(port=redis_port) as theirs, CodesClient(f"http://127.0.0.1:{http_port}") as ours:
+    with redis.Redis(port=redis_server[0]) as theirs, CodesClient(f"http://127.0.0.1:{server[0]}") as ours:
 
         def mget(rows_N: NDArray[np.int64]) -> NDArray[np.float32]:
             found: Any = theirs.mget([_key(row) for row in rows_N.tolist()])
             return np.frombuffer(b"".join(found), np.float32).reshape(len(rows_N), -1)
 
         contenders = {
-            "redis": lambda: run_redis_benchmark(redis_port, keys, config),
+            "redis": lambda: run_redis_benchmark(redis_server, keys, config),
             "float32": asked(LOOKUP, OCTETS),
             "float16": asked(f"{LOOKUP}?dtype=float16", OCTETS),
             "codes": asked(LOOKUP, CODES),
@@ -155,10 +161,10 @@ def main(flags: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="dpq-rec-bench-") as folder:
         artifact = make_artifact(config, ids_V, Path(folder) / "artifact")
         store = EmbeddingStore.open(artifact)
-        with running_redis(store, ids_V) as redis_port, running_server(artifact) as (ports, _):
+        with running_redis(store, ids_V) as redis_server, running_server(artifact) as (ports, pid):
             for popularity in POPULARITIES:
-                measured = measure(config, popularity, (ports.http, redis_port), ids_V)
-                line = line_of("redis", measured | {"memory": memory(store, redis_port)}, PACKAGES)
+                measured = measure(config, popularity, (ports.http, pid), redis_server, ids_V)
+                line = line_of("redis", measured | {"memory": memory(store, redis_server[0])}, PACKAGES)
                 append(results, [line])
                 print(report(line))
                 print(

@@ -183,13 +183,13 @@ def test_a_header_that_looks_like_a_request_is_not_taken_for_one(exchange, at_on
 def test_a_reply_waits_for_the_one_before_it(exchange, make_engine, at_once, monkeypatch):
     """A request that arrives while a large one is being answered, in a thread, is answered after it."""
     engine, go_on = make_engine(max_ids=60_000), threading.Event()
-    lookup_ids = engine.lookup_ids
+    lookup_octets = engine.lookup_octets
 
-    def slow(table, ids, *others):
-        assert len(ids) < 10 or go_on.wait(10)
-        return lookup_ids(table, ids, *others)
+    def slow(table, asked, *others):
+        assert len(asked) < 80 or go_on.wait(10)
+        return lookup_octets(table, asked, *others)
 
-    monkeypatch.setattr(engine, "lookup_ids", slow)
+    monkeypatch.setattr(engine, "lookup_octets", slow)
     written, _ = exchange(
         [OTHERS["large"], WHOLE["octets"]], engine, lambda protocol: len(at_once) == 2 and go_on.set()
     )

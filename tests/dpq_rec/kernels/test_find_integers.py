@@ -3,14 +3,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpq_rec import DamagedArtifactError
+from dpq_rec import DamagedArtifactError, kernels
 from dpq_rec.id_index import build_tree, num_tree_keys
-from dpq_rec.kernels import MISSING_ROW, find_integer_rows, reference
+from dpq_rec.kernels import MISSING_ROW, SortedIntegers, reference
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 # A leaf, a node, two levels and three, and what is around them; 128 ids are searched together.
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257, 271, 272, 273, 4095, 4096, 4097, 4100, 5000]
 ids = st.one_of(st.integers(-40, 40), st.integers(INT64_MIN, INT64_MAX), st.sampled_from([INT64_MIN, INT64_MAX]))
+
+
+def find_integer_rows(asked_N, *known):
+    """Of ids, rows and perhaps a tree."""
+    return kernels.find_integer_rows(asked_N, SortedIntegers(*known))
 
 
 def sorted_ids(kind, num_ids, seed=0):

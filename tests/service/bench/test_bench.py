@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -90,5 +91,16 @@ def test_what_wrk_says_is_read_in_seconds(monkeypatch, tmp_path):
     monkeypatch.setattr(processes.subprocess, "run", lambda *_, **__: done)
     monkeypatch.setattr(processes, "cores", lambda: (0, 1))
     requests = processes.Requests("/x", {}, np.zeros((2, 8), np.uint8))
-    measured = processes.run_wrk(1, requests, BenchConfig())
-    assert measured == (34540.28, pytest.approx(810e-6), 1.06)
+    measured = processes.run_wrk(1, os.getpid(), requests, BenchConfig())
+    assert measured[:3] == (34540.28, pytest.approx(810e-6), 1.06)
+
+
+def test_processor_seconds_are_those_that_a_process_takes():
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass\ninput()"], stdin=subprocess.PIPE
+    )
+    end = time.monotonic() + 20
+    while processes.processor_seconds(child.pid) < 0.45 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert 0.45 <= processes.processor_seconds(child.pid) < 2
+    child.communicate(b"\n")
