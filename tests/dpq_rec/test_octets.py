@@ -20,12 +20,6 @@ from tests.dpq_rec.builders import dense_contents, dpq_contents
 
 NUM_ROWS = 40
 IDS = [7, 0, 999, 39, 12, -5, 7, 40, 2**40]
-VOCABULARIES = {
-    "identity": IdentityVocabulary(NUM_ROWS),
-    "modulo": ModuloVocabulary(NUM_ROWS),
-    "int64": Int64Vocabulary.from_ids(np.arange(NUM_ROWS)[::-1].copy()),
-    "string": StringVocabulary.from_ids([f"id {row}" for row in range(NUM_ROWS)]),
-}
 
 
 def octets_of(ids):
@@ -35,8 +29,15 @@ def octets_of(ids):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     layout = CodeLayout(num_subspaces=3, num_codes=5)
-    tables = {name: dpq_contents(NUM_ROWS, layout, vocabulary=ids) for name, ids in VOCABULARIES.items()}
-    tables["dense"] = dense_contents(np.arange(120, dtype=np.float32).reshape(NUM_ROWS, 3), VOCABULARIES["int64"])
+    integers = Int64Vocabulary.from_ids(np.arange(NUM_ROWS)[::-1].copy())
+    vocabularies = {
+        "identity": IdentityVocabulary(NUM_ROWS),
+        "modulo": ModuloVocabulary(NUM_ROWS),
+        "int64": integers,
+        "string": StringVocabulary.from_ids([f"id {row}" for row in range(NUM_ROWS)]),
+    }
+    tables = {name: dpq_contents(NUM_ROWS, layout, vocabulary=ids) for name, ids in vocabularies.items()}
+    tables["dense"] = dense_contents(np.arange(120, dtype=np.float32).reshape(NUM_ROWS, 3), integers)
     return EmbeddingStore.open(write_artifact(tmp_path_factory.mktemp("octets") / "artifact", tables))
 
 
