@@ -42,42 +42,49 @@ struct FindArgs {
 
 // How many of kNode ascending keys are not above the id; some number from 0 to kNode where they do not ascend.
 template <int kLanes>
-struct Node {
-  typedef int64_t Keys __attribute__((vector_size(kLanes * sizeof(int64_t))));
+struct Node;
+
+template <>
+struct Node<4> {
+  typedef int64_t Keys __attribute__((vector_size(4 * sizeof(int64_t))));
+  typedef int64_t Half __attribute__((vector_size(2 * sizeof(int64_t))));
 
   static DPQ_INLINE int64_t count(const int64_t* keys, int64_t id) {
     Keys counts = Keys{};
-    for (int64_t k = 0; k < kNode; k += kLanes) {
+    for (int64_t k = 0; k < kNode; k += 4) {
       Keys piece;
       std::memcpy(&piece, keys + k, sizeof(piece));
       counts -= piece <= id;
     }
-    int64_t by_lane[kLanes], count = 0;
-    std::memcpy(by_lane, &counts, sizeof(counts));
-    for (int64_t lane_count : by_lane) count += lane_count;
-    return count;
+    Half halves[2];  // added up in registers: lane by lane through memory takes longer than the comparisons
+    std::memcpy(halves, &counts, sizeof(counts));
+    const Half sums = halves[0] + halves[1];
+    return sums[0] + sums[1];
   }
 };
 
-// With AVX-512 adding up 8 lanes takes longer than all else: they are made bytes, and bits are counted.
+#ifdef DPQ_HAS_LANES
+// With AVX-512 a comparison gives a bit for each lane. No vector expression leads there, and intrinsics would have to
+// stand in a function of their instruction set, which is not inlined into the templates around it: so it is assembly.
 template <>
 struct Node<8> {
   typedef int64_t Keys __attribute__((vector_size(8 * sizeof(int64_t))));
-  typedef int8_t Bytes __attribute__((vector_size(8)));
+
+  // Bit k: keys[k] is not above the id.
+  static DPQ_INLINE uint32_t not_above(const int64_t* keys, int64_t id) {
+    const Keys ids = id - Keys{};
+    Keys piece;
+    std::memcpy(&piece, keys, sizeof(piece));
+    uint8_t bits;
+    asm("vpcmpnltq %2, %1, %0" : "=k"(bits) : "v"(ids), "vm"(piece));
+    return bits;
+  }
 
   static DPQ_INLINE int64_t count(const int64_t* keys, int64_t id) {
-    int64_t num_bits = 0;
-    for (int64_t k = 0; k < kNode; k += 8) {
-      Keys piece;
-      std::memcpy(&piece, keys + k, sizeof(piece));
-      const Bytes are_not_above = __builtin_convertvector(piece <= id, Bytes);
-      uint64_t bits;
-      std::memcpy(&bits, &are_not_above, sizeof(bits));
-      num_bits += __builtin_popcountll(bits);
-    }
-    return num_bits / 8;
+    return __builtin_popcount(not_above(keys, id) | not_above(keys + kLineKeys, id) << kLineKeys);
   }
 };
+#endif
 
 // The baseline has no comparison of 64-bit integers in vectors: four halvings are faster than 16 comparisons.
 template <>
@@ -106,13 +113,10 @@ DPQ_INLINE void descend(const FindArgs& a, const int64_t* asked, int64_t num_ask
   std::fill_n(at, num_asked, 0);
   for (int64_t l = 0; l < a.num_levels; ++l) {
     const Level level = a.levels[l];
-    const bool to_leaves = l + 1 == a.num_levels;
-    const int64_t* below = to_leaves ? a.ids : a.levels[l + 1].keys;
-    const int64_t last_start = to_leaves ? a.num_ids - kNode : a.num_ids;  // the last leaf reaches back to be whole
+    const int64_t* below = l + 1 == a.num_levels ? a.ids : a.levels[l + 1].keys;
     for (int64_t n = 0; n < num_asked; ++n) {
       const int64_t count = Node<kLanes>::count(level.keys + at[n], asked[n]);
-      const int64_t child = std::min(at[n] + count - (count > 0), level.num_keys - 1);
-      at[n] = std::min(child * kNode, last_start);
+      at[n] = std::min(at[n] + count - (count > 0), level.num_keys - 1) * kNode;
       prefetch_node(below + at[n]);
     }
   }
@@ -133,12 +137,13 @@ DPQ_INLINE void find_by_tree(const FindArgs& a) {
     const int64_t num_asked = std::min(kTogether, a.num_asked - first);
     descend<kLanes>(a, asked, num_asked, at);
     for (int64_t n = 0; n < num_asked; ++n) {
-      const int64_t count = Node<kLanes>::count(a.ids + at[n], asked[n]);
-      if (!is_right_leaf(a, at[n], count, asked[n])) {
+      const int64_t leaf = std::min(at[n], a.num_ids - kNode);  // the last one reaches back to be whole
+      const int64_t count = Node<kLanes>::count(a.ids + leaf, asked[n]);
+      if (!is_right_leaf(a, leaf, count, asked[n])) {
         *a.bad_at = first + n;
         return;
       }
-      at[n] += count - (count > 0);
+      at[n] = leaf + count - (count > 0);
       __builtin_prefetch(a.rows + at[n]);
     }
     for (int64_t n = 0; n < num_asked; ++n) a.out[first + n] = row_at(a, at[n], asked[n]);

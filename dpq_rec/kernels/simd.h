@@ -12,6 +12,7 @@
 #define DPQ_INLINE inline __attribute__((always_inline))
 #define DPQ_INLINE_LAMBDA __attribute__((always_inline))  // behind a lambda's parameters
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define DPQ_HAS_LANES  // of AVX-512 and AVX2; elsewhere loops are of 4
 #define DPQ_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 // void name(const Args&), which is loop<lanes>(args) for the machine it runs on.
 #define DPQ_DEFINE_BY_LANES(name, loop, Args)                                                        \
