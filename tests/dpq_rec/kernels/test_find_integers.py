@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,8 +11,9 @@ from dpq_rec.id_index import build_tree, num_tree_keys
 from dpq_rec.kernels import MISSING_ROW, SortedIntegers, reference
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
-# A leaf, a node, two levels and three, and what is around them; 128 ids are searched together.
-LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257, 271, 272, 273, 4095, 4096, 4097, 4100, 5000]
+# A leaf, a node, two levels to four, and what is around them; 128 ids are searched together.
+LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257, 271, 272, 273, 4095, 4096, 4097, 4100, 5000, 65_535, 65_537]
+KINDS = ["spread", "clustered", "consecutive", "geometric"]
 ids = st.one_of(st.integers(-40, 40), st.integers(INT64_MIN, INT64_MAX), st.sampled_from([INT64_MIN, INT64_MAX]))
 
 
@@ -25,6 +29,8 @@ def sorted_ids(kind, num_ids, seed=0):
         return np.cumsum(gaps_U) - 2**45
     if kind == "consecutive":
         return np.arange(num_ids) - num_ids // 2
+    if kind == "geometric":
+        return np.cumsum(1 << np.arange(num_ids) % 45) - 2**60
     ids_U = np.unique(generator.integers(INT64_MIN, INT64_MAX, num_ids + 9, endpoint=True))[:num_ids]
     ids_U[[0, -1]] = INT64_MIN, INT64_MAX
     return ids_U
@@ -56,7 +62,7 @@ def test_find_integer_rows_equals_the_reference(has_tree, known, asked):
 
 
 @pytest.mark.parametrize("has_tree", [True, False])
-@pytest.mark.parametrize("kind", ["spread", "clustered", "consecutive"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_ids", LENGTHS)
 def test_find_integer_rows_equals_the_reference_in_lists_of_any_length(num_ids, kind, has_tree):
     ids_U = sorted_ids(kind, num_ids)
@@ -90,7 +96,7 @@ def test_find_integer_rows_reads_arrays_that_are_not_aligned():
 @given(st.data())
 def test_find_integer_rows_answers_rightly_or_refuses_whatever_the_tree_is(data):
     num_ids = data.draw(st.sampled_from([17, 40, 256, 257, 300, 4097]))
-    ids_U = sorted_ids(data.draw(st.sampled_from(["spread", "clustered", "consecutive"])), num_ids)
+    ids_U = sorted_ids(data.draw(st.sampled_from(KINDS)), num_ids)
     num_bytes = 8 * num_tree_keys(num_ids)
     tree_T = np.frombuffer(data.draw(st.binary(min_size=num_bytes, max_size=num_bytes)), np.int64)
     for asked in data.draw(st.lists(st.sampled_from(around(ids_U).tolist()), min_size=1, max_size=50)):
@@ -132,3 +138,56 @@ def test_find_integer_rows_reads_nothing_outside_the_list_whatever_the_ids_are()
             except DamagedArtifactError:
                 continue
             assert found == MISSING_ROW or ids_U[found] == asked
+
+
+# The tree, the ids and the rows end where readable memory ends: to read beyond one of them is to crash.
+AT_THE_END_OF_MEMORY = """
+import ctypes, mmap
+import numpy as np
+from dpq_rec import DamagedArtifactError
+from dpq_rec.id_index import num_tree_keys
+from dpq_rec.kernels import MISSING_ROW, find_integer_rows
+
+libc = ctypes.CDLL(None, use_errno=True)
+keep = []
+
+def at_the_end(array):
+    pages = -(-array.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    whole = np.frombuffer(memory, np.uint8)
+    guard = ctypes.c_void_p(whole.ctypes.data + pages * mmap.PAGESIZE)
+    assert libc.mprotect(guard, mmap.PAGESIZE, 0) == 0
+    keep.append((memory, whole))
+    placed = whole[pages * mmap.PAGESIZE - array.nbytes : pages * mmap.PAGESIZE].view(array.dtype)
+    placed[...] = array
+    return placed
+
+lowest, highest = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+generator = np.random.default_rng(0)
+answered = refused = 0
+for num_ids in (17, 40, 255, 257, 273, 4_097, 5_000, 65_537):
+    rows = at_the_end(np.arange(num_ids, dtype=np.uint32))
+    for bound in (2, num_ids, 2**40):
+        ids = at_the_end(generator.integers(-bound, bound, num_ids))
+        tree = at_the_end(generator.integers(-bound, bound, num_tree_keys(num_ids)))
+        tree[generator.random(len(tree)) < 0.5] = lowest
+        for asked in (lowest, -bound, -1, 0, bound // 2, bound - 1, highest):
+            try:
+                found = find_integer_rows(np.array([asked]), ids, rows, tree)[0]
+            except DamagedArtifactError:
+                refused += 1
+            else:
+                answered += 1
+                assert found == MISSING_ROW or ids[found] == asked
+print("answered", answered, "refused", refused)
+"""
+
+
+def test_find_integer_rows_reads_nothing_beyond_its_arrays_whatever_they_hold():
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_END_OF_MEMORY], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    answered, refused = map(int, done.stdout.split()[1::2])
+    assert answered > 20
+    assert refused > 20
