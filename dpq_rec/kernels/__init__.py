@@ -50,6 +50,11 @@ class Coded:
         layout = self.tiers[0].layout
         return len(self.values_MKS) == layout.num_levels != layout.codes_per_row
 
+    @property
+    def num_levels(self) -> int:
+        """The most that a tier has: the first one's."""
+        return self.tiers[0].layout.num_levels
+
     @functools.cached_property
     def embedding_dim(self) -> int:
         """E = D * S."""
@@ -83,7 +88,7 @@ def decode(
         DamagedArtifactError: a row outside the table, or a code of K or more: nothing is read outside the arrays.
     """
     out_NE = np.empty((len(rows_N), _embedding_dim(stored)), dtype)
-    _check(stored, rows_N, _native.decode(_vectors(stored), rows_N, out_NE, num_threads))
+    check_damage(stored, rows_N, _native.decode(_vectors(stored), rows_N, out_NE, num_threads))
     return out_NE
 
 
@@ -117,7 +122,7 @@ def decode_bags(
     out_BE = np.empty((len(bag_lengths_B), _embedding_dim(stored)), dtype)
     ends_B = bag_lengths_B.cumsum(dtype=np.int64)
     bad_at = _native.decode_bags(_vectors(stored), rows_N, weights_N, ends_B, mean, out_BE, num_threads)
-    _check(stored, rows_N, bad_at)
+    check_damage(stored, rows_N, bad_at)
     return out_BE
 
 
@@ -129,8 +134,17 @@ def _vectors(stored: Stored) -> _native.Vectors:
     return stored.native if isinstance(stored, Coded) else _native.Vectors(stored)
 
 
-def _check(stored: Stored, rows_N: NDArray[np.int64], bad_at: Sequence[int]) -> None:
-    """Say what is damaged: a row, or the codes of one."""
+def check_damage(stored: Stored, rows_N: NDArray[np.int64], bad_at: Sequence[int]) -> None:
+    """Say what a kernel found damaged.
+
+    Args:
+        stored: the vectors of all rows.
+        rows_N: those that were read.
+        bad_at: positions among them of a row that is outside the table and of one whose codes cannot be; -1 for none.
+
+    Raises:
+        DamagedArtifactError: there is one.
+    """
     bad_row_at, bad_code_at = bad_at
     if bad_row_at >= 0:
         num_rows = sum(len(tier.packed_VW) for tier in stored.tiers) if isinstance(stored, Coded) else len(stored)
@@ -408,7 +422,7 @@ def lookup_integers(
         known.native, _vectors(stored), ids_N, rows_N, out_NE, num_threads
     )
     _check_id(ids_N, bad_id_at)
-    _check(stored, rows_N, bad_at)
+    check_damage(stored, rows_N, bad_at)
     return FoundVectors(rows_N, out_NE, num_missing)
 
 
@@ -440,7 +454,7 @@ def lookup_bytes(asked: bytes, known: SortedIntegers, stored: Stored, *, form: s
     reply, num_missing, *bad_at = _native.lookup_bytes(known.native, _vectors(stored), asked, number_bytes)
     if max(bad_at) >= 0:  # what is damaged is said where the rows are at hand
         rows_N = find_integer_rows(np.frombuffer(asked, np.int64), known)
-        _check(stored, rows_N, bad_at[1:])
+        check_damage(stored, rows_N, bad_at[1:])
     return FoundBytes(reply, num_missing)
 
 
@@ -463,7 +477,7 @@ def copy_codes(stored: Coded, rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uin
     """
     packed_NW = np.empty((len(rows_N), stored.tiers[0].layout.row_bytes), np.uint8)
     tiers_N = np.empty(len(rows_N), np.uint8) if len(stored.tiers) > 1 else None
-    _check(stored, rows_N, _native.copy_codes(stored.native, rows_N, packed_NW, tiers_N))
+    check_damage(stored, rows_N, _native.copy_codes(stored.native, rows_N, packed_NW, tiers_N))
     return packed_NW, tiers_N
 
 

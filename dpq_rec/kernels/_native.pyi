@@ -31,6 +31,13 @@ def decode_bags(
     out: NDArray[Any],
     num_threads: int,
 ) -> tuple[int, int]: ...
+
+class JsonTexts:
+    def __init__(self, groups: bytes, ends: NDArray[np.uint32], zeros: bytes) -> None: ...
+
+def decode_to_json(
+    vectors: Vectors, texts: JsonTexts, rows: NDArray[np.int64], before: bytes, after: bytes
+) -> tuple[bytes, tuple[int, int]]: ...
 def encode(
     queries: NDArray[np.float32],
     keys: NDArray[np.float32],

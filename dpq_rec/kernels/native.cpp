@@ -103,6 +103,7 @@ void encode(Array<const float, 3> queries, Array<const float, 3> keys, Array<con
 void define_bags(nb::module_& m);               // bags.cpp
 void define_central_moments(nb::module_& m);    // central_moments.cpp
 void define_decode(nb::module_& m);             // decode.cpp
+void define_decode_to_json(nb::module_& m);     // decode_to_json.cpp
 void define_find_integers(nb::module_& m);      // find_integers.cpp
 void define_find_rows(nb::module_& m);          // find_rows.cpp
 void define_lookup(nb::module_& m);             // lookup.cpp
@@ -115,6 +116,7 @@ NB_MODULE(_native, m) {
   define_bags(m);
   define_central_moments(m);
   define_decode(m);
+  define_decode_to_json(m);
   define_find_integers(m);
   define_find_rows(m);
   define_lookup(m);

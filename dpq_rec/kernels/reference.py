@@ -1,6 +1,6 @@
 """The hot loops in plain numpy: what they compute, without how they are made fast. The tests hold the kernels to these.
 
-Each takes what the function of the same name in `dpq_rec.kernels` takes.
+Each takes what the function of the same name in `dpq_rec.kernels` or `dpq_rec.kernels.json_texts` takes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.codes import CodeLayout, unpack_codes
 from dpq_rec.kernels import Best, Coded, SoftmaxGradients, Stored
+from dpq_rec.kernels.json_texts import JsonTexts
 from dpq_rec.tiers import PackedTier
 
 
@@ -75,6 +76,22 @@ def decode_bags(
         counts_B = np.bincount(bags_P, minlength=len(bag_lengths_B))
         pooled_BE /= np.maximum(counts_B, 1).astype(np.float32)[:, None]
     return pooled_BE.astype(dtype)
+
+
+def decode_to_json(
+    stored: Coded, texts: JsonTexts, rows_N: NDArray[np.int64], *, before: bytes = b"", after: bytes = b""
+) -> bytes:
+    """Vectors, from the texts of their groups; the last one's comma gives way to the bracket."""
+    layout, ends = stored.tiers[0].layout, texts.ends_G.tolist()
+    groups = [texts.groups[begin:end] for begin, end in itertools.pairwise([0, *ends])]
+    first_M = 0 if stored.shared else layout.num_codes * np.arange(layout.codes_per_row)
+    packed_VW = np.concatenate([tier.packed_VW for tier in stored.tiers])
+    chosen = iter((first_M + unpack_codes(packed_VW[rows_N[rows_N >= 0]], layout)).tolist())
+    vectors = [
+        texts.zeros[:-1] if row < 0 else b"[%b]" % b"".join(groups[g] for g in next(chosen))[:-1]
+        for row in rows_N.tolist()
+    ]
+    return before + b",".join(vectors) + after
 
 
 def encode(

@@ -66,6 +66,8 @@ DPQ_INLINE void load_piece(const float* from, typename Piece<kPiece>::Floats& to
   std::memcpy(&to, from, sizeof(to));
 }
 
+constexpr int kNoPiece = 0;  // for a sink that takes a row's codes, and not what they stand for
+
 // Vectors as codes, which are read as Codes; kOneLevel spares a tenth where there are no more. The arguments come by
 // value: a copy that no pointer can reach stays in registers whatever is written.
 template <int kPiece, typename Codes, bool kOneLevel>
@@ -94,6 +96,16 @@ struct Coded {
   DPQ_INLINE bool emit_codes(const Codes& codes, int64_t num_levels, Sink& sink) const {
     if (kOneLevel) num_levels = 1;
     if (!every_code_exists(codes, num_levels * a.num_subspaces)) return false;
+    if constexpr (kPiece == kNoPiece) {
+      sink.put(codes);
+    } else {
+      emit_values(codes, num_levels, sink);
+    }
+    return true;
+  }
+
+  template <typename Sink>
+  DPQ_INLINE void emit_values(const Codes& codes, int64_t num_levels, Sink& sink) const {
     int64_t j = 0;
     if (a.subspace_dim == kPiece) {
       for (; j + kMostOfRun <= a.num_subspaces; j += kMostOfRun) emit_run<kMostOfRun>(codes, num_levels, j, sink);
@@ -102,7 +114,6 @@ struct Coded {
     for (; j < a.num_subspaces; ++j) {
       for (int64_t s = 0; s < a.subspace_dim; s += kPiece) emit_piece(codes, num_levels, j, s, sink);
     }
-    return true;
   }
 
   DPQ_INLINE bool every_code_exists(const Codes& codes, int64_t num_codes_of_row) const {

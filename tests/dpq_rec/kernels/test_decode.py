@@ -130,6 +130,7 @@ import ctypes, mmap
 import numpy as np
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels
 from dpq_rec.kernels import Coded, reference
+from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
 
 libc = ctypes.CDLL(None, use_errno=True)
 keep = []
@@ -155,17 +156,28 @@ for num_codes in (2, 3, 5, 16, 31, 64, 200, 256, 257, 2048, 40_000, 65_536):
             bytes_ = generator.integers(0, 256, (6, layout.row_bytes), np.uint8)
             bytes_[::2] = 0
             packed, values, rows = at_the_end(bytes_), at_the_end(values), np.arange(6)
+            stored, texts = Coded.of(packed, values, layout), None
+            if num_levels == 1 and num_codes <= 2048:
+                texts = JsonTexts.of(stored, np.float32, lambda numbers: ",".join(map(str, numbers)).encode())
             for row in range(6):
                 try:
-                    vectors = kernels.decode(Coded.of(packed, values, layout), rows[row:])
+                    vectors = kernels.decode(stored, rows[row:])
                 except DamagedArtifactError:
                     refused += 1
                 else:
                     decoded += 1
-                    assert vectors.tobytes() == reference.decode(Coded.of(packed, values, layout), rows[row:]).tobytes()
+                    assert vectors.tobytes() == reference.decode(stored, rows[row:]).tobytes()
+                if texts is None:
+                    continue
+                try:
+                    text = decode_to_json(stored, texts, rows[row:])
+                except DamagedArtifactError:
+                    refused += 1
+                else:
+                    assert text == reference.decode_to_json(stored, texts, rows[row:])
             for wild in (-2, 6, 2**40, -(2**63)):
                 try:
-                    kernels.decode(Coded.of(packed, values, layout), np.array([0] * 3_000 + [wild]), num_threads=2)
+                    kernels.decode(stored, np.array([0] * 3_000 + [wild]), num_threads=2)
                 except DamagedArtifactError:
                     refused += 1
                 else:
