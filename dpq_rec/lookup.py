@@ -37,6 +37,18 @@ class Lookup(NamedTuple):
     missing: NDArray[np.uint32]
 
 
+class Rows(NamedTuple):
+    """Where ids are in a table.
+
+    Attributes:
+        rows_N: rows (int64), MISSING_ROW where an id is missing.
+        missing: as in `Lookup`.
+    """
+
+    rows_N: NDArray[np.int64]
+    missing: NDArray[np.uint32]
+
+
 class EmbeddingStore:
     """The tables of an artifact, ready for lookups. Safe to share between threads; the files are mapped, not read.
 
@@ -162,6 +174,20 @@ class EmbeddingStore:
         )
         return Lookup(pooled_BE, missing_positions)
 
+    def rows(self, table: str, ids: Any, *, missing: MissingPolicy = "zeros") -> Rows:
+        """Rows of ids, for whoever reads the table himself (`dpq_rec.kernels`).
+
+        Args:
+            table: the table's name.
+            ids: [N], as for `lookup`.
+            missing: likewise.
+
+        Raises:
+            UnknownTableError, IdTypeError, UnknownIdsError, ConfigError: as `lookup`.
+        """
+        _check_options(missing)
+        return _find_rows(self.table(table), ids, missing)
+
     def codes(self, table: str, ids: Any, *, missing: MissingPolicy = "zeros") -> PackedRows:
         """Packed codes of ids, for whoever holds the table's values (`dpq_rec.packed`).
 
@@ -224,10 +250,9 @@ class EmbeddingStore:
         return self._searches[self.table(table).name](queries, k, similarity)
 
 
-def _find_rows(table: Table, ids: Any, missing: MissingPolicy) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """Rows of ids, and the positions of those that have none."""
+def _find_rows(table: Table, ids: Any, missing: MissingPolicy) -> Rows:
     rows_N = table.vocabulary.rows(ids)
-    return rows_N, _missing_positions(table, ids, rows_N, missing)
+    return Rows(rows_N, _missing_positions(table, ids, rows_N, missing))
 
 
 def _missing_positions(table: Table, ids: Any, rows_N: NDArray[np.int64], missing: MissingPolicy) -> NDArray[np.uint32]:

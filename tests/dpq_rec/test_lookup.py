@@ -36,6 +36,12 @@ def test_lookup_finds_the_vectors_of_ids(store):
     assert (missing.tolist(), missing.dtype) == ([], np.uint32)
 
 
+def test_rows_says_where_ids_are_and_which_are_unknown(store):
+    rows_N, missing = store.rows("item", [7, 999, 40, -9])  # the ids of rows 0 to 3 are 40, -3, 7 and 2^40
+    assert (rows_N.tolist(), rows_N.dtype) == ([2, -1, 0, -1], np.int64)
+    assert (missing.tolist(), missing.dtype) == ([1, 3], np.uint32)
+
+
 @pytest.mark.parametrize("table", ["item", "dense"])
 def test_lookup_gives_zeros_to_unknown_ids_and_their_positions(store, table):
     known = 40 if table == "item" else 1
