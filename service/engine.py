@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dpq_rec import ConfigError, EmbeddingStore, IdTypeError, Lookup
 from dpq_rec.artifact import Table
-from dpq_rec.lookup import MissingPolicy
+from dpq_rec.lookup import MissingPolicy, Rows
 from dpq_rec.octets import ID_BYTES, Form, FoundOctets
 from dpq_rec.packed import PackedRows
 from service.errors import InvalidRequestError, NotReadyError, OverloadedError, TooManyIdsError
@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # prometheus_client settles at its import whether it counts f
 
 T = TypeVar("T")
 _MOST_REPLY_BYTES = (1 << 31) - 1  # what a gRPC message can hold
-# Values (ids x dim, 8 bytes an id) that are found and written as JSON in about a millisecond: less than that is not
-# worth a thread, more would keep the worker's other requests waiting.
+# Values (ids x dim, 8 bytes an id) that are found, decoded and written as JSON in about a millisecond, which is the
+# slowest that a lookup is: less than that is not worth a thread, more would keep the worker's other requests waiting.
 _INLINE_VALUES = 1 << 15
 _MOST_SEARCHES = 8  # of a worker at a time: one is done, the others wait
 
@@ -207,6 +207,19 @@ class Engine:
             InvalidRequestError: bag lengths that do not fit the ids, or pooling without them.
             TooManyIdsError: more ids, rows of the reply or requests than `max_ids`.
         """
+        self._check_limits(requests)
+        return Answer(self.store.version, [self._lookup(request) for request in requests])
+
+    def find_rows(self, requests: Sequence[TableRequest]) -> list[Rows]:
+        """Where `lookup` would look for the vectors of several requests without bags.
+
+        Raises:
+            UnknownTableError, UnknownIdsError, IdTypeError, TooManyIdsError: as there.
+        """
+        self._check_limits(requests)
+        return [self._find_rows(request) for request in requests]
+
+    def _check_limits(self, requests: Sequence[TableRequest]) -> None:
         num_ids = num_rows = 0
         for request in requests:
             num_ids += len(request.ids)
@@ -214,7 +227,6 @@ class Engine:
         self.check_num_ids(num_ids)
         self.check_num_ids(num_rows, "rows of the reply")
         self.check_num_ids(len(requests), "requests")
-        return Answer(self.store.version, [self._lookup(request) for request in requests])
 
     def search(self, request: SearchRequest) -> SearchAnswer:
         """The rows most similar to queries.
@@ -269,6 +281,13 @@ class Engine:
         self.check_num_ids(len(ids))
         _check_kind(self.store.table(table), table, ids)
         found = self.store.codes(table, ids, missing=missing)
+        self.metrics.looked_up(table, len(ids), len(found.missing))
+        return found
+
+    def _find_rows(self, request: TableRequest) -> Rows:
+        table, ids, _, missing, _, _ = request
+        _check_kind(self.store.table(table), table, ids)
+        found = self.store.rows(table, ids, missing=missing)
         self.metrics.looked_up(table, len(ids), len(found.missing))
         return found
 

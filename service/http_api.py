@@ -33,8 +33,8 @@ from service.http_format import (
     search_from_json,
     search_to_json,
     tables_from_json,
-    tables_to_json,
 )
+from service.http_json import JsonLookups
 from service.http_lookup import ROUTE, Asked, LookupPlans, holds_key, types_of
 from service.messages import Pooling, SearchRequest, TableRequest
 
@@ -250,7 +250,8 @@ class HttpApi:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.settings = engine.settings
-        self._plans = LookupPlans(engine)
+        self._json_lookups = JsonLookups(engine)
+        self._plans = LookupPlans(engine, self._json_lookups)
 
     async def livez(self) -> Response:
         """The process answers."""
@@ -384,8 +385,7 @@ class HttpApi:
             def answer() -> Response:
                 tables = tables_from_json(body)
                 asked = [TableRequest(table=t, ids=ids, dtype=dtype, missing=missing) for t, ids in tables.items()]
-                version, found = engine.lookup(asked)
-                return Response(tables_to_json(version, dict(zip(tables, found, strict=True))), media_type=JSON)
+                return Response(self._json_lookups.of_several(asked), media_type=JSON)
 
             return await engine.run(answer, len(body))
 

@@ -25,7 +25,6 @@ _POSITION_BYTES, _LENGTH_BYTES = 4, 4
 _MOST_LENGTH = 1 << 32  # of a bag, as in the other forms
 _MOST_HEADERS = 1024  # of a kind, that are kept
 _SEARCH_FIELDS = ("queries", "ids", "k", "similarity")
-_PIECE_VALUES = 1 << 16  # values written as JSON at a time: orjson keeps every other thread waiting
 
 
 class Headers(dict[str, str]):
@@ -182,7 +181,7 @@ def search_from_json(body: bytes) -> dict[str, Any]:
 def search_to_json(table: str, answer: SearchAnswer) -> bytes:
     """`{"table", "version", "ids", "scores", "missing"}`: a list of each query, empty where its id is unknown."""
     found = list(answer.by_query())
-    return _dumps(
+    return to_json(
         {
             "table": table,
             "version": answer.version,
@@ -261,23 +260,8 @@ def _name_of(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def lookup_to_json(table: str, version: str, lookup: Lookup) -> bytes:
-    """`{"table", "version", "dim", "vectors", "missing"}`. JSON has no NaN and no infinity: they become null."""
-    vectors_NE = lookup.vectors
-    dim = vectors_NE.shape[1]
-    step = max(1, _PIECE_VALUES // dim)
-    rows = b",".join(_dumps(vectors_NE[start : start + step])[1:-1] for start in range(0, len(vectors_NE), step))
-    head = b'{"table":%b,"version":%b,"dim":%d' % (_dumps(table), _dumps(version), dim)
-    return b'%b,"vectors":[%b],"missing":%b}' % (head, rows, _dumps(lookup.missing))
-
-
-def tables_to_json(version: str, lookups: Mapping[str, Lookup]) -> bytes:
-    """`{"version", "tables": {NAME: what `lookup_to_json` gives}}`."""
-    entries = (_dumps(name) + b":" + lookup_to_json(name, version, lookup) for name, lookup in lookups.items())
-    return b'{"version":%b,"tables":{%b}}' % (_dumps(version), b",".join(entries))
-
-
-def _dumps(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
+    """JSON of anything, arrays included. It has no NaN and no infinity: they become null."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 

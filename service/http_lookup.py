@@ -37,11 +37,11 @@ from service.http_format import (
     codes_to_octets,
     ids_from_json,
     ids_from_octets,
-    lookup_to_json,
     lookup_to_octets,
     octets_headers,
     reply_type,
 )
+from service.http_json import JsonLookups
 from service.messages import Pooling, TableRequest
 
 ROUTE = "/v1/tables/{table}/lookup"
@@ -72,8 +72,9 @@ Plan = Callable[[bytes], Reply]  # from a body to its reply
 class LookupPlans:
     """The plans of one engine's tables, which never change."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, json_lookups: JsonLookups) -> None:
         self._engine = engine
+        self._json_lookups = json_lookups
         self._plan = functools.lru_cache(_MOST_KEPT)(self._make_plan)
         self._asked = functools.lru_cache(_MOST_KEPT)(asked_of)
 
@@ -128,7 +129,7 @@ class LookupPlans:
             return lookup_to_octets(version, engine.lookup([request_of(body)]).lookups[0])
 
         def to_json(body: bytes) -> Reply:
-            text = lookup_to_json(name, version, engine.lookup([request_of(body)]).lookups[0])
+            text = self._json_lookups.of_one(request_of(body))
             return Reply(text, Headers(JSON, len(text), {}))
 
         def to_codes(body: bytes) -> Reply:

@@ -197,7 +197,7 @@ def test_api_answers_unknown_routes_and_methods_in_the_form_of_its_errors(call, 
 
 def test_api_answers_500_and_logs_what_nobody_expected(call, make_engine, monkeypatch, caplog):
     engine = make_engine()
-    monkeypatch.setattr(engine, "lookup", lambda requests: 1 / 0)
+    monkeypatch.setattr(engine, "find_rows", lambda requests: 1 / 0)
     with caplog.at_level(logging.ERROR, "service.http"):
         answer = call("POST", USERS, engine, json={"ids": [1]})
     assert (answer.status_code, answer.json()["error_type"]) == (500, "internal")

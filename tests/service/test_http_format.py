@@ -10,7 +10,6 @@ from service.http_format import (
     body_type,
     ids_from_json,
     ids_from_octets,
-    lookup_to_json,
     lookup_to_octets,
     reply_type,
     tables_from_json,
@@ -130,15 +129,6 @@ def test_ids_from_octets_reads_little_endian():
 def test_ids_from_octets_refuses_a_broken_id():
     with pytest.raises(MalformedError, match="got 9 bytes, want a multiple of 8"):
         ids_from_octets(b"123456789")
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (3, 40_000)])
-def test_lookup_to_json_keeps_every_bit(dtype, shape):
-    vectors = np.random.default_rng(1).standard_normal(shape).astype(dtype)
-    reply = orjson.loads(lookup_to_json('t"', "v", Lookup(vectors, np.array([2, 7], np.uint32))))
-    assert (reply["table"], reply["version"], reply["dim"], reply["missing"]) == ('t"', "v", shape[1], [2, 7])
-    np.testing.assert_array_equal(np.array(reply["vectors"]).astype(dtype).reshape(shape), vectors)
 
 
 def test_lookup_to_octets_has_the_bytes_and_headers_of_the_contract():
