@@ -146,7 +146,7 @@ import ctypes, mmap
 import numpy as np
 from dpq_rec import DamagedArtifactError
 from dpq_rec.id_index import num_tree_keys
-from dpq_rec.kernels import MISSING_ROW, find_integer_rows
+from dpq_rec.kernels import MISSING_ROW, SortedIntegers, find_integer_rows
 
 libc = ctypes.CDLL(None, use_errno=True)
 keep = []
@@ -173,7 +173,7 @@ for num_ids in (17, 40, 255, 257, 273, 4_097, 5_000, 65_537):
         tree[generator.random(len(tree)) < 0.5] = lowest
         for asked in (lowest, -bound, -1, 0, bound // 2, bound - 1, highest):
             try:
-                found = find_integer_rows(np.array([asked]), ids, rows, tree)[0]
+                found = find_integer_rows(np.array([asked]), SortedIntegers(ids, rows, tree))[0]
             except DamagedArtifactError:
                 refused += 1
             else:
