@@ -16,10 +16,19 @@ struct ByteCodes {
   const uint8_t* row;
   DPQ_INLINE int64_t operator[](int64_t m) const { return row[m]; }
   struct Run {
-    const uint8_t* at;
-    DPQ_INLINE int64_t next() { return *at++; }
+    uint64_t window;
+    DPQ_INLINE int64_t next() {
+      const uint64_t code = window & 0xff;
+      window >>= 8;
+      return static_cast<int64_t>(code);
+    }
   };
-  DPQ_INLINE Run run(int64_t m) const { return {row + m}; }
+  template <int kCodes>
+  DPQ_INLINE Run run(int64_t m) const {
+    Run run{0};
+    std::memcpy(&run.window, row + m, kCodes);
+    return run;
+  }
 };
 
 // Out of the 4 bytes from their first one, which hold the 23 bits that a code reaches over at most (16 of them, begun at
@@ -34,6 +43,7 @@ struct BitCodes {
     return window >> (bit % 8) & ((1u << code_bits) - 1);
   }
   struct Run;
+  template <int kCodes>
   DPQ_INLINE Run run(int64_t m) const;
 };
 struct BitCodes::Run {
@@ -41,7 +51,10 @@ struct BitCodes::Run {
   int64_t m;
   DPQ_INLINE int64_t next() { return codes[m++]; }
 };
-DPQ_INLINE BitCodes::Run BitCodes::run(int64_t m) const { return {*this, m}; }
+template <int kCodes>
+DPQ_INLINE BitCodes::Run BitCodes::run(int64_t m) const {
+  return {*this, m};
+}
 
 // b is 7 or less: a run of kMostOfRun codes lies in 8 bytes, with the 7 bits before it, and takes one read.
 constexpr int kMostOfRun = 8;
@@ -58,6 +71,7 @@ struct NarrowCodes {
       return static_cast<int64_t>(code);
     }
   };
+  template <int kCodes>
   DPQ_INLINE Run run(int64_t m) const {
     const uint64_t bit = m * code_bits;
     uint64_t window;

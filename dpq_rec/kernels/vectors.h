@@ -43,17 +43,25 @@ DPQ_INLINE const Tier& tier_of(const Source& a, int64_t row) {
   return *tier;
 }
 
-// Asks for all bytes of a row from memory.
+DPQ_INLINE const uint8_t* packed_at(const Tier& tier, int64_t row) {
+  return tier.packed + (row - tier.first_row) * tier.row_bytes;
+}
+
+// Asks for bytes from memory, each line once: to ask again takes the place of another line that is on its way.
+DPQ_INLINE void prefetch_bytes(const void* from, int64_t num_bytes) {
+  const uint8_t* line = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(from) / kCacheLine * kCacheLine);
+  const uint8_t* const end = static_cast<const uint8_t*>(from) + num_bytes;
+  do {
+    __builtin_prefetch(line);
+    line += kCacheLine;
+  } while (line < end);
+}
+
+// Asks for a row of any kind.
 DPQ_INLINE void prefetch_row(const Source& a, int64_t row) {
-  const uint8_t* from = reinterpret_cast<const uint8_t*>(a.vectors + row * a.dim);
-  int64_t num_bytes = a.dim * sizeof(float);
-  if (a.tiers != nullptr) {
-    const Tier& tier = tier_of(a, row);
-    from = tier.packed + (row - tier.first_row) * tier.row_bytes;
-    num_bytes = tier.row_bytes;
-  }
-  for (int64_t byte = 0; byte < num_bytes; byte += kCacheLine) __builtin_prefetch(from + byte);
-  __builtin_prefetch(from + num_bytes - 1);
+  if (a.tiers == nullptr) return prefetch_bytes(a.vectors + row * a.dim, a.dim * sizeof(float));
+  const Tier& tier = tier_of(a, row);
+  prefetch_bytes(packed_at(tier, row), tier.row_bytes);
 }
 
 template <int kPiece>
@@ -68,18 +76,37 @@ DPQ_INLINE void load_piece(const float* from, typename Piece<kPiece>::Floats& to
 
 constexpr int kNoPiece = 0;  // for a sink that takes a row's codes, and not what they stand for
 
-// Vectors as codes, which are read as Codes; kOneLevel spares a tenth where there are no more. The arguments come by
-// value: a copy that no pointer can reach stays in registers whatever is written.
-template <int kPiece, typename Codes, bool kOneLevel>
+// Vectors as codes, which are read as Codes; kPlain, of one level and so of one tier, spares a quarter. The arguments come
+// by value: a copy that no pointer can reach stays in registers whatever is written.
+template <int kPiece, typename Codes, bool kPlain>
 struct Coded {
   const Source a;
-  uint8_t* tail;  // room for one row and kRunSlackBytes
+  uint8_t* tail;     // room for one row and kRunSlackBytes
+  const Tier first;  // of the tiers
+
+  // Bytes of one level are further 256 codes of whole runs of subspaces that share nothing: the shape of most tables, and
+  // where their values lie is known when this is compiled.
+  static constexpr bool kIsFull = kPlain && kPiece != kNoPiece && std::is_same_v<Codes, ByteCodes>;
+  static bool fits(const Source& a) {
+    const bool is_full =
+        a.num_codes == 256 && !a.shared && a.subspace_dim == kPiece && a.num_subspaces % kMostOfRun == 0;
+    return !kPlain || (a.max_levels == 1 && a.num_tiers == 1 && (!kIsFull || is_full));
+  }
+  DPQ_INLINE int64_t num_codes() const { return kIsFull ? 256 : a.num_codes; }
+  DPQ_INLINE bool shared() const { return !kIsFull && a.shared; }
+
+  DPQ_INLINE const Tier& tier_of(int64_t row) const { return kPlain ? first : dpq::tier_of(a, row); }
+
+  DPQ_INLINE void prefetch(int64_t row) const {
+    const Tier& tier = tier_of(row);
+    prefetch_bytes(packed_at(tier, row), tier.row_bytes);
+  }
 
   // False where a code is none: then the sink has got nothing.
   template <typename Sink>
   DPQ_INLINE bool emit(int64_t row, Sink& sink) const {
-    const Tier& tier = tier_of(a, row);
-    const uint8_t* packed = tier.packed + (row - tier.first_row) * tier.row_bytes;
+    const Tier& tier = tier_of(row);
+    const uint8_t* packed = packed_at(tier, row);
     if constexpr (std::is_same_v<Codes, ByteCodes>) {
       return emit_codes(Codes{packed}, tier.num_levels, sink);
     } else {
@@ -94,7 +121,7 @@ struct Coded {
 
   template <typename Sink>
   DPQ_INLINE bool emit_codes(const Codes& codes, int64_t num_levels, Sink& sink) const {
-    if (kOneLevel) num_levels = 1;
+    if (kPlain) num_levels = 1;
     if (!every_code_exists(codes, num_levels * a.num_subspaces)) return false;
     if constexpr (kPiece == kNoPiece) {
       sink.put(codes);
@@ -107,8 +134,9 @@ struct Coded {
   template <typename Sink>
   DPQ_INLINE void emit_values(const Codes& codes, int64_t num_levels, Sink& sink) const {
     int64_t j = 0;
-    if (a.subspace_dim == kPiece) {
+    if (kIsFull || a.subspace_dim == kPiece) {
       for (; j + kMostOfRun <= a.num_subspaces; j += kMostOfRun) emit_run<kMostOfRun>(codes, num_levels, j, sink);
+      if (kIsFull) return;
       for (; j + 4 <= a.num_subspaces; j += 4) emit_run<4>(codes, num_levels, j, sink);
     }
     for (; j < a.num_subspaces; ++j) {
@@ -117,10 +145,10 @@ struct Coded {
   }
 
   DPQ_INLINE bool every_code_exists(const Codes& codes, int64_t num_codes_of_row) const {
-    if (a.num_codes == int64_t{1} << a.code_bits) return true;
+    if (kIsFull || a.num_codes == int64_t{1} << a.code_bits) return true;
     int64_t largest = 0, m = 0;
     for (; m + kMostOfRun <= num_codes_of_row; m += kMostOfRun) {
-      auto run = codes.run(m);
+      auto run = codes.template run<kMostOfRun>(m);
       for (int i = 0; i < kMostOfRun; ++i) largest = std::max(largest, run.next());
     }
     for (; m < num_codes_of_row; ++m) largest = std::max(largest, codes[m]);
@@ -130,16 +158,16 @@ struct Coded {
   // Groups j .. j + kGroups - 1, of kPiece numbers each: level 0's values, and those of higher levels added in order.
   template <int kGroups, typename Sink>
   DPQ_INLINE void emit_run(const Codes& codes, int64_t num_levels, int64_t j, Sink& sink) const {
-    const int64_t group_values = a.num_codes * kPiece;
-    const int64_t stride = a.shared ? 0 : group_values;
+    const int64_t group_values = num_codes() * kPiece;
+    const int64_t stride = shared() ? 0 : group_values;
     const float* values = a.values + j * stride;
     typename Piece<kPiece>::Floats sums[kGroups], value;
-    auto run = codes.run(j);
+    auto run = codes.template run<kGroups>(j);
 #pragma GCC unroll 8
     for (int i = 0; i < kGroups; ++i) load_piece<kPiece>(values + i * stride + run.next() * kPiece, sums[i]);
     for (int64_t level = 1; level < num_levels; ++level) {
-      values += a.shared ? group_values : a.num_subspaces * group_values;
-      run = codes.run(level * a.num_subspaces + j);
+      values += shared() ? group_values : a.num_subspaces * group_values;
+      run = codes.template run<kGroups>(level * a.num_subspaces + j);
 #pragma GCC unroll 8
       for (int i = 0; i < kGroups; ++i) {
         load_piece<kPiece>(values + i * stride + run.next() * kPiece, value);
@@ -171,6 +199,8 @@ template <int kLanes>
 struct Dense {
   const Source a;
 
+  DPQ_INLINE void prefetch(int64_t row) const { prefetch_bytes(a.vectors + row * a.dim, a.dim * sizeof(float)); }
+
   template <typename Sink>
   DPQ_INLINE bool emit(int64_t row, Sink& sink) const {
     const float* vector = a.vectors + row * a.dim;
@@ -194,21 +224,21 @@ struct Dense {
 template <typename Vectors, typename Sink>
 DPQ_INLINE Damage walk(const Vectors vectors, const int64_t* rows, int64_t begin, int64_t end, int64_t last,
                        Sink& sink) {
-  const int64_t num_rows = vectors.a.num_rows;
+  const uint64_t num_rows = static_cast<uint64_t>(vectors.a.num_rows);  // so that one comparison finds what is below 0
   Damage damage;
   for (int64_t n = begin; n < end; ++n) {
     if (n + kPrefetchRows < last) {
       const int64_t ahead = rows[n + kPrefetchRows];
-      if (ahead >= 0 && ahead < num_rows) prefetch_row(vectors.a, ahead);
+      if (static_cast<uint64_t>(ahead) < num_rows) vectors.prefetch(ahead);
     }
     const int64_t row = rows[n];
-    if (row == kMissingRow) {
+    if (static_cast<uint64_t>(row) >= num_rows) {
+      if (row != kMissingRow) {
+        damage.bad_row_at = n;
+        return damage;
+      }
       sink.missing(n);
       continue;
-    }
-    if (row < 0 || row >= num_rows) {
-      damage.bad_row_at = n;
-      return damage;
     }
     sink.at(n);
     if (!vectors.emit(row, sink)) {
@@ -219,11 +249,12 @@ DPQ_INLINE Damage walk(const Vectors vectors, const int64_t* rows, int64_t begin
   return damage;
 }
 
-// body(vectors) with the kind of vectors that the source has. kSpecial also makes a loop for one level.
+// body(vectors) with the kind of vectors that the source has. kSpecial also makes a loop for one level and tier.
 template <int kPiece, typename Codes, bool kSpecial, typename Body>
 DPQ_INLINE void with_levels(const Source& a, uint8_t* tail, const Body& body) {
-  if (kSpecial && a.max_levels == 1) return body(Coded<kPiece, Codes, kSpecial>{a, tail});
-  return body(Coded<kPiece, Codes, false>{a, tail});
+  using Special = Coded<kPiece, Codes, kSpecial>;
+  if (Special::fits(a)) return body(Special{a, tail, *a.tiers});
+  return body(Coded<kPiece, Codes, false>{a, tail, *a.tiers});
 }
 
 template <int kPiece, bool kSpecial, typename Body>
