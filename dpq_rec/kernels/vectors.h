@@ -57,11 +57,17 @@ DPQ_INLINE void prefetch_bytes(const void* from, int64_t num_bytes) {
   } while (line < end);
 }
 
+// Bytes behind a row that are read with it: where they begin a line, that line is waited for as the row's own are.
+DPQ_INLINE int64_t read_beyond(const Source& a) {
+  if (a.code_bits == 8) return 0;
+  return a.code_bits < 8 ? kRunSlackBytes + 1 - a.code_bits : kSlackBytes;
+}
+
 // Asks for a row of any kind.
 DPQ_INLINE void prefetch_row(const Source& a, int64_t row) {
   if (a.tiers == nullptr) return prefetch_bytes(a.vectors + row * a.dim, a.dim * sizeof(float));
   const Tier& tier = tier_of(a, row);
-  prefetch_bytes(packed_at(tier, row), tier.row_bytes);
+  prefetch_bytes(packed_at(tier, row), tier.row_bytes + read_beyond(a));
 }
 
 template <int kPiece>
@@ -99,7 +105,7 @@ struct Coded {
 
   DPQ_INLINE void prefetch(int64_t row) const {
     const Tier& tier = tier_of(row);
-    prefetch_bytes(packed_at(tier, row), tier.row_bytes);
+    prefetch_bytes(packed_at(tier, row), tier.row_bytes + read_beyond(a));
   }
 
   // False where a code is none: then the sink has got nothing.
