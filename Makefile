@@ -14,7 +14,7 @@ help:  ## what can be made
 
 venv: $(VENV)/.installed  ## set up .venv: the library, its C++ kernels, and all that training, serving and tests use
 
-$(VENV)/.installed: pyproject.toml Makefile $(wildcard dpq_rec/kernels/*.cpp dpq_rec/kernels/CMakeLists.txt)
+$(VENV)/.installed: pyproject.toml Makefile $(wildcard dpq_rec/kernels/*.cpp dpq_rec/kernels/*.h dpq_rec/kernels/CMakeLists.txt)
 	@command -v c++ >/dev/null || { echo "make: a C++17 compiler is missing; install one: apt-get install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora), xcode-select --install (macOS)"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed, got: $$($(PYTHON) --version); name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
