@@ -22,7 +22,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec import kernels
+from dpq_rec.kernels.ids import fill_slots
 from dpq_rec.strings import PackedStrings
 
 NODE_KEYS = 16  # two cache lines
@@ -53,7 +53,7 @@ def build_slots(ids: PackedStrings) -> NDArray[np.uint32]:
     Raises:
         DamagedArtifactError: a string that lies outside the bytes.
     """
-    return kernels.fill_slots(*ids, num_slots(len(ids.offsets_U1) - 1))
+    return fill_slots(*ids, num_slots(len(ids.offsets_U1) - 1))
 
 
 def num_slots(num_ids: int) -> int:

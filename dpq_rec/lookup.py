@@ -13,6 +13,7 @@ from dpq_rec import kernels
 from dpq_rec.artifact import Artifact, Table, open_artifact
 from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError, IdTypeError, UnknownIdsError, UnknownTableError
+from dpq_rec.kernels.ids import lookup_integers
 from dpq_rec.octets import Form, FoundOctets, find_octets
 from dpq_rec.packed import PackedRows, packed_rows
 from dpq_rec.search import Neighbours, Similarity, TableSearch
@@ -119,7 +120,7 @@ class EmbeddingStore:
         found = self.table(table)
         if isinstance(found.vocabulary, Int64Vocabulary):
             known = found.vocabulary.sorted
-            rows_N, vectors_NE, num_missing = kernels.lookup_integers(
+            rows_N, vectors_NE, num_missing = lookup_integers(
                 int64_ids(ids), known, found.stored, dtype=dtype, num_threads=num_threads
             )
             positions = _missing_positions(found, ids, rows_N, missing) if num_missing else _NO_POSITIONS

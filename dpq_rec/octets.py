@@ -16,6 +16,7 @@ from dpq_rec import kernels
 from dpq_rec.artifact import Table
 from dpq_rec.decode import decode_rows
 from dpq_rec.errors import IdTypeError
+from dpq_rec.kernels.ids import lookup_bytes
 from dpq_rec.packed import packed_rows
 from dpq_rec.vocabulary import Int64Vocabulary
 
@@ -45,7 +46,7 @@ def find_octets(table: Table, asked: bytes, form: Form) -> FoundOctets:
     vocabulary = table.vocabulary
     can_be = form != "codes" or table.manifest.has_codes
     if can_be and isinstance(vocabulary, Int64Vocabulary) and not _BIG_ENDIAN:
-        return FoundOctets(*kernels.lookup_bytes(asked, vocabulary.sorted, table.stored, form=form))
+        return FoundOctets(*lookup_bytes(asked, vocabulary.sorted, table.stored, form=form))
     if vocabulary.kind == "string":
         raise IdTypeError(f"ids: got octets, want strings: those are the ids of table {table.name!r}")
     rows_N = vocabulary.rows(np.frombuffer(asked, "<i8"))

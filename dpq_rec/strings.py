@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec import kernels
 from dpq_rec.errors import DamagedArtifactError
+from dpq_rec.kernels.ids import find_disorder
 
 _CHECK_STRINGS = 1 << 16  # whose UTF-8 is looked at together
 
@@ -65,7 +65,7 @@ class PackedStrings(NamedTuple):
         Raises:
             DamagedArtifactError: one is not UTF-8, or not above the one before it in the order of bytes.
         """
-        at = kernels.find_disorder(self.bytes_T, self.offsets_U1)
+        at = find_disorder(self.bytes_T, self.offsets_U1)
         if at is not None:
             raise DamagedArtifactError(f"the vocabulary's ids are not strictly ascending: see number {at}")
         num_strings = len(self.offsets_U1) - 1

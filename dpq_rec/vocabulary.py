@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError, IdTypeError
 from dpq_rec.id_index import MOST_SLOTTED, build_slots, build_tree, num_slots, num_tree_keys
-from dpq_rec.kernels import MISSING_ROW, SortedIntegers, find_integer_rows, find_rows
+from dpq_rec.kernels import MISSING_ROW
+from dpq_rec.kernels.ids import SortedIntegers, find_integer_rows, find_rows
 from dpq_rec.strings import LazyStrings, PackedStrings
 
 _SCAN_ROWS = 1 << 22  # ids looked through at a time by ids_of_rows and check

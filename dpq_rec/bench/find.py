@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from dpq_rec.bench.record import add_config_flags, add_results_flag, append, head, line_of
 from dpq_rec.bench.rounds import POPULARITIES, Popularity, draw_rows, take_turns
 from dpq_rec.errors import ConfigError
-from dpq_rec.kernels import MISSING_ROW, SortedIntegers, find_integer_rows, find_rows, reference
+from dpq_rec.kernels import MISSING_ROW, reference
+from dpq_rec.kernels.ids import SortedIntegers, find_integer_rows, find_rows
 from dpq_rec.tensorfile import map_tensors, write_tensors
 from dpq_rec.vocabulary import Int64Vocabulary, StringVocabulary, Vocabulary, load_vocabulary
 

@@ -111,6 +111,7 @@ void define_scan(nb::module_& m);               // scan.cpp
 void define_softmax_gradients(nb::module_& m);  // softmax_gradients.cpp
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // a table that some module keeps to the end of the process is none
   m.attr("LANES") = dpq::kMaxLanes;
   m.def("encode", &encode);
   define_bags(m);

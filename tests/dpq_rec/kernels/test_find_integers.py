@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpq_rec import DamagedArtifactError, kernels
+from dpq_rec import DamagedArtifactError
 from dpq_rec.id_index import build_tree, num_tree_keys
-from dpq_rec.kernels import MISSING_ROW, SortedIntegers, reference
+from dpq_rec.kernels import MISSING_ROW, reference
+from dpq_rec.kernels import ids as id_kernels
+from dpq_rec.kernels.ids import SortedIntegers
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 # A leaf, a node, two levels to four, and what is around them; 128 ids are searched together.
@@ -19,7 +21,7 @@ ids = st.one_of(st.integers(-40, 40), st.integers(INT64_MIN, INT64_MAX), st.samp
 
 def find_integer_rows(asked_N, *known):
     """Of ids, rows and perhaps a tree."""
-    return kernels.find_integer_rows(asked_N, SortedIntegers(*known))
+    return id_kernels.find_integer_rows(asked_N, SortedIntegers(*known))
 
 
 def sorted_ids(kind, num_ids, seed=0):
@@ -146,7 +148,8 @@ import ctypes, mmap
 import numpy as np
 from dpq_rec import DamagedArtifactError
 from dpq_rec.id_index import num_tree_keys
-from dpq_rec.kernels import MISSING_ROW, SortedIntegers, find_integer_rows
+from dpq_rec.kernels import MISSING_ROW
+from dpq_rec.kernels.ids import SortedIntegers, find_integer_rows
 
 libc = ctypes.CDLL(None, use_errno=True)
 keep = []

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
 from dpq_rec.id_index import build_tree
-from dpq_rec.kernels import MISSING_ROW, Coded, SortedIntegers, reference
+from dpq_rec.kernels import MISSING_ROW, Coded, reference
+from dpq_rec.kernels.ids import SortedIntegers, lookup_bytes, lookup_integers
 from dpq_rec.tiers import PackedTier, cut_into_tiers
 from tests.dpq_rec.builders import random_codes, random_values
 
@@ -52,7 +53,7 @@ def test_lookup_integers_equals_finding_and_decoding(num_ids, tiers, num_threads
     ids_N = np.random.default_rng(2).integers(-5, 905, num_ids)
     wanted_N = rows_of(known, ids_N)
     for dtype in DTYPES.values():
-        found = kernels.lookup_integers(ids_N, known, stored, dtype=dtype, num_threads=num_threads)
+        found = lookup_integers(ids_N, known, stored, dtype=dtype, num_threads=num_threads)
         assert found.rows_N.tolist() == wanted_N.tolist()
         assert found.vectors_NE.tobytes() == reference.decode(stored, wanted_N).astype(dtype).tobytes()
         assert found.num_missing == (wanted_N == MISSING_ROW).sum()
@@ -70,7 +71,7 @@ def test_lookup_bytes_equals_the_plain_twins(tiers, form, ids, num_codes):
         return
     stored, known = stored_of(tiers, 20, num_codes), known_of(20)
     rows_N = rows_of(known, np.array(ids, np.int64))
-    found = kernels.lookup_bytes(np.array(ids, np.int64).tobytes(), known, stored, form=form)
+    found = lookup_bytes(np.array(ids, np.int64).tobytes(), known, stored, form=form)
     assert found == (wanted_of(stored, rows_N, form), (rows_N == MISSING_ROW).sum())
 
 
@@ -85,10 +86,10 @@ def test_copy_codes_equals_the_reference(tiers, rows):
 
 
 LOOKUPS = {
-    "vectors": lambda ids_N, known, stored: kernels.lookup_integers(ids_N, known, stored),
-    "in two threads": lambda ids_N, known, stored: kernels.lookup_integers(ids_N, known, stored, num_threads=2),
-    "bytes": lambda ids_N, known, stored: kernels.lookup_bytes(ids_N.tobytes(), known, stored, form="float32"),
-    "codes": lambda ids_N, known, stored: kernels.lookup_bytes(ids_N.tobytes(), known, stored, form="codes"),
+    "vectors": lambda ids_N, known, stored: lookup_integers(ids_N, known, stored),
+    "in two threads": lambda ids_N, known, stored: lookup_integers(ids_N, known, stored, num_threads=2),
+    "bytes": lambda ids_N, known, stored: lookup_bytes(ids_N.tobytes(), known, stored, form="float32"),
+    "codes": lambda ids_N, known, stored: lookup_bytes(ids_N.tobytes(), known, stored, form="codes"),
 }
 
 
