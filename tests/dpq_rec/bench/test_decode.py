@@ -7,7 +7,7 @@ import sys
 import pytest
 
 CONTENDERS = {
-    *("decode", "decode, fp16", "decode, 2 threads", "decode, fp16, 2 threads"),
+    *("decode", "decode of one row", "decode, fp16", "decode, 2 threads", "decode, fp16, 2 threads"),
     *("torch.index_select", "fp32 gather with prefetch"),
     *("fbgemm int8", "fbgemm int8, bags of one", "fbgemm int4", "fbgemm int4, bags of one"),
 }
