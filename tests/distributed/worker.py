@@ -4,6 +4,7 @@ In: a folder. Out, written by rank 0: OUT/report.json, what all ranks saw; OUT/C
 Each case trains on the same examples, whatever the number of ranks: a rank takes its share.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -112,6 +113,7 @@ def main():
     if dist.get_rank() == 0:
         (out / "report.json").write_text(json.dumps(report))
     dist.destroy_process_group()
+    gc.collect()  # as `training.parallel.process_group` does, and for the same reason
 
 
 if __name__ == "__main__":
