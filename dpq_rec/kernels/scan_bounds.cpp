@@ -83,6 +83,8 @@ void Bounds::round_up(const float* scores, int64_t group) {
 namespace {
 
 constexpr int64_t kRunRows = 16;
+constexpr int64_t kBlocksAhead = 4;  // blocks of rows between the one that is read and the one asked from memory: rows
+constexpr int64_t kCacheLine = 64;   // are read from four runs in turn, which no prefetcher of a processor sees through
 
 // Where the row of a byte lane stands among 64: so that words, and then double words, come apart into runs of 16 rows.
 constexpr int64_t row_of_lane(int64_t lane) { return lane % 4 * kRunRows + lane / 4; }
@@ -175,6 +177,9 @@ DPQ_VBMI uint64_t Bounds::candidates(int64_t first, float worst) const {
   const bool may_be_bad = a.num_codes < int64_t{1} << bits;
   __m512i even = _mm512_setzero_si512(), odd = even, codes[8];
   __mmask64 bad = 0;
+  const int64_t block_bytes = kRows * a.row_bytes;
+  const uint8_t* const ahead = a.packed + first * a.row_bytes + kBlocksAhead * block_bytes;
+  for (int64_t byte = 0; byte < block_bytes; byte += kCacheLine) __builtin_prefetch(ahead + byte);
   for (int64_t m = 0; m < a.codes_per_row; ++m) {
     if (m % kGroup == 0) read_codes(a, a.packed + first * a.row_bytes, m / kGroup, shifts, by_code, codes);
     const __m512i bytes = look_up(bytes_.get() + m * kTableBytes, bits, codes[m % kGroup]);
