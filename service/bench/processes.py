@@ -43,10 +43,11 @@ class Measured(NamedTuple):
     """What wrk saw of a server, and what it cost the server.
 
     Attributes:
-        per_second: replies. One wrk asks 40,000 times a second or so: where that is the limit, it says nothing.
+        per_second: replies.
         p50_seconds: that half of them took at most.
         p99_seconds: likewise of 99 in 100.
-        processor_seconds: of the server's core for each reply, in its own code and in the kernel.
+        processor_seconds: of the server's core for each reply, in its own code and in the kernel: what it costs, also
+            where not the server but wrk is the limit.
     """
 
     per_second: float
