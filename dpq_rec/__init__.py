@@ -10,9 +10,10 @@ Read the modules in this order and you have read DPQ:
 6. `vocabulary`     ids -> rows (`strings` holds many of them in two arrays)
 7. `artifact`       the folder that is published (`tensorfile` is one of its files, `files` lets it appear whole,
                     `store` publishes it)
-8. `kernels`        the loops that must be fast, each beside the plain one it equals
+8. `kernels`        the loops that must be fast, each beside the plain one it equals (`kernels.ids` find ids)
 9. `lookup`         ids -> vectors, from the mapped artifact (`decode`: from rows on; `search`: back to the nearest ids)
-10. `packed`        rows as they travel to a `client` that holds the values: codes, far fewer bytes than vectors
+10. `octets`        lookups as they travel, from bytes to bytes (`packed`: codes, far fewer bytes than vectors, for a
+                    `client` that holds the values)
 11. `code_use`      how rows use their codes; `report` shows it, and more, as a page
 12. `export`, `cli`, `errors`
 
