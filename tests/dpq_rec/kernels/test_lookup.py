@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
@@ -66,6 +66,8 @@ def test_lookup_integers_equals_finding_and_decoding(num_ids, tiers, num_threads
     st.lists(st.integers(-3, 65), max_size=300),
     st.sampled_from([20, 256]),
 )
+@example("three", "codes", [0, -3, 57, 30, 1, 12], 256)
+@example("three", "float16", [0, -3, 57, 30, 1, 12], 20)
 def test_lookup_bytes_equals_the_plain_twins(tiers, form, ids, num_codes):
     if tiers == "dense" and form == "codes":
         return
