@@ -14,7 +14,7 @@ from dpq_rec.artifact import Artifact, Table, open_artifact
 from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError, IdTypeError, UnknownIdsError, UnknownTableError
 from dpq_rec.kernels.ids import lookup_integers
-from dpq_rec.octets import Form, FoundOctets, find_octets
+from dpq_rec.octets import Form, FoundOctets, find_octets, ids_of_octets
 from dpq_rec.packed import PackedRows, packed_rows
 from dpq_rec.search import Neighbours, Similarity, TableSearch
 from dpq_rec.vocabulary import Int64Vocabulary, int64_ids
@@ -22,6 +22,7 @@ from dpq_rec.vocabulary import Int64Vocabulary, int64_ids
 MissingPolicy = Literal["zeros", "error"]
 VectorType = Literal["float32", "float16"]
 Pooling = Literal["sum", "mean"]
+_FORMS = get_args(Form)
 _NO_POSITIONS = np.empty(0, np.uint32)
 _MISSING_POLICIES, _VECTOR_TYPES, _POOLINGS = get_args(MissingPolicy), get_args(VectorType), get_args(Pooling)
 
@@ -118,7 +119,7 @@ class EmbeddingStore:
         """
         _check_options(missing, dtype=dtype, num_threads=num_threads)
         found = self.table(table)
-        if isinstance(found.vocabulary, Int64Vocabulary):
+        if missing == "zeros" and isinstance(found.vocabulary, Int64Vocabulary):  # an error is for before the decoding
             known = found.vocabulary.sorted
             rows_N, vectors_NE, num_missing = lookup_integers(
                 int64_ids(ids), known, found.stored, dtype=dtype, num_threads=num_threads
@@ -221,11 +222,13 @@ class EmbeddingStore:
             UnknownTableError, UnknownIdsError, DamagedArtifactError, ConfigError: as `lookup` and `codes`.
             IdTypeError: no multiple of 8 bytes, or a table whose ids are strings.
         """
-        _check_options(missing, dtype="float32" if form == "codes" else form)
-        found = find_octets(self.table(table), asked, form)
-        if missing == "error" and found.num_missing:
-            _find_rows(self.table(table), np.frombuffer(asked, "<i8"), missing)
-        return found
+        _check_options(missing)
+        if form not in _FORMS:
+            raise ConfigError(f"form: got {form!r}, want float32, float16 or codes")
+        found = self.table(table)
+        if missing == "error":
+            _find_rows(found, ids_of_octets(asked), missing)  # which raises before anything is decoded
+        return find_octets(found, asked, form)
 
     def search(self, table: str, queries: Any, k: int, *, similarity: Similarity = "dot") -> Neighbours:
         """The k ids of a table whose vectors are most similar to each query, exactly: every row is looked at.

@@ -41,19 +41,28 @@ def find_octets(table: Table, asked: bytes, form: Form) -> FoundOctets:
         ConfigError: codes of a dense table.
         DamagedArtifactError: as `EmbeddingStore.lookup`.
     """
-    if len(asked) % ID_BYTES:
-        raise IdTypeError(f"ids: got {len(asked)} bytes, want a multiple of {ID_BYTES}: little-endian int64")
-    vocabulary = table.vocabulary
+    ids_N, vocabulary = ids_of_octets(asked), table.vocabulary
     can_be = form != "codes" or table.manifest.has_codes
     if can_be and isinstance(vocabulary, Int64Vocabulary) and not _BIG_ENDIAN:
         return FoundOctets(*lookup_bytes(asked, vocabulary.sorted, table.stored, form=form))
     if vocabulary.kind == "string":
         raise IdTypeError(f"ids: got octets, want strings: those are the ids of table {table.name!r}")
-    rows_N = vocabulary.rows(np.frombuffer(asked, "<i8"))
+    rows_N = vocabulary.rows(ids_N)
     missing = (rows_N == kernels.MISSING_ROW).nonzero()[0].astype(np.uint32)
     if form == "codes":
         return FoundOctets(to_octets(*packed_rows(table, rows_N, missing)), len(missing))
     return FoundOctets(to_octets(decode_rows(table, rows_N, dtype=form), missing), len(missing))
+
+
+def ids_of_octets(asked: bytes) -> NDArray[np.int64]:
+    """Ids [N] (int64).
+
+    Raises:
+        IdTypeError: no multiple of 8 bytes.
+    """
+    if len(asked) % ID_BYTES:
+        raise IdTypeError(f"ids: got {len(asked)} bytes, want a multiple of {ID_BYTES}: little-endian int64")
+    return np.frombuffer(asked, "<i8").astype(np.int64, copy=False)
 
 
 def to_octets(rows_NX: NDArray[Any], missing: NDArray[np.uint32], tiers_N: NDArray[np.uint8] | None = None) -> Octets:

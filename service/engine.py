@@ -287,9 +287,8 @@ class Engine:
     def _find_rows(self, request: TableRequest) -> Rows:
         table, ids, _, missing, _, _ = request
         _check_kind(self.store.table(table), table, ids)
-        found = self.store.rows(table, ids, missing=missing)
-        self.metrics.looked_up(table, len(ids), len(found.missing))
-        return found
+        _check_bags(request)
+        return self.store.rows(table, ids, missing=missing)
 
     def _lookup(self, request: TableRequest) -> Lookup:
         table, ids, dtype, missing, pooling, bag_lengths_B = request

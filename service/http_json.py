@@ -61,6 +61,11 @@ class JsonLookups:
         return b'{"version":%b,"tables":{%b}}' % (to_json(self._engine.store.version), entries)
 
     def _body(self, request: TableRequest, found: Rows) -> bytes:
+        body = self._write(request, found)
+        self._engine.metrics.looked_up(request.table, len(request.ids), len(found.missing))
+        return body
+
+    def _write(self, request: TableRequest, found: Rows) -> bytes:
         table, version = self._engine.table(request.table), self._engine.store.version
         texts, stored = self._texts(table.name, request.dtype), table.stored
         if texts is None or not isinstance(stored, Coded):

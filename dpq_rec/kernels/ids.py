@@ -29,6 +29,10 @@ class SortedIntegers:
     rows_U: NDArray[np.uint32]
     tree_T: NDArray[np.int64] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the C++ takes, which is made anew: a vocabulary may be copied, and sent to other processes."""
+        return {name: value for name, value in vars(self).items() if name != "native"}
+
     @functools.cached_property
     def native(self) -> _native.Integers:
         """The same, as the C++ takes it."""
@@ -122,9 +126,12 @@ def lookup_bytes(asked: bytes, known: SortedIntegers, stored: Stored, *, form: s
     """
     number_bytes = _NUMBER_BYTES[form]
     reply, num_missing, *bad_at = _native.lookup_bytes(known.native, native_of(stored), asked, number_bytes)
-    if max(bad_at) >= 0:  # what is damaged is said where the rows are at hand
-        rows_N = find_integer_rows(np.frombuffer(asked, np.int64), known)
-        check_damage(stored, rows_N, bad_at[1:])
+    if max(bad_at) >= 0:
+        ids_N, bad_id_at, at = np.frombuffer(asked, np.int64), bad_at[0], max(bad_at[1:])
+        _check_id(ids_N, bad_id_at)
+        row_1 = find_integer_rows(ids_N[at : at + 1], known)
+        check_damage(stored, row_1, [min(position, 0) for position in bad_at[1:]])
+        raise DamagedArtifactError(f"id {ids_N[at]}: its row was damaged, and is no more: the file changed meanwhile")
     return FoundBytes(reply, num_missing)
 
 

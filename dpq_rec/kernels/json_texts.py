@@ -38,6 +38,7 @@ class JsonTexts:
             dtype: that vectors are rounded to, as in `decode`.
             write: numbers of that type, flat, as JSON with commas between them.
         """
+        assert stored.num_levels == 1, "vectors of several levels are sums, and have no texts of their groups"
         with np.errstate(over="ignore"):  # decode rounds to infinity, too
             values_MKS = stored.values_MKS.astype(dtype)
         groups = write(values_MKS.ravel()) + b","

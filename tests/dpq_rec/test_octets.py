@@ -83,7 +83,7 @@ def test_a_table_of_strings_takes_no_octets(store):
 def test_what_there_is_not_is_refused(store):
     with pytest.raises(ConfigError, match="it has vectors, and no codes"):
         store.lookup_octets("dense", octets_of([1]), form="codes")
-    with pytest.raises(ConfigError, match="float64"):
+    with pytest.raises(ConfigError, match="form: got 'float64', want float32, float16 or codes"):
         store.lookup_octets("dense", octets_of([1]), form="float64")
     with pytest.raises(ConfigError, match="missing: got 'no'"):
         store.lookup_octets("dense", octets_of([1]), missing="no")
