@@ -87,7 +87,7 @@ dpq::Damage write_codes(const dpq::Source& source, const int64_t* rows, int64_t 
       return damage;
     }
     const dpq::Tier& tier = dpq::tier_of(source, row);
-    std::memcpy(to, tier.packed + (row - tier.first_row) * tier.row_bytes, tier.row_bytes);
+    std::memcpy(to, dpq::packed_at(tier, row), tier.row_bytes);
     std::memset(to + tier.row_bytes, 0, width - tier.row_bytes);
     if (tiers != nullptr) tiers[n] = static_cast<uint8_t>(&tier - source.tiers);
   }

@@ -83,8 +83,10 @@ void Bounds::round_up(const float* scores, int64_t group) {
 namespace {
 
 constexpr int64_t kRunRows = 16;
-constexpr int64_t kBlocksAhead = 4;  // blocks of rows between the one that is read and the one asked from memory: rows
-constexpr int64_t kCacheLine = 64;   // are read from four runs in turn, which no prefetcher of a processor sees through
+constexpr int64_t kCacheLine = 64;
+// Blocks of rows between the one that is read and the one asked from memory: rows are read from four runs in turn, which
+// no prefetcher of a processor sees through.
+constexpr int64_t kBlocksAhead = 4;
 
 // Where the row of a byte lane stands among 64: so that words, and then double words, come apart into runs of 16 rows.
 constexpr int64_t row_of_lane(int64_t lane) { return lane % 4 * kRunRows + lane / 4; }

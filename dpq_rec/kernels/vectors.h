@@ -82,22 +82,16 @@ DPQ_INLINE void load_piece(const float* from, typename Piece<kPiece>::Floats& to
 
 constexpr int kNoPiece = 0;  // for a sink that takes a row's codes, and not what they stand for
 
-// Vectors as codes, which are read as Codes; kPlain, of one level and so of one tier, spares a quarter. The arguments come
-// by value: a copy that no pointer can reach stays in registers whatever is written.
-template <int kPiece, typename Codes, bool kPlain>
+// Vectors as codes, which are read as Codes; kPlain is of one level and so of one tier. kIsFull is further of bytes, 256
+// codes, and whole runs of subspaces that share nothing: the shape of most tables, and where their values lie is known
+// when this is compiled. The arguments come by value: a copy that no pointer can reach stays in registers whatever is
+// written.
+template <int kPiece, typename Codes, bool kPlain, bool kIsFull = false>
 struct Coded {
   const Source a;
   uint8_t* tail;     // room for one row and kRunSlackBytes
   const Tier first;  // of the tiers
 
-  // Bytes of one level are further 256 codes of whole runs of subspaces that share nothing: the shape of most tables, and
-  // where their values lie is known when this is compiled.
-  static constexpr bool kIsFull = kPlain && kPiece != kNoPiece && std::is_same_v<Codes, ByteCodes>;
-  static bool fits(const Source& a) {
-    const bool is_full =
-        a.num_codes == 256 && !a.shared && a.subspace_dim == kPiece && a.num_subspaces % kMostOfRun == 0;
-    return !kPlain || (a.max_levels == 1 && a.num_tiers == 1 && (!kIsFull || is_full));
-  }
   DPQ_INLINE int64_t num_codes() const { return kIsFull ? 256 : a.num_codes; }
   DPQ_INLINE bool shared() const { return !kIsFull && a.shared; }
 
@@ -255,11 +249,18 @@ DPQ_INLINE Damage walk(const Vectors vectors, const int64_t* rows, int64_t begin
   return damage;
 }
 
-// body(vectors) with the kind of vectors that the source has. kSpecial also makes a loop for one level and tier.
+// body(vectors) with the kind of vectors that the source has. kSpecial also makes loops for one level and tier.
 template <int kPiece, typename Codes, bool kSpecial, typename Body>
 DPQ_INLINE void with_levels(const Source& a, uint8_t* tail, const Body& body) {
-  using Special = Coded<kPiece, Codes, kSpecial>;
-  if (Special::fits(a)) return body(Special{a, tail, *a.tiers});
+  if constexpr (kSpecial) {
+    const bool is_plain = a.max_levels == 1 && a.num_tiers == 1;
+    if constexpr (kPiece != kNoPiece && std::is_same_v<Codes, ByteCodes>) {
+      const bool is_full =
+          a.num_codes == 256 && !a.shared && a.subspace_dim == kPiece && a.num_subspaces % kMostOfRun == 0;
+      if (is_plain && is_full) return body(Coded<kPiece, Codes, true, true>{a, tail, *a.tiers});
+    }
+    if (is_plain) return body(Coded<kPiece, Codes, true>{a, tail, *a.tiers});
+  }
   return body(Coded<kPiece, Codes, false>{a, tail, *a.tiers});
 }
 
