@@ -6,7 +6,6 @@ little-endian uint32, then, of the codes of a table with tiers, the tier of each
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ from dpq_rec.vocabulary import Int64Vocabulary
 Form = Literal["float32", "float16", "codes"]
 Octets = bytes | memoryview
 ID_BYTES = 8
-_BIG_ENDIAN = sys.byteorder == "big"
 
 
 class FoundOctets(NamedTuple):
@@ -41,13 +39,14 @@ def find_octets(table: Table, asked: bytes, form: Form) -> FoundOctets:
         ConfigError: codes of a dense table.
         DamagedArtifactError: as `EmbeddingStore.lookup`.
     """
-    ids_N, vocabulary = ids_of_octets(asked), table.vocabulary
+    _check_octets(asked)
+    vocabulary = table.vocabulary
     can_be = form != "codes" or table.manifest.has_codes
-    if can_be and isinstance(vocabulary, Int64Vocabulary) and not _BIG_ENDIAN:
+    if can_be and isinstance(vocabulary, Int64Vocabulary):
         return FoundOctets(*lookup_bytes(asked, vocabulary.sorted, table.stored, form=form))
     if vocabulary.kind == "string":
         raise IdTypeError(f"ids: got octets, want strings: those are the ids of table {table.name!r}")
-    rows_N = vocabulary.rows(ids_N)
+    rows_N = vocabulary.rows(ids_of_octets(asked))
     missing = (rows_N == kernels.MISSING_ROW).nonzero()[0].astype(np.uint32)
     if form == "codes":
         return FoundOctets(to_octets(*packed_rows(table, rows_N, missing)), len(missing))
@@ -60,9 +59,13 @@ def ids_of_octets(asked: bytes) -> NDArray[np.int64]:
     Raises:
         IdTypeError: no multiple of 8 bytes.
     """
+    _check_octets(asked)
+    return np.frombuffer(asked, np.int64)
+
+
+def _check_octets(asked: bytes) -> None:
     if len(asked) % ID_BYTES:
         raise IdTypeError(f"ids: got {len(asked)} bytes, want a multiple of {ID_BYTES}: little-endian int64")
-    return np.frombuffer(asked, "<i8").astype(np.int64, copy=False)
 
 
 def to_octets(rows_NX: NDArray[Any], missing: NDArray[np.uint32], tiers_N: NDArray[np.uint8] | None = None) -> Octets:
@@ -73,6 +76,5 @@ def to_octets(rows_NX: NDArray[Any], missing: NDArray[np.uint32], tiers_N: NDArr
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:
-    """The bytes of an array, little endian; the array's own where its type is."""
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False) if _BIG_ENDIAN else array
-    return memoryview(little).cast("B") if little.size else memoryview(b"")  # type: ignore[arg-type] # it is a buffer
+    """The array's own bytes: the kernels are built for little-endian machines alone."""
+    return memoryview(array).cast("B") if array.size else memoryview(b"")  # type: ignore[arg-type] # it is a buffer

@@ -126,25 +126,11 @@ def test_decode_raises_for_a_code_that_cannot_be_wherever_it_stands(num_codes, n
 
 # Packed codes and values end where readable memory ends: to read a byte beyond either is to crash.
 AT_THE_END_OF_MEMORY = """
-import ctypes, mmap
 import numpy as np
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels
 from dpq_rec.kernels import Coded, reference
 from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
-
-libc = ctypes.CDLL(None, use_errno=True)
-keep = []
-
-def at_the_end(array):
-    pages = -(-array.nbytes // mmap.PAGESIZE)
-    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
-    whole = np.frombuffer(memory, np.uint8)
-    guard = ctypes.c_void_p(whole.ctypes.data + pages * mmap.PAGESIZE)
-    assert libc.mprotect(guard, mmap.PAGESIZE, 0) == 0
-    keep.append((memory, whole))
-    placed = whole[pages * mmap.PAGESIZE - array.nbytes : pages * mmap.PAGESIZE].view(array.dtype).reshape(array.shape)
-    placed[...] = array
-    return placed
+from tests.dpq_rec.kernels.end_of_memory import at_the_end
 
 generator = np.random.default_rng(0)
 decoded = refused = 0

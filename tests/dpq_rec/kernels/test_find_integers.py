@@ -144,26 +144,12 @@ def test_find_integer_rows_reads_nothing_outside_the_list_whatever_the_ids_are()
 
 # The tree, the ids and the rows end where readable memory ends: to read beyond one of them is to crash.
 AT_THE_END_OF_MEMORY = """
-import ctypes, mmap
 import numpy as np
 from dpq_rec import DamagedArtifactError
 from dpq_rec.id_index import num_tree_keys
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.kernels.ids import SortedIntegers, find_integer_rows
-
-libc = ctypes.CDLL(None, use_errno=True)
-keep = []
-
-def at_the_end(array):
-    pages = -(-array.nbytes // mmap.PAGESIZE)
-    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
-    whole = np.frombuffer(memory, np.uint8)
-    guard = ctypes.c_void_p(whole.ctypes.data + pages * mmap.PAGESIZE)
-    assert libc.mprotect(guard, mmap.PAGESIZE, 0) == 0
-    keep.append((memory, whole))
-    placed = whole[pages * mmap.PAGESIZE - array.nbytes : pages * mmap.PAGESIZE].view(array.dtype)
-    placed[...] = array
-    return placed
+from tests.dpq_rec.kernels.end_of_memory import at_the_end
 
 lowest, highest = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 generator = np.random.default_rng(0)
