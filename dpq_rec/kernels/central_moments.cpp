@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "arrays.h"
 #include "simd.h"
 
 namespace nb = nanobind;
@@ -122,8 +123,7 @@ DPQ_MULTIVERSION void backward(const Backward& a) {
   gradient_of_all<0>(a);
 }
 
-template <typename T, int kDims>
-using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+using dpq::Array;
 
 Sizes sizes_of(const Array<const float, 3>& queries) {
   return {static_cast<int64_t>(queries.shape(0)), static_cast<int64_t>(queries.shape(1)),

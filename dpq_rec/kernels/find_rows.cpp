@@ -12,31 +12,27 @@
 #include <optional>
 #include <vector>
 
+#include "arrays.h"
+
 namespace nb = nanobind;
 
 namespace {
 
-constexpr int64_t kMissingRow = -1;
+using dpq::kMissingRow;
+using dpq::load;
+
 constexpr int64_t kNone = -1;
 constexpr int64_t kDamaged = -2;
 constexpr int64_t kTogether = 32;  // ids searched in step, so that their cache misses overlap
 constexpr int64_t kPrefetchTexts = 8;  // Python strings between the one looked at and the one asked from memory
 
 template <typename T>
-using Array = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Array = dpq::Array<T, 1>;
 
 struct Text {
   const char* begin;
   int64_t size;
 };
-
-// What a file holds may be aligned to nothing.
-template <typename T>
-T load(const T* from) {
-  T to;
-  std::memcpy(&to, from, sizeof(to));
-  return to;
-}
 
 // Whether a <= b in the order of bytes, which for UTF-8 is the order of code points.
 bool is_not_above(Text a, Text b) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "arrays.h"
 #include "simd.h"
 
 namespace nb = nanobind;
@@ -79,8 +80,7 @@ DPQ_INLINE void encode_loop(const EncodeArgs& a) {
 
 DPQ_DEFINE_BY_LANES(encode_queries, encode_loop, EncodeArgs)
 
-template <typename T, int kDims>
-using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+using dpq::Array;
 
 void encode(Array<const float, 3> queries, Array<const float, 3> keys, Array<const float, 1> scale,
             Array<const float, 1> shift, Array<uint16_t, 2> codes, bool euclidean) {

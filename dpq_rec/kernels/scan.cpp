@@ -14,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "arrays.h"
 #include "codes.h"
 #include "scan.h"
 #include "simd.h"
@@ -161,8 +162,7 @@ DPQ_MULTIVERSION int64_t scan_all(const ScanArgs& a, const Bounds* bounds, Best&
   return a.code_bits == 8 ? scan_rows<ByteCodes>(a, bounds, best) : scan_rows<BitCodes>(a, bounds, best);
 }
 
-template <typename T, int kDims>
-using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+using dpq::Array;
 
 // Takes the rows of one part of a table into the best so far, [k] rows and scores of which the first num_found are some.
 // Returns (how many there are now, position of the first row without a score or -1).

@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "arrays.h"
 #include "simd.h"
 
 namespace nb = nanobind;
@@ -191,8 +192,7 @@ DPQ_INLINE void loop(const Args& a) {
 
 DPQ_DEFINE_BY_LANES(find_gradients, loop, Args)
 
-template <typename T, int kDims>
-using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+using dpq::Array;
 
 void softmax_gradients(Array<const float, 3> queries, Array<const float, 3> keys, Array<const float, 3> values,
                        Array<const float, 1> scale, Array<const float, 1> shift, Array<const float, 3> gradients,
