@@ -11,7 +11,7 @@ import asyncio
 import concurrent.futures
 import enum
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +23,8 @@ from dpq_rec.octets import ID_BYTES, Form, FoundOctets
 from dpq_rec.packed import PackedRows
 from service.errors import InvalidRequestError, NotReadyError, OverloadedError, TooManyIdsError
 from service.messages import Answer, SearchAnswer, SearchRequest, TableList, TableRequest, describe
+from service.metrics import Metrics
 from service.settings import Settings
-
-if TYPE_CHECKING:  # prometheus_client settles at its import whether it counts for one process or for many
-    from service.metrics import Metrics
 
 T = TypeVar("T")
 _MOST_REPLY_BYTES = (1 << 31) - 1  # what a gRPC message can hold
@@ -83,12 +81,10 @@ class Slot:
             if engine.state in (State.STARTING, State.STOPPING):
                 engine.check_ready()
             raise OverloadedError(f"{limit} requests are in flight, as many as --max-in-flight allows; try again later")
-        engine.num_in_flight += 1
-        engine.metrics.in_flight.inc()
+        engine.count_in_flight(1)
 
     def __exit__(self, *error: object) -> None:
-        self._engine.num_in_flight -= 1
-        self._engine.metrics.in_flight.dec()
+        self._engine.count_in_flight(-1)
 
 
 class Engine:
@@ -100,6 +96,7 @@ class Engine:
         self.metrics = metrics
         self.num_in_flight = 0
         self.state = State.STARTING
+        self.damage: dict[str, str] = {}  # tables whose files changed while they were served, and how
         self.max_dim = _max_dim(store)
         self._threads = concurrent.futures.ThreadPoolExecutor(settings.threads, thread_name_prefix="lookup")
         self._search_thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search")
@@ -127,10 +124,17 @@ class Engine:
         Raises:
             NotReadyError: they should not.
         """
+        for reason in self.damage.values():
+            raise NotReadyError(reason)
         if self.state is not State.READY:
             raise NotReadyError(f"the server is {self.state.value}; ask again later, or another replica")
 
     # Limits
+
+    def count_in_flight(self, change: int) -> None:
+        """Note that a request has begun, or ended."""
+        self.num_in_flight += change
+        self.metrics.set_in_flight(self.num_in_flight)
 
     def slot(self) -> Slot:
         """Room for one request, from its first byte to its reply; entering it raises what `Slot` says."""
@@ -189,7 +193,10 @@ class Engine:
 
         Raises:
             UnknownTableError: there is none of that name.
+            NotReadyError: its file changed while it was served, so that reading it could end this process.
         """
+        if name in self.damage:
+            raise NotReadyError(self.damage[name])
         return self.store.table(name)
 
     def list_tables(self) -> TableList:
@@ -248,10 +255,11 @@ class Engine:
         self.check_num_ids(num_queries * max(0, request.k), "answers")
         queries, missing = request.queries, np.empty(0, np.uint32)
         if ids is not None:
-            _check_kind(store.table(request.table), request.table, ids)
+            _check_kind(self.table(request.table), request.table, ids)
             queries, missing = store.lookup(request.table, ids, missing=request.missing)
             queries = np.delete(queries, missing, axis=0)
             self.metrics.looked_up(request.table, num_queries, len(missing))
+        self.table(request.table)
         try:
             found = store.search(request.table, queries, request.k, similarity=request.similarity)
         except ConfigError as error:
@@ -266,6 +274,7 @@ class Engine:
         """
         num_ids = len(asked) // ID_BYTES
         self.check_num_ids(num_ids)
+        self.table(table)
         found = self.store.lookup_octets(table, asked, form=form, missing=missing)
         self.metrics.looked_up(table, num_ids, found.num_missing)
         return found
@@ -279,20 +288,20 @@ class Engine:
             UnknownTableError, UnknownIdsError, IdTypeError, TooManyIdsError: as `lookup`.
         """
         self.check_num_ids(len(ids))
-        _check_kind(self.store.table(table), table, ids)
+        _check_kind(self.table(table), table, ids)
         found = self.store.codes(table, ids, missing=missing)
         self.metrics.looked_up(table, len(ids), len(found.missing))
         return found
 
     def _find_rows(self, request: TableRequest) -> Rows:
         table, ids, _, missing, _, _ = request
-        _check_kind(self.store.table(table), table, ids)
+        _check_kind(self.table(table), table, ids)
         _check_bags(request)
         return self.store.rows(table, ids, missing=missing)
 
     def _lookup(self, request: TableRequest) -> Lookup:
         table, ids, dtype, missing, pooling, bag_lengths_B = request
-        _check_kind(self.store.table(table), table, ids)
+        _check_kind(self.table(table), table, ids)
         _check_bags(request)
         if pooling == "none" or bag_lengths_B is None:
             found = self.store.lookup(table, ids, dtype=dtype, missing=missing)

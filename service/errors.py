@@ -9,7 +9,7 @@ RequestError
 ├── TooManyIdsError             a request over the limit
 ├── InvalidRequestError         well-formed, but of the wrong types or in contradiction with itself
 ├── OverloadedError             as many requests as allowed are being answered
-└── NotReadyError               not started yet, or about to stop
+└── NotReadyError               not started yet, about to stop, or a table's file was damaged
 
 `error_type` is the name a caller sees; `http_api` and `grpc_api` hold the status codes.
 """
@@ -74,6 +74,6 @@ class OverloadedError(RequestError):
 
 
 class NotReadyError(RequestError):
-    """Not started yet, or about to stop."""
+    """Not started yet, about to stop, or a table's file was damaged while it was served."""
 
     error_type = "not_ready"

@@ -342,7 +342,7 @@ class HttpApi:
             reply = plan(body)
         except Exception:  # likewise
             return None
-        engine.metrics.answered_soon("http", _LOOKUP, "200", time.perf_counter() - started)
+        engine.metrics.answered("http", _LOOKUP, "200", time.perf_counter() - started)
         return reply
 
     async def reply(self, asked: Asked, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> Reply:

@@ -63,6 +63,9 @@ class Settings:
         float, "S", "time from SIGTERM, when readiness starts to fail, until connections are refused", 5.0
     )
     stop_seconds: float = _option(float, "S", "time that requests in flight then have to finish", 25.0)
+    hang_seconds: float = _option(
+        float, "S", "time without a sign of life after which a worker is killed and replaced", 30.0
+    )
     log_level: str = _option(str, "LEVEL", f"what is logged on stderr: {', '.join(LOG_LEVELS)}", "info")
 
     def __post_init__(self) -> None:
@@ -76,9 +79,15 @@ class Settings:
             _check("max_body_bytes", self.max_body_bytes, self.max_body_bytes >= 1, "1 or more")
         for name in ("drain_seconds", "stop_seconds"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 86_400, "0 to 86400")
+        _check("hang_seconds", self.hang_seconds, 2 <= self.hang_seconds <= 86_400, "2 to 86400")
         _check("log_level", self.log_level, self.log_level in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise ConfigError("api_key: want one or more printable ASCII characters, or no key at all")
+        if self.api_key is not None and self.api_key != self.api_key.strip():
+            raise ConfigError(
+                "api_key: got a blank at its start or end, which no HTTP header keeps: no caller could send it; "
+                "take it away"
+            )
 
     @property
     def body_limit_bytes(self) -> int:

@@ -1,38 +1,42 @@
 """The parent of the workers. In: Settings and an opened artifact. Out: the ready line, and an exit code.
 
-It binds the ports, forks the workers, starts anew one that dies, and passes SIGTERM and SIGINT on. It imports no grpc,
-whose threads would not survive the forks.
+It binds the ports, forks the workers, starts anew one that dies or hangs, and stops them on SIGTERM, SIGINT and SIGHUP.
+It imports no grpc, whose threads would not survive the forks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import logging
+import math
 import os
+import resource
 import selectors
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from dpq_rec import EmbeddingStore
 from service import worker
 from service.engine import largest_reply_bytes
+from service.metrics import SharedCounts
+from service.served_files import ServedFiles
 from service.settings import Settings
 
 logger = logging.getLogger("service.supervisor")
 
-# prometheus_client's name; what it means to the workers stands in `service.metrics`.
-METRICS_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MAX_FAILED_STARTS = 3  # in a row; then there is no point in another
+_NUM_SERIES = 1024  # combinations of routes and statuses to count, far more than there are
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 5.0
 _STEADY_SECONDS = 10.0  # a worker that served so long did not die of how it started
 _KILL_SECONDS = 5.0  # on top of what a worker may take to stop
+_START_SECONDS = 120.0  # most from a worker's fork until it serves: a cold disk takes its time
+_NUM_ABORT_TICKS = 3  # from the signal that makes a worker that hangs print its stack to the one that ends it
 
 
 def run(store: EmbeddingStore, settings: Settings) -> int:
@@ -46,12 +50,24 @@ def run(store: EmbeddingStore, settings: Settings) -> int:
         OSError: a port cannot be listened on.
     """
     largest_reply_bytes(store, settings.max_ids)
+    _allow_descriptors()
     with contextlib.ExitStack() as stack:
         http_socket = stack.enter_context(bind(settings.host, settings.http_port, shared=False))
         grpc_socket = stack.enter_context(bind(settings.host, settings.grpc_port, shared=True))
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dpq-metrics-"))
-        os.environ[METRICS_FOLDER_VARIABLE] = folder
-        return Supervisor(store, settings, http_socket, grpc_socket, Path(folder)).run()
+        return Supervisor(store, settings, http_socket, grpc_socket).run()
+
+
+def _allow_descriptors() -> None:
+    """As many as the system lets this process have: a connection takes one, and the usual limit is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # where "unlimited" is more than the kernel gives
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _heard_signals() -> list[signal.Signals]:
+    """Those that stop the server; SIGHUP is none of them where `nohup` had it ignored."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in _SIGNALS if not (is_ignored and number == signal.SIGHUP)]
 
 
 def bind(host: str, port: int, *, shared: bool) -> socket.socket:
@@ -96,9 +112,11 @@ class Child:
     """A running worker."""
 
     pid: int
+    worker: int
     ready_fd: int
     started_at: float
     is_ready: bool = False
+    num_silent_ticks: int = 0
 
 
 class Supervisor:
@@ -109,7 +127,6 @@ class Supervisor:
         settings: of the server.
         http_socket: bound; the workers listen on it.
         grpc_socket: bound and shared; it keeps the port while the workers come and go, and never listens itself.
-        metrics_folder: where the workers count.
     """
 
     def __init__(
@@ -118,18 +135,19 @@ class Supervisor:
         settings: Settings,
         http_socket: socket.socket,
         grpc_socket: socket.socket,
-        metrics_folder: Path,
     ) -> None:
         self._store, self._settings = store, settings
         self._http_socket = http_socket
         self._http_address, self._grpc_address = address_of(http_socket), address_of(grpc_socket)
-        self._metrics_folder = metrics_folder
+        self._files = ServedFiles(store)
+        self._counts = SharedCounts(settings.workers, _NUM_SERIES + len(store.tables))
         self._selector = selectors.DefaultSelector()
         self._children: dict[int, Child] = {}  # by ready_fd
         self._starts_at: list[float] = [0.0] * settings.workers  # of workers that are to be started
         self._num_early_deaths = 0  # in a row, of workers that did not serve for long
         self._num_failed_starts = 0  # in a row, of workers that never served
         self._is_announced = False
+        self._next_tick_at = 0.0
         self._kill_at: float | None = None
         self._exit_code = 0
         self._alive_read, self._alive_write = os.pipe()
@@ -140,6 +158,7 @@ class Supervisor:
             self._selector.register(wake_fd, selectors.EVENT_READ)
             while self._children or (self._starts_at and self._kill_at is None):
                 self._start_due()
+                self._tick()
                 for key, _ in self._selector.select(self._pause_seconds()):
                     if key.fd == wake_fd:
                         self._forward(os.read(wake_fd, 64))
@@ -154,7 +173,7 @@ class Supervisor:
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        previous = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        previous = {number: signal.signal(number, lambda *_: None) for number in _heard_signals()}
         try:
             yield read_end
         finally:
@@ -177,29 +196,33 @@ class Supervisor:
 
     def _fork(self) -> Child:
         ready_read, ready_write = os.pipe()
+        number = min(set(range(self._settings.workers)) - {child.worker for child in self._children.values()})
         # A signal between the fork and the child's own handlers would be taken for the parent's.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         pid = os.fork()
         if pid == 0:
-            self._become_worker(ready_write)
+            self._become_worker(number, ready_write)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         os.close(ready_write)
-        return Child(pid=pid, ready_fd=ready_read, started_at=time.monotonic())
+        return Child(pid=pid, worker=number, ready_fd=ready_read, started_at=time.monotonic())
 
-    def _become_worker(self, ready_fd: int) -> None:
+    def _become_worker(self, number: int, ready_fd: int) -> None:
         """Serve in the child; never returns."""
         exit_code = 1
         try:
+            faulthandler.enable()  # where it stood, should it die of a signal
             os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
             signal.set_wakeup_fd(-1)
-            for number in _SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
+            for heard in _heard_signals():
+                signal.signal(heard, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             os.close(self._alive_write)
             wiring = worker.Wiring(
                 http_socket=self._http_socket,
                 grpc_address=self._grpc_address,
-                metrics_folder=self._metrics_folder,
+                files=self._files,
+                counts=self._counts,
+                worker=number,
                 ready_fd=ready_fd,
                 parent_fd=self._alive_read,
             )
@@ -211,9 +234,12 @@ class Supervisor:
             os._exit(exit_code)
 
     def _hear(self, child: Child) -> None:
-        """A byte from a worker's pipe says that it serves; the pipe's end, that it is gone."""
-        if not os.read(child.ready_fd, 1):
+        """Bytes from a worker's pipe say that it serves, and still does; the pipe's end, that it is gone."""
+        if not os.read(child.ready_fd, 1024):
             self._bury(child)
+            return
+        child.num_silent_ticks = 0
+        if child.is_ready:
             return
         child.is_ready = True
         self._num_failed_starts = 0
@@ -235,8 +261,7 @@ class Supervisor:
         del self._children[child.ready_fd]
         _, status = os.waitpid(child.pid, 0)
         code = os.waitstatus_to_exitcode(status)
-        for file in self._metrics_folder.glob(f"gauge_live*_{child.pid}.db"):
-            file.unlink(missing_ok=True)  # a dead worker holds no requests and no memory; its counts stay
+        self._counts.forget_worker(child.worker)
         if self._kill_at is not None:
             self._exit_code = self._exit_code or (0 if code in (0, -signal.SIGTERM) else 1)
             return
@@ -248,28 +273,57 @@ class Supervisor:
         self._num_failed_starts += not child.is_ready
         is_serving = self._is_announced and any(other.is_ready for other in self._children.values())
         if self._num_failed_starts >= _MAX_FAILED_STARTS and not is_serving:
-            logger.error("worker %s died with %s before it was ready; giving up", child.pid, code)
+            logger.error("worker %s died with %s before it was ready; giving up", child.pid, _named(code))
             self._exit_code = 1
-            self._stop(signal.SIGTERM)
+            self._stop()
             return
         pause = min(_FIRST_PAUSE_SECONDS * 2 ** min(self._num_early_deaths, 10), _LONGEST_PAUSE_SECONDS)
-        logger.warning("worker %s died with %s; another starts in %.1f s", child.pid, code, pause)
+        logger.warning("worker %s died with %s; another starts in %.1f s", child.pid, _named(code), pause)
+        if code == -signal.SIGBUS:
+            self._explain_bus_error()
         self._starts_at.append(time.monotonic() + pause)
+
+    def _explain_bus_error(self) -> None:
+        """Reading a mapped file failed: say which, and let the other workers see it before they read there."""
+        damage = self._files.damage()
+        for reason in damage.values():
+            logger.error("%s", reason)
+        if not damage:
+            logger.error("a mapped file could not be read, though none has changed: is its disk failing?")
+        for child in self._children.values():
+            if child.is_ready:
+                os.kill(child.pid, worker.CHECK_FILES)
+
+    def _tick(self) -> None:
+        """End workers that have been silent for too long. Ticks are counted, not seconds: a machine may sleep."""
+        now = time.monotonic()
+        if now < self._next_tick_at or self._kill_at is not None:
+            return
+        self._next_tick_at = now + worker.BEAT_SECONDS
+        for child in self._children.values():
+            child.num_silent_ticks += 1
+            seconds = self._settings.hang_seconds if child.is_ready else _START_SECONDS
+            num_late_ticks = child.num_silent_ticks - math.ceil(seconds / worker.BEAT_SECONDS)
+            if num_late_ticks == 1:
+                logger.error("worker %s gave no sign of life for %g s; killing it", child.pid, seconds)
+                os.kill(child.pid, signal.SIGABRT)
+            elif num_late_ticks > _NUM_ABORT_TICKS:
+                os.kill(child.pid, signal.SIGKILL)
 
     def _forward(self, numbers: bytes) -> None:
         for number in numbers:
             if number in _SIGNALS:
                 logger.info("%s: stopping", signal.Signals(number).name)
-                self._stop(number)
+                self._stop()
 
-    def _stop(self, number: int) -> None:
+    def _stop(self) -> None:
         if self._kill_at is None:
             wait = self._settings.drain_seconds + self._settings.stop_seconds + _KILL_SECONDS
             self._kill_at = time.monotonic() + wait
             # Else, when the workers have closed theirs, callers would wait for an answer here rather than be refused.
             self._http_socket.close()
         for child in self._children.values():
-            os.kill(child.pid, number)
+            os.kill(child.pid, signal.SIGTERM)
 
     def _kill_late(self) -> None:
         if self._kill_at is None or time.monotonic() < self._kill_at:
@@ -280,7 +334,12 @@ class Supervisor:
             os.kill(child.pid, signal.SIGKILL)
         self._kill_at += _KILL_SECONDS
 
-    def _pause_seconds(self) -> float | None:
+    def _pause_seconds(self) -> float:
         """How long nothing but signals and workers can happen."""
-        times = self._starts_at if self._kill_at is None else [self._kill_at]
-        return max(0.0, min(times) - time.monotonic()) if times else None
+        times = [*self._starts_at, self._next_tick_at] if self._kill_at is None else [self._kill_at]
+        return max(0.0, min(times) - time.monotonic())
+
+
+def _named(code: int) -> str:
+    """An exit code, and the signal that it stands for."""
+    return f"{code} ({signal.Signals(-code).name})" if code < 0 else str(code)

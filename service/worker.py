@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import uvicorn
@@ -24,15 +23,18 @@ from dpq_rec import EmbeddingStore
 from service.engine import Engine
 from service.http_api import create_app
 from service.http_protocol import Heads, LookupProtocol
+from service.metrics import Metrics, SharedCounts
+from service.served_files import ServedFiles, watch_descriptors
 from service.settings import Settings
 
 if TYPE_CHECKING:  # imported in `serve` only: see there
     from service.grpc_api import GrpcServer
-    from service.metrics import Metrics
 
 logger = logging.getLogger("service.worker")
-READY = b"r"
-_MEMORY_SECONDS = 5.0
+READY, ALIVE = b"r", b"."
+BEAT_SECONDS = 1.0
+CHECK_FILES = signal.SIGUSR1  # the parent asks a worker to look at the files at once
+_WATCH_SECONDS = 5.0
 _POLL_SECONDS = 0.01
 _KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep a connection: they should be the ones who close it
 
@@ -43,14 +45,18 @@ class Wiring(NamedTuple):
     Attributes:
         http_socket: bound; the workers accept from it in turn.
         grpc_address: HOST:PORT, which each worker listens on beside the others.
-        metrics_folder: where the workers count.
-        ready_fd: a pipe that READY is written to, once, when the worker serves.
+        files: of the artifact, as they were opened.
+        counts: where the workers count.
+        worker: which of the blocks of `counts` is this worker's.
+        ready_fd: a pipe that READY is written to, once, when the worker serves, and then ALIVE, every BEAT_SECONDS.
         parent_fd: a pipe that closes when the parent is gone; the worker then stops too.
     """
 
     http_socket: socket.socket
     grpc_address: str
-    metrics_folder: Path
+    files: ServedFiles
+    counts: SharedCounts
+    worker: int
     ready_fd: int
     parent_fd: int
 
@@ -63,34 +69,39 @@ def run(store: EmbeddingStore, settings: Settings, wiring: Wiring) -> int:
 
 async def serve(store: EmbeddingStore, settings: Settings, wiring: Wiring) -> int:
     """See `run`."""
-    # Not before the fork: gRPC's threads and the counters' files belong to one process.
+    # Not before the fork: gRPC's threads belong to one process.
     from service.grpc_api import GrpcServer
-    from service.metrics import Metrics
 
     signals = _listen_for_stop(wiring.parent_fd)
-    metrics = Metrics(store.version, wiring.metrics_folder)
+    metrics = Metrics(store.version, wiring.counts, wiring.worker)
     engine = Engine(store, settings, metrics)
     grpc_server = GrpcServer(engine)
     http_server = HttpServer(http_config(engine))
+    await _note_damage(engine, grpc_server, wiring.files)
+    await grpc_server.start(wiring.grpc_address)
+    engine.start()
+    if not engine.damage:
+        await grpc_server.serve()
+    watch = asyncio.create_task(_watch(engine, grpc_server, wiring.files))
+    # Last: the socket is every worker's, and the first connection that this one accepts is to be answered.
     http = asyncio.create_task(http_server.serve(sockets=[wiring.http_socket]))
-    memory = asyncio.create_task(_watch_memory(metrics))
     while not http_server.started:
         await asyncio.wait([http], timeout=_POLL_SECONDS)
         if http.done():
             raise http.exception() or RuntimeError("the HTTP server ended before it started")
-    await grpc_server.start(wiring.grpc_address)
-    engine.start()
-    await grpc_server.serve()
-    os.write(wiring.ready_fd, READY)
+    beat = asyncio.create_task(_beat(wiring.ready_fd))
     stop = asyncio.create_task(signals.get())
-    await asyncio.wait([stop, http], return_when=asyncio.FIRST_COMPLETED)
-    failed = http.done()
+    await asyncio.wait([stop, http, watch, beat], return_when=asyncio.FIRST_COMPLETED)
+    failed = not stop.done()
     logger.info("draining for %s s", settings.drain_seconds)
     await _drain(engine, grpc_server, signals)
     engine.stop()
     http_server.should_exit = True
     await asyncio.gather(http, grpc_server.stop(settings.stop_seconds))
-    memory.cancel()
+    for task in (watch, beat):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task  # what it failed of, if it did
     return 1 if failed else 0
 
 
@@ -117,10 +128,38 @@ async def _drain(engine: Engine, grpc_server: GrpcServer, signals: asyncio.Queue
         await asyncio.wait_for(signals.get(), engine.settings.drain_seconds)
 
 
-async def _watch_memory(metrics: Metrics) -> None:
+async def _beat(ready_fd: int) -> None:
+    """Tell the parent that this worker serves, and again and again that its event loop turns."""
+    os.set_blocking(ready_fd, False)
+    os.write(ready_fd, READY)
     while True:
-        metrics.measure_memory()
-        await asyncio.sleep(_MEMORY_SECONDS)
+        await asyncio.sleep(BEAT_SECONDS)
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(ready_fd, ALIVE)
+
+
+async def _watch(engine: Engine, grpc_server: GrpcServer, files: ServedFiles) -> None:
+    """Measure memory, and refuse tables whose files were damaged: now and then, and when the parent asks."""
+    asked, used_up = asyncio.Event(), False
+    asyncio.get_running_loop().add_signal_handler(CHECK_FILES, asked.set)
+    while True:
+        used_up = watch_descriptors(used_up)
+        if not used_up:  # else there is none to read it by
+            engine.metrics.measure_memory()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asked.wait(), _WATCH_SECONDS)
+        asked.clear()
+        await _note_damage(engine, grpc_server, files)
+
+
+async def _note_damage(engine: Engine, grpc_server: GrpcServer, files: ServedFiles) -> None:
+    """Refuse the tables whose files were damaged; readiness fails, and the other tables are served as before."""
+    damage = await asyncio.to_thread(files.damage)
+    for name in damage.keys() - engine.damage.keys():
+        logger.error("%s", damage[name])
+    if damage and not engine.damage:
+        await grpc_server.drain()
+    engine.damage |= damage
 
 
 def http_config(engine: Engine) -> uvicorn.Config:

@@ -10,7 +10,6 @@ import asyncio
 import concurrent.futures
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from service import supervisor, worker
 from service.engine import Engine
 from service.grpc_api import SERVICE, EmbeddingServicer, GrpcServer
 from service.http_schema import LookupReply
+from service.metrics import Metrics
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.settings import Settings
 
@@ -112,10 +112,8 @@ def _threaded(engine: Engine, port: int) -> grpc.Server:
 
 async def serve(artifact: Path) -> None:
     """Serve until killed."""
-    from service.metrics import Metrics  # after the folder is set: see there
-
     store = EmbeddingStore.open(artifact)
-    engine = Engine(store, Settings(artifact=artifact), Metrics(store.version, Path(os.environ[_FOLDER])))
+    engine = Engine(store, Settings(artifact=artifact), Metrics(store.version))
     config = worker.http_config(engine)
     config.app = Compared(config.app, engine)  # type: ignore[arg-type] # it is an application
     sock = supervisor.bind("127.0.0.1", 0, shared=False)
@@ -134,12 +132,7 @@ async def serve(artifact: Path) -> None:
     threaded.stop(0)
 
 
-_FOLDER = supervisor.METRICS_FOLDER_VARIABLE
-
-
 if __name__ == "__main__":
     os.sched_setaffinity(0, {int(sys.argv[2])})
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[_FOLDER] = folder
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(Path(sys.argv[1])))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(Path(sys.argv[1])))

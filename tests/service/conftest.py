@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,7 +164,6 @@ class Server:
         self.flags = [f"--artifact={artifact}", "--http-port=0", "--grpc-port=0", "--drain-seconds=0.1", *flags]
         self.environment = {**os.environ, **(environment or {})}
         self.artifact = artifact
-        self.started_at = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service", *self.flags],
             cwd=ROOT,
@@ -179,7 +177,6 @@ class Server:
     def wait_until_ready(self) -> Server:
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline()
-        self.seconds_to_ready = time.monotonic() - self.started_at
         found = re.match(r"ready: (http://\S+) grpc://(\S+) version (\S+) tables (.*)\n", self.ready_line)
         if not found:
             self.process.kill()

@@ -22,12 +22,14 @@ def test_read_settings_takes_every_setting_from_the_environment():
     values = {
         "artifact": "a", "host": "::", "http_port": "1", "grpc_port": "2", "workers": "3", "threads": "4",
         "max_ids": "5", "max_queries": "8", "max_body_bytes": "6", "max_in_flight": "7", "api_key": "k",
-        "drain_seconds": "0.5", "stop_seconds": "9", "log_level": "debug",
+        "drain_seconds": "0.5", "stop_seconds": "9", "hang_seconds": "40",
+        "log_level": "debug",
     }  # fmt: skip
     settings = read_settings([], {f"DPQ_{name.upper()}": text for name, text in values.items()})
     assert {name: str(value) for name, value in dataclasses.asdict(settings).items()} == {
         **values,
         "stop_seconds": "9.0",
+        "hang_seconds": "40.0",
     }
 
 
@@ -49,6 +51,10 @@ def test_read_settings_lets_the_flag_win_over_the_environment():
         (["--artifact", "a", "--drain-seconds", "nan"], {}, "drain_seconds: got nan"),
         (["--artifact", "a", "--log-level", "loud"], {}, "log_level: got loud"),
         (["--artifact", "a"], {"DPQ_API_KEY": ""}, "api_key: want one or more printable ASCII"),
+        (["--artifact", "a"], {"DPQ_API_KEY": "secret "}, "api_key: got a blank at its start or end"),
+        (["--artifact", "a", "--api-key", " secret"], {}, "api_key: got a blank at its start or end"),
+        (["--artifact", "a"], {"DPQ_API_KEY": "secret\n"}, "api_key: want one or more printable ASCII"),
+        (["--artifact", "a", "--hang-seconds", "1"], {}, "hang_seconds: got 1.0, want 2 to 86400"),
         (["--artifact", "a", "--nope"], {}, "unrecognized arguments: --nope"),
     ],
 )
