@@ -193,12 +193,12 @@ class Server:
             int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         ]
 
-    def end(self, number: int = signal.SIGTERM, timeout: float = 15) -> tuple[int, str]:
+    def end(self, number: int = signal.SIGTERM, timeout: float = 60) -> tuple[int, str]:
         """Exit code and what was logged."""
         self.process.send_signal(number)
         return self.wait(timeout)
 
-    def wait(self, timeout: float = 15) -> tuple[int, str]:
+    def wait(self, timeout: float = 60) -> tuple[int, str]:
         _, logged = self.process.communicate(timeout=timeout)
         return self.process.returncode, logged
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def until(condition, seconds=10.0):
+def until(condition, seconds=60.0):
     """Wait for what happens in another process."""
     end = time.monotonic() + seconds
     while not condition():
@@ -202,6 +202,7 @@ def test_workers_stop_when_their_parent_is_killed(start_server, tmp_path):
     pids = server.worker_pids()
     server.process.kill()
     until(lambda: not any(is_alive(pid) for pid in pids))
+    assert list(tmp_path.iterdir()) == []
 
 
 # Stopping
@@ -209,7 +210,7 @@ def test_workers_stop_when_their_parent_is_killed(start_server, tmp_path):
 
 def test_server_drains_then_exits_0(start_server, tmp_path):
     """Readiness fails first, while lookups are answered; what is in flight when the drain ends finishes."""
-    server = start_server("--drain-seconds=60", environment={"TMPDIR": str(tmp_path)}).wait_until_ready()
+    server = start_server("--drain-seconds=600", environment={"TMPDIR": str(tmp_path)}).wait_until_ready()
     with grpc.insecure_channel(server.grpc) as channel, open_request(server.http) as in_flight:
         stub, health = pb_grpc.EmbeddingServiceStub(channel), health_pb2_grpc.HealthStub(channel)
         until(lambda: metric(server, "dpq_in_flight_requests") == {None: 1.0})
@@ -235,14 +236,14 @@ def test_server_cuts_off_what_does_not_finish_in_time(start_server):
     server = start_server("--stop-seconds=0.5", "--workers=1").wait_until_ready()
     with open_request(server.http):
         until(lambda: metric(server, "dpq_in_flight_requests") == {None: 1.0})
-        assert server.end(timeout=8)[0] == 0
+        assert server.end(timeout=60)[0] == 0
 
 
 def test_a_second_signal_ends_the_drain(start_server):
-    server = start_server("--drain-seconds=60").wait_until_ready()
+    server = start_server("--drain-seconds=600").wait_until_ready()
     server.process.send_signal(signal.SIGINT)
     until(lambda: server.web.get("/readyz").status_code == 503)
-    assert server.end(timeout=8)[0] == 0
+    assert server.end(timeout=60)[0] == 0
 
 
 # What keeps it from serving
@@ -255,7 +256,7 @@ def run_service(*flags, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
     )
 
 
@@ -348,4 +349,4 @@ def test_modules_of_the_service_import_no_torch_and_the_parents_no_grpc():
         "import service.grpc_api\n"
         "assert 'grpc' in sys.modules and not {'torch', 'torchrec'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
