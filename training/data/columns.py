@@ -93,6 +93,12 @@ def feature_kind(column_type: Any) -> IdKind | Literal["dense"] | None:
     return id_kind(plain)
 
 
+def has_no_values(column_type: Any) -> bool:
+    """Whether nothing but nulls can stand in a column of this Arrow type, as writers have it who saw no values."""
+    plain = _plain(column_type)
+    return bool(pa.types.is_null(plain.value_type if _is_list(plain) else plain))
+
+
 def bags(column_N: Any, kind: IdKind) -> tuple[Values, NDArray[np.int64]]:
     """The values of N rows and how many each row has (int64 [N]); nulls, also within lists, are no values."""
     column_N = _decoded(column_N)

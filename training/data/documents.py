@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dpq_rec.errors import ConfigError
 from dpq_rec.vocabulary import StringVocabulary
 from training.data.batches import Bag
-from training.data.files import DataFile, no_nulls, parquet_files, row_groups
+from training.data.files import DataFile, no_nulls, open_files, refuse_twice, row_groups
 from training.data.splits import TEST, TRAIN, VALIDATION, checked_splits
 from training.data.text import split_of_name
 from training.text_options import DocumentOptions
@@ -87,9 +87,9 @@ class _Column(NamedTuple):
 def read_documents(options: DocumentOptions) -> Documents:
     """Read all splits.
 
-    A column `split` says the split of a row, as in interactions; else the file's name, a word of which begins with
-    train, valid or test. Files of which neither does are ignored and named in the log. Without validation documents,
-    every tenth training document is one.
+    A column `split` says the split of a row, as in interactions; else the name of the file, or of a folder that it lies
+    in, a word of which begins with train, valid or test. Files of which neither does are ignored and named in the log.
+    Without validation documents, every tenth training document is one.
 
     Raises:
         ConfigError: a file that cannot be read or lacks the text or the label, a null among them, a split without
@@ -119,16 +119,25 @@ _WANT_SPLIT = "a column split of 0 (train), 1 (validation) and 2 (test), or file
 def _read(options: DocumentOptions) -> dict[str, _Column]:
     """Texts and labels of each split."""
     columns = {split: _Column([], []) for split in SPLITS}
-    for file in map(DataFile.open, parquet_files(Path(options.path))):
-        named = split_of_name(file.path.name)
+    path = Path(options.path)
+    for file in open_files(path):
+        named = _split_of_path(file.path, path)
         if "split" not in file.types and named is None:
             _logger.warning("ignored %s: it has no column split, and its name says none", file.path)
             continue
+        refuse_twice([file], (options.text, options.label, "split"))
         _check_types(file, options)
         for split, texts, labels in _pieces(file, options, named):
             columns[split].texts.extend(texts)
             columns[split].labels.extend(labels)
     return columns
+
+
+def _split_of_path(file: Path, root: Path) -> str | None:
+    """The split that a file's name says, or else that of the nearest folder up to the root, not the root's own."""
+    folders = [folder for folder in file.relative_to(root).parts[:-1] if "=" not in folder]  # else a column
+    names = [file.name, *reversed(folders)]
+    return next((split for split in map(split_of_name, names) if split), None)
 
 
 def _pieces(file: DataFile, options: DocumentOptions, named: str | None) -> Iterator[tuple[str, list[str], list[Any]]]:

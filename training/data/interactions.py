@@ -18,8 +18,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
-from training.data.columns import IdKind, Values, bags, empty_values, feature_kind, id_kind, numbers
-from training.data.files import IDS, DataFile, RowGroup, no_nulls, parquet_files, row_groups
+from training.data.columns import IdKind, Values, bags, empty_values, feature_kind, has_no_values, id_kind, numbers
+from training.data.files import IDS, DataFile, RowGroup, no_nulls, open_files, refuse_twice, row_groups
 from training.data.splits import TRAIN, VALIDATION, HeldOutRows, SplitCounts, checked_splits, hold_out_last
 
 _logger = logging.getLogger(__name__)
@@ -100,11 +100,12 @@ class Interactions:
     ) -> Interactions:
         """Look at the files' columns; where none is named `split`, stream them once to find each user's last items.
 
-        A folder is searched with its subfolders for *.parquet, names that start with . or _ left out. The order of
-        their paths is the order of the files, which is what "row order is chronological" rests on. Files without
-        user_id or item_id are ignored and named in the log. Without `split`, a user's last item (by `timestamp`, equal
-        ones in row order; by row order where there is none) is the test and the one before it the validation. The first
-        item of a user always trains: of two, the other is the test; a single one is not held out.
+        A folder is searched with its subfolders, and those that are named `column=value` give that column: see
+        `open_files`. The order of paths is the order of the files, which is what "row order is chronological" rests on.
+        Files without user_id or item_id are ignored and named in the log. Without `split`, a user's last item (by
+        `timestamp`, equal ones in row order; by row order where there is none) is the test and the one before it the
+        validation. The first item of a user always trains: of two, the other is the test; a single one is not held out.
+        A feature that is null everywhere is left out and named in the log.
 
         Args:
             path: of the file or folder.
@@ -117,7 +118,7 @@ class Interactions:
             ConfigError: nothing at the path, no file with interactions, a file that is no Parquet, columns missing, of
                 a wrong type or not alike in all files. Wrong values are found as they are read.
         """
-        files = [DataFile.open(file) for file in parquet_files(Path(path))]
+        files = open_files(Path(path))
         used = [file for file in files if not file.lacks]
         if not used:
             seen = "; ".join(f"{file.path.name} ({', '.join(file.types)})" for file in files[:5])
@@ -125,6 +126,8 @@ class Interactions:
         for file in files:
             if file.lacks:
                 _logger.warning("ignored %s: it has no column %s", file.path, " and no column ".join(file.lacks))
+        used = [file for file in used if file.metadata.num_rows] or used  # an empty one may lack columns and types
+        refuse_twice(used, (*IDS, "split", "timestamp", *(["label"] if label else []), *features))
         split = _shared_column(used, "split")
         timestamp = None if split else _shared_column(used, "timestamp")
         _check_types(used, [name for name in (split, timestamp, "label" if label else None) if name])
@@ -132,7 +135,9 @@ class Interactions:
         dense = []
         for name in _checked_names(features):
             kind = _shared_kind(used, name, feature_kind)
-            if kind == "dense":
+            if kind is None:
+                _logger.warning("features: %s has no values in any file; it is left out", name)
+            elif kind == "dense":
                 dense.append(name)
             else:
                 kinds[name] = kind
@@ -228,11 +233,13 @@ def _check_types(files: Sequence[DataFile], columns: Sequence[str]) -> None:
 
 
 def _shared_kind(files: Sequence[DataFile], column: str, kind_of: Any) -> Any:
-    """What the column is, by id_kind or feature_kind, in all files alike."""
+    """What the column is, by id_kind or feature_kind, in all files alike; None for a feature without any values."""
     kinds = {}
     for file in files:
         if column not in file.types:
             raise ConfigError(f"features: got {column}, which is not in {file.path}; it has: {', '.join(file.types)}")
+        if kind_of is feature_kind and has_no_values(file.types[column]):
+            continue
         kind = kind_of(file.types[column])
         if kind is None:
             want = "int64 or string" if kind_of is id_kind else "numbers, strings, or lists of strings or integers"
@@ -240,7 +247,7 @@ def _shared_kind(files: Sequence[DataFile], column: str, kind_of: Any) -> Any:
         kinds[kind] = f"{file.types[column]} in {file.path}"
     if len(kinds) > 1:
         raise ConfigError(f"{column}: got {', '.join(kinds.values())}; want the same in every file")
-    return next(iter(kinds))
+    return next(iter(kinds), None)
 
 
 def _shared_column(files: Sequence[DataFile], column: str) -> str | None:
