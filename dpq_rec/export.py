@@ -92,7 +92,11 @@ def export_table(
     with renamed_into(target) as folder:
         for part, start in enumerate(starts):
             reached, stop = start, min(start + config.rows_per_part, num_rows)
-            with parquet.ParquetWriter(folder / f"part-{part:05}.parquet", column.schema) as writer:
+            # A file, for pyarrow takes some paths for URIs.
+            with (
+                (folder / f"part-{part:05}.parquet").open("wb") as file,
+                parquet.ParquetWriter(file, column.schema) as writer,
+            ):
                 for batch, last_row in column.batches(start, stop):
                     writer.write_batch(batch)
                     num_ids += batch.num_rows

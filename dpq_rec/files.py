@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
-class renamed_into:  # noqa: N801 - reads as the statement it is: `with renamed_into(target) as folder`
-    """A folder beside the target, renamed to it when the block succeeds, removed when it does not."""
+@contextlib.contextmanager
+def renamed_into(target: Path) -> Iterator[Path]:
+    """A folder beside the target, renamed to it when the block succeeds, removed when it does not.
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    So are the folders above it that were made for it. An OSError names the target, or the file.
+    """
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    made = [folder for folder in aside.parents if not folder.exists()]
+    try:
+        with naming(target):
+            aside.mkdir(parents=True)
+            yield aside
+            for folder in [*(p for p in aside.rglob("*") if p.is_dir()), aside]:
+                sync_folder(folder)
+            aside.rename(target)
+            sync_folder(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # one that is not empty stays, the target's parent above all
+            for folder in made:
+                folder.rmdir()
 
-    def __enter__(self) -> Path:
-        self.folder.mkdir(parents=True)
-        return self.folder
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                for folder in [*(p for p in self.folder.rglob("*") if p.is_dir()), self.folder]:
-                    sync_folder(folder)
-                self.folder.rename(self.target)
-                sync_folder(self.target.parent)
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block says which path it is about: of a full disk, the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from error
+        error.filename = str(path)
+        raise
 
 
 def write_file(path: Path, text: str) -> None:
@@ -42,8 +59,9 @@ def replace_file(path: Path, text: str) -> None:
     """Write a text beside the path and rename it: a reader sees the whole of it, or what was there before."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        write_file(aside, text)
-        aside.rename(path)
+        with naming(path):
+            write_file(aside, text)
+            aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)

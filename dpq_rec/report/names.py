@@ -39,7 +39,7 @@ class Names:
         Raises:
             ConfigError: the column of ids holds others than the table, or the file is damaged.
         """
-        read = _parquet_titles if self.path.suffix == ".parquet" else _csv_titles
+        read = _parquet_titles if _suffix(self.path) == ".parquet" else _csv_titles
         titles: dict[Id, str] = {}
         for found, title in read(self, set(ids)):
             titles.setdefault(found, title)
@@ -60,15 +60,20 @@ def find_names(path: Path, tables: Mapping[str, Table], chosen: str | None = Non
     """
     if not path.is_file():
         raise ConfigError(f"--names: {path} is no file; name a {_listed(_SUFFIXES)} file")
-    if path.suffix not in _SUFFIXES:
+    if _suffix(path) not in _SUFFIXES:
         raise ConfigError(f"--names: got {path.name}, want a {_listed(_SUFFIXES)} file")
-    columns = _parquet_columns(path) if path.suffix == ".parquet" else dict.fromkeys(_csv_header(path), True)
+    listed = _parquet_columns(path) if _suffix(path) == ".parquet" else [(name, True) for name in _csv_header(path)]
+    columns = dict(listed)
     table, id_column = _id_column(path, columns, tables, chosen)
+    title_column = _title_column(path, columns, id_column)
+    for wanted in (id_column, title_column):
+        if (found := sum(name == wanted for name, _ in listed)) > 1:
+            raise ConfigError(f"--names: {path} has {found} columns called {wanted}; rename or drop all but one")
     return Names(
         path=path,
         table=table,
         id_column=id_column,
-        title_column=_title_column(path, columns, id_column),
+        title_column=title_column,
         ids_are_text=tables[table].vocabulary.kind == "string",
     )
 
@@ -104,6 +109,10 @@ def _title_column(path: Path, columns: Mapping[str, bool], id_column: str) -> st
     return others[0]
 
 
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
+
+
 def _listed(names: Collection[str]) -> str:
     return ", ".join(names) or "(none)"
 
@@ -111,14 +120,15 @@ def _listed(names: Collection[str]) -> str:
 # Parquet
 
 
-def _parquet_columns(path: Path) -> dict[str, bool]:
-    """Column -> whether it is text."""
+def _parquet_columns(path: Path) -> list[tuple[str, bool]]:
+    """Each column, and whether it is text."""
     pyarrow, parquet = import_pyarrow()
     try:
-        schema = parquet.read_schema(path)
+        with path.open("rb") as file:  # a path, pyarrow may take for a URI
+            schema = parquet.read_schema(file)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ConfigError(f"--names: {path} is no Parquet file that pyarrow can read: {error}") from error
-    return {field.name: _is_text(pyarrow, field.type) for field in schema}
+    return [(field.name, _is_text(pyarrow, field.type)) for field in schema]
 
 
 def _is_text(pyarrow: Any, kind: Any) -> bool:
@@ -131,7 +141,7 @@ def _parquet_titles(names: Names, wanted: set[Id]) -> Iterator[tuple[Id, str]]:
     id_type = pyarrow.string() if names.ids_are_text else pyarrow.int64()
     values = pyarrow.array(sorted(wanted), id_type)
     try:
-        with parquet.ParquetFile(names.path) as file:
+        with names.path.open("rb") as source, parquet.ParquetFile(source) as file:
             for batch in file.iter_batches(columns=[names.id_column, names.title_column]):
                 ids = batch.column(names.id_column).cast(id_type)
                 is_wanted = pyarrow.compute.is_in(ids, value_set=values)
@@ -186,11 +196,11 @@ def _open_text(path: Path) -> IO[str]:
 
 def _csv_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, list[str]]]:
     """Lines, each with its number in the file."""
-    reader = csv.reader(file, delimiter=_DELIMITERS[path.suffix], strict=True)
+    reader = csv.reader(file, delimiter=_DELIMITERS[_suffix(path)], strict=True)
     try:
         for line in reader:
             yield reader.line_num, line
     except (csv.Error, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"--names: {path}, after line {reader.line_num}: no {path.suffix[1:]} in UTF-8: {error}"
+            f"--names: {path}, after line {reader.line_num}: no {_suffix(path)[1:]} in UTF-8: {error}"
         ) from error

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
+from dpq_rec.files import naming
 from training.data.splits import TEST, TRAIN, VALIDATION
 from training.data.stretches import places
 from training.data.synthetic_clicks import draw_clicks
@@ -99,14 +100,24 @@ def generate(config: SyntheticConfig, folder: str | os.PathLike[str]) -> Path:
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
+    try:
+        with naming(folder):
+            _write(config, unfinished)
+            (unfinished / _DESCRIPTION).write_text(description)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    unfinished.rename(folder)
+    return folder
+
+
+def _write(config: SyntheticConfig, folder: Path) -> None:
+    options = {"use_dictionary": ["user_id", "split"], "compression": "zstd", "row_group_size": _GROUP_ROWS}
     activity = _Activity.draw(config)
     for number, block in enumerate(_blocks(activity.rows_per_user)):
         columns = _columns(config, _draw_block(config, activity, block, number), number)
-        options = {"use_dictionary": ["user_id", "split"], "compression": "zstd", "row_group_size": _GROUP_ROWS}
-        pq.write_table(pa.table(columns), unfinished / f"part-{number:05}.parquet", **options)
-    (unfinished / _DESCRIPTION).write_text(description)
-    unfinished.rename(folder)
-    return folder
+        with (folder / f"part-{number:05}.parquet").open("wb") as file:  # a path, pyarrow may take for a URI
+            pq.write_table(pa.table(columns), file, **options)
 
 
 class _Activity(NamedTuple):

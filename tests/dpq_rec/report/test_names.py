@@ -1,6 +1,7 @@
 """Titles of ids, from Parquet, CSV and TSV."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -54,6 +55,17 @@ def test_titles_are_those_of_the_ids_asked_for(tmp_path, tables, suffix):
     assert (names.table, names.id_column, names.title_column) == ("item_id", "item_id", "title")
     assert names.titles_of(IDS) == TITLES
     assert names.titles_of([]) == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["s3:x.parquet", "file:x.csv", "~.parquet", "a%20b/ü #?.parquet", "X.PARQUET", "X.TSV"]
+)
+def test_a_path_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch, tables, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(write(tmp_path / f"items{path.suffix.lower()}", COLUMNS))
+    assert find_names(Path(name), tables).titles_of(IDS) == TITLES
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
@@ -125,6 +137,8 @@ def test_a_feature_names_its_table(tmp_path):
         ("items.csv", b"item_id,title\n1,one\n2\n", "line 3: got 1 columns, the header has 2"),
         ("items.csv", b"item_id,title\n1,one\nx,two\n", "line 3: got 'x'.*64-bit integers, which table 'item_id' has"),
         ("items.csv", "item_id,title\n1,é\n".encode("latin-1"), "no csv in UTF-8"),
+        ("items.csv", "item_id,title\n1,one\n".encode("utf-16"), "no csv in UTF-8"),
+        ("items.csv", b"item_id,title,title\n1,one,two\n", "has 2 columns called title; rename or drop all but one"),
         ("items.csv", b'item_id,title\n1,"one\n', "no csv in UTF-8.*unexpected end of data"),
     ],
 )
@@ -133,6 +147,20 @@ def test_a_file_that_has_no_titles_is_an_error_that_says_why(tmp_path, tables, n
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"--names: .*{message}"):
         find_names(tmp_path / name, tables).titles_of(IDS)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path, tables, suffix):
+    path = write(tmp_path / f"a{suffix}", {"item_id": [3], "title": ["three"]})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert find_names(path, tables).titles_of(IDS) == {3: "three"}
+
+
+def test_two_parquet_columns_of_one_name_are_an_error(tmp_path, tables):
+    arrays = [pa.array([3]), pa.array([4]), pa.array(["x"])]
+    pq.write_table(pa.Table.from_arrays(arrays, ["item_id", "item_id", "title"]), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="--names: .* has 2 columns called item_id; rename or drop all but one"):
+        find_names(tmp_path / "a.parquet", tables)
 
 
 @pytest.mark.parametrize("ids", [["x"], [[1]], [1.5]], ids=str)
