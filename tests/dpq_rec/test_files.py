@@ -18,18 +18,22 @@ def artifact(tmp_path):
     return write_artifact(tmp_path / "artifact", {"t": dense_contents(vectors_VE)})
 
 
+def fail_in(target, write):
+    with renamed_into(target) as folder:
+        write(folder)
+        raise KeyboardInterrupt
+
+
 def test_renamed_into_removes_the_folders_that_it_made_and_no_others_when_it_fails(tmp_path):
     (tmp_path / "there").mkdir()
-    with pytest.raises(KeyboardInterrupt), renamed_into(tmp_path / "there" / "a" / "b" / "c") as folder:
-        (folder / "x").touch()
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fail_in(tmp_path / "there" / "a" / "b" / "c", lambda folder: (folder / "x").touch())
     assert [entry.name for entry in tmp_path.rglob("*")] == ["there"]
 
 
 def test_renamed_into_leaves_a_folder_that_another_has_put_something_in(tmp_path):
-    with pytest.raises(KeyboardInterrupt), renamed_into(tmp_path / "a" / "b"):
-        (tmp_path / "a" / "other").touch()
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fail_in(tmp_path / "a" / "b", lambda folder: (tmp_path / "a" / "other").touch())
     assert [entry.name for entry in tmp_path.rglob("*")] == ["a", "other"]
 
 

@@ -159,7 +159,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path, tables, suffix):
 def test_two_parquet_columns_of_one_name_are_an_error(tmp_path, tables):
     arrays = [pa.array([3]), pa.array([4]), pa.array(["x"])]
     pq.write_table(pa.Table.from_arrays(arrays, ["item_id", "item_id", "title"]), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match="--names: .* has 2 columns called item_id; rename or drop all but one"):
+    with pytest.raises(ConfigError, match=r"--names: .* has 2 columns called item_id; rename or drop all but one"):
         find_names(tmp_path / "a.parquet", tables)
 
 
