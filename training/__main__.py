@@ -110,7 +110,7 @@ def _recipe_parser(recipe: str, start: Mapping[str, Any], *, is_rerun: bool) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 2 for settings or data that make no sense."""
+    """Run the command; 0, or 2 for settings or data that make no sense, or files that cannot be read or written."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("training").setLevel(logging.INFO if rank == 0 else logging.ERROR)
@@ -123,7 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from training.trainer import train
 
             result = train(config)
-    except DpqRecError as error:
+    except (DpqRecError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # of a connection: the user knows no better than the traceback
         if rank == 0:
             print(f"training: {error}", file=sys.stderr)
         return 2

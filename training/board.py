@@ -6,6 +6,7 @@ comes again.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from typing import Any
 
 from dpq_rec import CodeLayout
 from dpq_rec.errors import MissingDependencyError
+from dpq_rec.files import naming
 from training.evaluation.code_stats import CodeStats
 
 TENSORBOARD = "tensorboard"
@@ -41,9 +43,10 @@ class Board:
     """
 
     def __init__(self, folder: Path, num_steps_done: int, *, is_writer: bool) -> None:
-        self._writer = None
+        self._folder, self._writer = folder, None
         if is_writer:
-            self._writer = summary_writer()(str(folder), purge_step=num_steps_done + 1)
+            with naming(folder):
+                self._writer = summary_writer()(str(folder), purge_step=num_steps_done + 1)
 
     def __enter__(self) -> Board:
         return self
@@ -52,13 +55,16 @@ class Board:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._writer is not None:
-            self._writer.close()
+            # The error that ended the run matters more than that its last numbers cannot be written.
+            with naming(self._folder), contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                self._writer.close()
 
     def numbers(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Show numbers as `group/name` after a step."""
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+            with naming(self._folder):
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def codes(self, table: str, layout: CodeLayout, stats: CodeStats, step: int) -> None:
         """Show a table's codes, one line for each level and subspace."""
@@ -78,4 +84,5 @@ class Board:
     def flush(self) -> None:
         """Write what is still held."""
         if self._writer is not None:
-            self._writer.flush()
+            with naming(self._folder):
+                self._writer.flush()

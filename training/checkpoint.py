@@ -19,9 +19,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.optim.keyed import KeyedOptimizer
 
 from dpq_rec import ConfigError
+from dpq_rec.files import replace_file
 from training.board import TENSORBOARD
 from training.config import RunConfig
 from training.interaction_options import SYNTHETIC
@@ -132,9 +134,20 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """The whole file or none of it."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    aside.rename(path)
+    replace_file(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Tells why a file could not be written: torch.save's own error hides that the disk is full."""
+
+    def write_data(self, *arguments: Any) -> Any:
+        """See `StorageWriter.write_data`."""
+        try:
+            return super().write_data(*arguments)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 class Checkpoints:
@@ -151,18 +164,30 @@ class Checkpoints:
         self.folder, self.model, self.optimizer, self.data = folder, model, optimizer, data
 
     def save(self, progress: Progress) -> None:
-        """Write the state after an epoch; every rank calls it."""
+        """Write the state after an epoch; every rank calls it. On an error the checkpoint before is left as it was.
+
+        Raises:
+            ConfigError: the disk is full, or cannot be written to.
+        """
         aside, final = self.folder / ".writing", self.folder / f"epoch-{progress.epoch:04d}"
-        if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        dist.barrier()
-        dcp.save(self._state(), checkpoint_id=str(aside))
-        if dist.get_rank() == 0:
-            write_json(aside / "progress.json", dataclasses.asdict(progress))
-            aside.rename(final)
-            for old in find_checkpoints(self.folder)[:-1]:
-                shutil.rmtree(old)
-        dist.barrier()
+        on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True))
+        try:
+            dcp.save(self._state(), storage_writer=_Writer(aside))
+            on_rank_0(lambda: write_json(aside / "progress.json", dataclasses.asdict(progress)))
+            on_rank_0(lambda: self._put(aside, final))
+        except (CheckpointException, ConfigError) as error:
+            on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True))
+            first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            before = find_checkpoints(self.folder)
+            left = f"{before[-1].name} is there" if before else "there is none before it"
+            fix = "make room, and start the run again with the same --out"
+            raise ConfigError(f"--out: {final} could not be written: {first}; {left}: {fix}") from error
+
+    def _put(self, aside: Path, final: Path) -> None:
+        """Make a checkpoint that is whole the last one."""
+        aside.rename(final)
+        for old in find_checkpoints(self.folder)[:-1]:
+            shutil.rmtree(old)
 
     def load_latest(self) -> Progress:
         """Bring model and optimizer to the last checkpoint; a new run's progress where there is none.

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore
+from dpq_rec.files import naming
 from training.board import TENSORBOARD, Board, summary_writer
 from training.checkpoint import (
     ARTIFACT,
@@ -191,9 +192,7 @@ class Run:
         dist.barrier()
         self.kind.freeze(self.model, folder / "artifact", tables=list(vocabularies), vocabularies=vocabularies)
         weights = dense_weights(stored(self.model), self.tables)
-        if self.rank == 0:
-            save_file(weights, folder / "model.safetensors")
-        dist.barrier()
+        on_rank_0(lambda: _write_weights(folder / "model.safetensors", weights))
 
     def _count_codes(self, epoch: int, board: Board) -> dict[str, Any]:
         """How the epoch's artifact uses its codes, and how many differ from the epoch before; {} on other ranks."""
@@ -222,6 +221,15 @@ class Run:
         progress.seconds += time.monotonic() - self.started
         used = Used(self.device, self.task.batch_size, self.task.num_negatives)
         found = results(self.config, EmbeddingStore.open(self.out / ARTIFACT), progress, test, used)
-        if self.rank == 0:
-            write_json(self.out / METRICS, found)
+        on_rank_0(lambda: write_json(self.out / METRICS, found))
         return found
+
+
+def _write_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """The whole file or none of it; save_file's own error names no path."""
+    try:
+        with naming(path):
+            path.write_bytes(save(weights))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
