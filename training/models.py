@@ -175,7 +175,8 @@ class ClickThrough(nn.Module):
     Args:
         options: of the recipe.
         tables: pooled vectors by column; anything with TorchRec's interface of an EmbeddingBagCollection.
-        means_F: of the dense features in the training split (float32), and
+        means_F: of the dense features in the training split (float64: float32 has too few digits for large numbers that
+            lie close together), and
         deviations_F: their standard deviations, more than 0. Both are buffers: the saved model takes features
             as they come.
         device: of the weights.
@@ -209,9 +210,9 @@ class ClickThrough(nn.Module):
 
         Args:
             features: rows by column.
-            dense_BF: the dense features as they come.
+            dense_BF: the dense features as they come (float64, or what they fit in).
         """
-        standard_BF = (dense_BF - self.means_F) / self.deviations_F
+        standard_BF = ((dense_BF - self.means_F) / self.deviations_F).float()
         if not dense_BF.shape[1]:  # DLRM wants one at least: without any, its dense part is a vector that is learned
-            standard_BF = dense_BF.new_ones(len(dense_BF), 1)
+            standard_BF = standard_BF.new_ones(len(dense_BF), 1)
         return self.dlrm(standard_BF, features).squeeze(1)

@@ -218,7 +218,7 @@ class ClickTask(_InteractionTask):
         return self._around(tables)
 
     def _around(self, tables: nn.Module) -> ClickThrough:
-        means_F, deviations_F = (torch.from_numpy(each).float() for each in self.statistics[:2])
+        means_F, deviations_F = (torch.from_numpy(each) for each in self.statistics[:2])
         return ClickThrough(self.options, tables, means_F, deviations_F, self.device)
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:

@@ -147,3 +147,11 @@ def test_dense_features_are_standardised_by_buffers_that_are_saved():
     state = model.state_dict()
     assert np.array_equal(state["means_F"], [1, 2])
     assert np.array_equal(state["deviations_F"], [2, 3])
+
+
+def test_click_through_tells_large_numbers_that_lie_close_together_apart():
+    model = clicks(1, "full")
+    model.means_F, model.deviations_F = torch.tensor([1.7e9], dtype=torch.float64), torch.tensor([2.0])
+    far = model(FEATURES, 1.7e9 + torch.tensor([[-2.0], [0.0], [2.0]], dtype=torch.float64))
+    model.means_F = torch.zeros(1)
+    assert torch.equal(far, model(FEATURES, torch.tensor([[-2.0], [0.0], [2.0]])))

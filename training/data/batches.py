@@ -49,12 +49,12 @@ class Batch(NamedTuple):
 
     Attributes:
         bags: user_id, item_id and the categorical features, by column.
-        dense_BF: numbers of the F dense features (float32), in the order asked for; a missing number is 0.
+        dense_BF: numbers of the F dense features (float64), in the order asked for; a missing number is 0.
         labels_B: 0 or 1 (float32); None where the data were not asked for labels.
     """
 
     bags: dict[str, Bag]
-    dense_BF: NDArray[np.float32]
+    dense_BF: NDArray[np.float64]
     labels_B: NDArray[np.float32] | None
 
     @property
@@ -203,14 +203,15 @@ def _encode(piece: Piece, vocabularies: Mapping[str, Vocabulary], dense_features
             _refuse_unknown(rows_T, values, name)
         bags[name] = _known(rows_T, piece.lengths[name])
     dense = [np.nan_to_num(piece.numbers[name], nan=0) for name in dense_features]
-    dense_BF = np.stack(dense, 1) if dense else np.empty((len(piece.splits_N), 0), np.float32)
-    return Batch(bags, dense_BF, piece.numbers.get("label"))
+    dense_BF = np.stack(dense, 1) if dense else np.empty((len(piece.splits_N), 0))
+    label_N = piece.numbers.get("label")
+    return Batch(bags, dense_BF, None if label_N is None else label_N.astype(np.float32))
 
 
 def _no_examples(interactions: Interactions) -> Batch:
     empty = np.empty(0, np.int64)
     bags = {name: Bag(empty, empty) for name in (*IDS, *interactions.categorical_features)}
-    no_numbers = np.empty((0, len(interactions.dense_features)), np.float32)
+    no_numbers = np.empty((0, len(interactions.dense_features)))
     return Batch(bags, no_numbers, np.empty(0, np.float32) if interactions.has_label else None)
 
 

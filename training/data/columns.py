@@ -117,11 +117,10 @@ def bags(column_N: Any, kind: IdKind) -> tuple[Values, NDArray[np.int64]]:
     return Values.of(values_T.cast(_ARROW_TYPES[kind])), lengths_N
 
 
-def numbers(column_N: Any) -> NDArray[np.float32]:
-    """Numbers [N] (float32), integers beyond 2^53 rounded as all are; null is NaN."""
+def numbers(column_N: Any) -> NDArray[np.float64]:
+    """Numbers [N] (float64), integers beyond 2^53 rounded as all are; null is NaN."""
     array: NDArray[Any] = _decoded(column_N).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    with np.errstate(over="ignore"):
-        return array.astype(np.float32)
+    return array
 
 
 def _plain(column_type: Any) -> Any:

@@ -37,14 +37,19 @@ def dense_statistics(interactions: Interactions) -> DenseStatistics:
     """
     names = interactions.dense_features
     num_rows, means_F, squares_F = 0, np.zeros(len(names)), np.zeros(len(names))
-    num_missing_F = np.zeros(len(names), np.int64)
+    num_missing_F, origin_F = np.zeros(len(names), np.int64), np.zeros(len(names))
     for piece in interactions.scan(names) if names else ():
         train_N = piece.splits_N == TRAIN
         if not train_N.any():
             continue
-        numbers_NF = np.stack([piece.numbers[name][train_N] for name in names], 1).astype(np.float64)
+        numbers_NF = np.stack([piece.numbers[name][train_N] for name in names], 1)
         num_missing_F += np.isnan(numbers_NF).sum(0)
         numbers_NF = np.nan_to_num(numbers_NF, nan=0)
+        if not num_rows:
+            origin_F = numbers_NF[0]
+        numbers_NF = (
+            numbers_NF - origin_F
+        )  # so that a feature that is the same everywhere has a deviation of 0, exactly
         # Two sets of rows together: T. Chan, G. Golub, R. LeVeque (1979), eq. 2.1.
         piece_means_F, num_piece = numbers_NF.mean(0), len(numbers_NF)
         shift_F = piece_means_F - means_F
@@ -59,4 +64,4 @@ def dense_statistics(interactions: Interactions) -> DenseStatistics:
         if num_missing:
             _logger.warning("%s: %d of %d training rows have no number; they count as 0", name, num_missing, num_rows)
     stds_F = np.sqrt(squares_F / max(num_rows, 1))
-    return DenseStatistics(means_F, np.where(stds_F > 0, stds_F, 1), num_missing_F)
+    return DenseStatistics(origin_F + means_F, np.where(stds_F > 0, stds_F, 1), num_missing_F)

@@ -33,13 +33,13 @@ class Piece(NamedTuple):
         splits_N: TRAIN, VALIDATION or TEST (int8); no VALIDATION where those rows train.
         values: name of an id or a categorical feature -> its values, row after row.
         lengths: the same names -> how many values each row has (int64 [N]): ones for ids.
-        numbers: name of a dense feature, or "label" -> float32 [N].
+        numbers: name of a dense feature, or "label" -> float64 [N]; float32 would tell no two seconds since 1970 apart.
     """
 
     splits_N: NDArray[np.int8]
     values: dict[str, Values]
     lengths: dict[str, NDArray[np.int64]]
-    numbers: dict[str, NDArray[np.float32]]
+    numbers: dict[str, NDArray[np.float64]]
 
     def where(self, wanted_N: NDArray[np.bool_]) -> Piece:
         """Some of the rows."""
@@ -188,7 +188,9 @@ class Interactions:
                 piece.values[name], piece.lengths[name] = bags(column_N, self.id_kinds[name])
                 continue
             piece.numbers[name] = numbers_N = numbers(column_N)
-            wrong = numbers_N[np.isinf(numbers_N) if name != "label" else (numbers_N != 0) & (numbers_N != 1)]
+            with np.errstate(over="ignore"):
+                narrow_N = numbers_N.astype(np.float32)
+            wrong = narrow_N[np.isinf(narrow_N) if name != "label" else (numbers_N != 0) & (numbers_N != 1)]
             if len(wrong):
                 want = "0 or 1" if name == "label" else "numbers that float32 can hold"
                 raise ConfigError(f"{name}: got {wrong[0]} in {path}, want {want}")

@@ -67,7 +67,7 @@ def values_of(row, name):
 
 
 def number_of(value):
-    return 0.0 if value is None or value != value else float(np.float32(value))
+    return 0.0 if value is None or value != value else float(value)
 
 
 def unbag(bag, names_of_rows):
@@ -80,7 +80,7 @@ def unbag(bag, names_of_rows):
 def plain(batch, names):
     """Each example of a batch as (bags by column, dense numbers, label)."""
     bags = {name: unbag(bag, names[name]) for name, bag in batch.bags.items()}
-    assert batch.dense_BF.dtype == batch.labels_B.dtype == np.float32
+    assert (batch.dense_BF.dtype, batch.labels_B.dtype) == (np.float64, np.float32)
     assert {len(each) for each in bags.values()} == {batch.num_examples} == {len(batch.labels_B)}
     return [
         ({name: each[i] for name, each in bags.items()}, batch.dense_BF[i].tolist(), float(batch.labels_B[i]))
@@ -215,6 +215,8 @@ class TestFeatures:
         [
             (pa.array([1, 2], pa.uint64()), "dense"),
             (pa.array([decimal.Decimal("1.5"), None]), "dense"),
+            (pa.array([decimal.Decimal("1700000000.25"), None], pa.decimal128(20, 2)), "dense"),
+            (pa.array([1_700_000_001, None]), "dense"),
             (pa.array([1.5, 2], pa.float16()), "dense"),
             (pa.array([[1, 2], None], pa.list_(pa.int64(), 2)), "categorical"),
             (pa.array([["a"], ["b"]], pa.list_(CODED)), "categorical"),
@@ -228,7 +230,7 @@ class TestFeatures:
         if kind == "dense":
             assert interactions.dense_features == ("feature",)
             expected = [np.nan if each is None else float(each) for each in column.to_pylist()]
-            np.testing.assert_array_equal(piece.numbers["feature"], np.array(expected, np.float32))
+            np.testing.assert_array_equal(piece.numbers["feature"], np.array(expected))
         else:
             assert interactions.categorical_features == ("feature",)
             values, lengths_N = piece.values["feature"], piece.lengths["feature"]

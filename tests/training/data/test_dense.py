@@ -45,3 +45,26 @@ def test_statistics_of_no_features_are_empty_and_of_no_rows_refused(tmp_path):
     assert [len(each) for each in dense_statistics(open_numbers(tmp_path / "a.parquet", {}, [0]))] == [0, 0, 0]
     with pytest.raises(ConfigError, match="age: got no training rows among 1 interactions"):
         dense_statistics(open_numbers(tmp_path / "b.parquet", {"age": [1.0]}, [2]))
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        lambda offsets: pa.array(1_700_000_000 + offsets),
+        lambda offsets: pa.array(1.7e9 + offsets),
+        lambda offsets: pa.array(1_700_000_000 + offsets).cast(pa.decimal128(20, 0)),
+    ],
+    ids=["int64", "float64", "decimal"],
+)
+def test_seconds_since_1970_keep_their_digits(tmp_path, seconds):
+    offsets = np.arange(100) % 7
+    found = dense_statistics(open_numbers(tmp_path / "a.parquet", {"at": seconds(offsets)}, [0] * 100))
+    np.testing.assert_allclose(found.means_F - 1_700_000_000, offsets.mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.stds_F, offsets.std(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("number", [0.1, 1.7e18 + 256, -1e-30, 1e30])
+def test_a_number_that_is_the_same_everywhere_deviates_by_nothing(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(files, "_PIECE_ROWS", 7)
+    found = dense_statistics(open_numbers(tmp_path / "a.parquet", {"same": [number] * 100}, [0] * 100))
+    assert (found.means_F.tolist(), found.stds_F.tolist()) == ([number], [1])
