@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,11 @@ from training.data.files import IDS
 from training.data.interactions import Interactions
 from training.data.splits import SplitCounts
 from training.data.synthetic import SyntheticConfig, generate
-from training.data.vocabularies import ColumnVocabulary, VocabularyPolicy, build_vocabulary
+from training.data.vocabularies import ColumnVocabulary, VocabularyPolicy, build_vocabulary, has_values
 from training.interaction_options import SYNTHETIC, DataOptions
 from training.parallel import on_rank_0
 
+_logger = logging.getLogger(__name__)
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")  # an artifact takes dots too, torch's ModuleDict none
 
 
@@ -80,6 +82,7 @@ def open_source(config: RunConfig) -> Source:
     _check_held_out(counts, is_refit=data.refit)
     if interactions.has_label:
         on_rank_0(lambda: _check_labels(interactions))
+    interactions = _without_empty(interactions)
     columns = {}
     for name in (*IDS, *interactions.categorical_features):
         policy = data.vocabulary if name in IDS else VocabularyPolicy()
@@ -103,6 +106,16 @@ def _check_names(features: Sequence[str]) -> None:
             wanted = "a name that torch's modules do not use themselves"
         if wanted:
             raise ConfigError(f"features: got {name!r}, whose table is named so: want {wanted}; rename the column")
+
+
+def _without_empty(interactions: Interactions) -> Interactions:
+    """The interactions without features that no training row has a value of, of which nothing can be learned."""
+    features = interactions.categorical_features
+    box = [on_rank_0(lambda: [name for name in features if not has_values(interactions, name)])]
+    dist.broadcast_object_list(box, 0)
+    for name in box[0] or ():
+        _logger.warning("features: %s has no value in the training rows; it is left out", name)
+    return interactions.without(box[0] or ())
 
 
 def _check_held_out(counts: SplitCounts, *, is_refit: bool) -> None:

@@ -128,3 +128,40 @@ def test_dlrm_refuses_a_feature_whose_name_no_table_can_have(tmp_path, capsys, n
     assert alone("dlrm", "--data", tmp_path / "data.parquet", "--out", tmp_path / "run", f"--features={name}") == 2
     assert f"features: got {name!r}, whose table is named so" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def write_clicks(path, **features):
+    """2,000 interactions of which every tenth is held out; the label is by chance."""
+    rng, ids = np.random.default_rng(0), np.arange(2000)
+    columns = {"user_id": ids % 20, "item_id": ids % 7, "label": rng.integers(0, 2, 2000)}
+    splits = np.where(ids % 10 == 9, 1, np.where(ids % 10 == 8, 2, 0)).astype(np.int8)
+    pq.write_table(pa.table({**columns, "split": splits, **features}), path)
+    return ["--data", path, "--embedding", "full", "--out", path.with_name("run")]
+
+
+def test_dlrm_learns_from_seconds_since_1970(tmp_path):
+    """As float32 they would all be one number: it tells 128 seconds apart there."""
+    seconds = np.random.default_rng(1).integers(0, 60, 2000)
+    arguments = write_clicks(tmp_path / "a.parquet", at=1_700_000_000 + seconds, label=(seconds >= 30).astype(np.int8))
+    assert alone("dlrm", *arguments, "--features", "at", "--epochs", 3) == 0
+    assert metrics_of(tmp_path / "run")["metrics"]["auc"] > 0.95
+
+
+def test_dlrm_leaves_out_features_without_values_and_says_so(tmp_path, caplog):
+    nothing = {
+        "unknown": pa.nulls(2000),
+        "number": pa.nulls(2000, pa.float64()),
+        "word": pa.nulls(2000, pa.string()),
+        "coded": pa.nulls(2000, pa.dictionary(pa.int8(), pa.string())),
+        "words": pa.nulls(2000, pa.list_(pa.string())),
+        "lists": pa.array([[]] * 2000, pa.list_(pa.null())),
+        "held_out": pa.array(["x" if row % 10 == 8 else None for row in range(2000)]),
+    }
+    arguments = write_clicks(tmp_path / "a.parquet", **nothing, one=["a", "b"] * 1000)
+    assert alone("dlrm", *arguments, "--features", ",".join([*nothing, "one"]), "--epochs", 1) == 0
+    assert set(metrics_of(tmp_path / "run")["tables"]) == {"user_id", "item_id", "one"}
+    for name in ("unknown", "lists"):
+        assert f"features: {name} has no values in any file; it is left out" in caplog.text
+    for name in ("word", "coded", "words", "held_out"):
+        assert f"features: {name} has no value in the training rows; it is left out" in caplog.text
+    assert "number: 1600 of 1600 training rows have no number; they count as 0" in caplog.text

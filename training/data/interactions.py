@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -168,6 +168,12 @@ class Interactions:
                     splits_N = np.where(splits_N == VALIDATION, np.int8(TRAIN), splits_N)
                 yield self._piece(batch, columns, group.path, splits_N)
                 first_row += len(batch)
+
+    def without(self, features: Collection[str]) -> Interactions:
+        """The same interactions, some of their categorical features left out."""
+        kinds = {name: kind for name, kind in self.id_kinds.items() if name not in features}
+        flags = {"has_label": self.has_label, "validation_trains": self.validation_trains}
+        return Interactions(self.row_groups, self._held_out, kinds, self.dense_features, **flags)
 
     def count_splits(self) -> SplitCounts:
         """Rows of each split. An epoch has train // (batch_size * world_size) batches on each rank."""

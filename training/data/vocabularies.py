@@ -113,6 +113,11 @@ def build_vocabulary(
     return found
 
 
+def has_values(interactions: Interactions, column: str) -> bool:
+    """Whether the training split has any value of an id or a categorical feature."""
+    return any(len(values.codes_T) for values in _training_values(interactions, column))
+
+
 def find_rows(vocabulary: Vocabulary, values: Values) -> NDArray[np.int64]:
     """The row of each value [T], MISSING_ROW where it has none; asks once for each distinct value."""
     if values.distinct_D.type != pa.int64():

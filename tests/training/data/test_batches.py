@@ -293,3 +293,23 @@ class TestLabel:
         pq.write_table(pa.table({"user_id": [1], "item_id": [1], "label": ["yes"]}), tmp_path / "a.parquet")
         with pytest.raises(ConfigError, match=r"label: got string, want a number"):
             Interactions.open(tmp_path, label=True)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pa.array(["a", None]), pa.array([[1], []]), pa.array([1.5, None]), pa.array([True, None])],
+    ids=lambda c: str(c.type),
+)
+def test_a_file_in_which_a_feature_is_null_throughout_has_the_type_of_the_others(tmp_path, column):
+    for name, values in (("a", pa.nulls(2)), ("b", column), ("c", pa.array([[], []], pa.list_(pa.null())))):
+        if name != "c" or pa.types.is_list(column.type):
+            table = {"user_id": [1, 2], "item_id": [1, 2], "split": pa.array([0, 0], pa.int8()), "x": values}
+            pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    interactions = Interactions.open(tmp_path, features=["x"])
+    pieces = list(interactions.scan(["x"]))
+    if interactions.dense_features:
+        found = np.concatenate([piece.numbers["x"] for piece in pieces])
+        np.testing.assert_array_equal(found, [np.nan, np.nan, column.to_pylist()[0], np.nan])
+    else:
+        assert [piece.lengths["x"].tolist() for piece in pieces] == [[0, 0], [1, 0], [0, 0]][: len(pieces)]
+        assert build_vocabulary(interactions, "x").num_embeddings == 1
