@@ -121,7 +121,7 @@ def load(path: str) -> dict[str, Any]:
         ConfigError: the file holds none.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # an editor may have put a mark before it
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config: {path} cannot be read: {error}; want a run's metrics.json") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):

@@ -206,6 +206,12 @@ def test_config_file_without_an_option_takes_its_default(tmp_path, kind):
     assert parse(["--config", str(tmp_path / "metrics.json"), "--out", "run"]) == config
 
 
+def test_config_file_may_begin_with_a_byte_order_mark(tmp_path):
+    config = parsed("dlrm --epochs 3")
+    (tmp_path / "metrics.json").write_text("\ufeff" + json.dumps({"config": config.as_dict()}))
+    assert parse(["--config", str(tmp_path / "metrics.json"), "--out", "run"]) == config
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -90,9 +90,12 @@ def _files(path: Path) -> dict[str, list[Path]]:
     if not path.is_dir():
         raise ConfigError(f"data: {path} is no folder; want one with a text file for each of {', '.join(_SPLITS)}")
     files: dict[str, list[Path]] = {split: [] for split in _SPLITS.values()}
-    for file in sorted(each for each in path.iterdir() if each.is_file() and not each.name.startswith(".")):
-        split = split_of_name(file.name) if file.suffix in _OPENERS else None
-        if split is None:
+    for file in sorted(each for each in path.iterdir() if not each.name.startswith(".")):
+        is_text = file.suffix.lower() in _OPENERS and not file.is_dir()
+        split = split_of_name(file.name) if is_text else None
+        if file.is_dir():
+            _logger.warning("ignored %s: it is a folder; want the text files in %s itself", file, path)
+        elif split is None:
             _logger.warning("ignored %s: it is no %s file of a split", file, ", ".join(_OPENERS))
         else:
             files[split].append(file)
@@ -106,12 +109,18 @@ def _files(path: Path) -> dict[str, list[Path]]:
 def _sentences(files: Sequence[Path]) -> Iterator[list[str]]:
     """The words of each line."""
     for file in files:
+        wrong = f"data: {file} cannot be read as text"
         try:
-            with _OPENERS[file.suffix](file, "rt", encoding="utf-8") as lines:
+            with _OPENERS[file.suffix.lower()](file, "rt", encoding="utf-8") as lines:
                 for line in lines:
-                    yield [*line.split(), END]
-        except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data: {file} cannot be read as text: {error}") from error
+                    if "\0" in line:
+                        raise ConfigError(f"{wrong}: it has NUL bytes, as UTF-16 has; want UTF-8")
+                    # A byte order mark stands at the beginning, and where files were joined.
+                    yield [*line.removeprefix("\ufeff").split(), END]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{wrong}: {error}; want UTF-8") from error
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise ConfigError(f"{wrong}: {error}") from error
 
 
 def _rows(files: Sequence[Path], row_of: Mapping[str, int], split: str) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ least as high. Scores exist for a tile of users and items at a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,13 +18,15 @@ from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.vocabulary import Vocabulary
 from training.data.columns import Values, id_array
 from training.data.interactions import Interactions, held_out
-from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.splits import TEST, TRAIN, VALIDATION, SplitCounts
 from training.data.stretches import places
 from training.data.vocabularies import find_rows
 
 VectorsOf: TypeAlias = Callable[[NDArray[np.int64]], torch.Tensor]
 """Rows [N] (int64) -> vectors [N, E] (float32), on any one device."""
 
+_logger = logging.getLogger(__name__)
+_FEW_CAN_BE_HIT = 0.5  # of the test items: fewer are told in the log
 _CHUNK_ITEMS = 1 << 14
 _TILE_SCORES = 1 << 21  # 8 MB: stays in the cache between the product and the counting
 _BLOCK_PAIRS = 1 << 16
@@ -144,8 +147,10 @@ def evaluated_users(
     user_rows_U = find_rows(vocabularies["user_id"], Values.of(user_ids))
     excluded = training_items(interactions, user_ids_U, vocabularies["item_id"], with_validation=split == TEST)
     item_rows_T = find_rows(vocabularies["item_id"], Values(items.distinct_D, items_T))
-    ranked_T = (item_rows_T != MISSING_ROW) & (user_rows_U[users_T] != MISSING_ROW)
-    ranked_T &= ~_pairs_in(users_T, item_rows_T, excluded)
+    has_rows_T = (item_rows_T != MISSING_ROW) & (user_rows_U[users_T] != MISSING_ROW)
+    ranked_T = has_rows_T & ~_pairs_in(users_T, item_rows_T, excluded)
+    if len(ranked_T) and ranked_T.mean() <= _FEW_CAN_BE_HIT:
+        _tell_misses(split, item_rows_T == MISSING_ROW, ~has_rows_T, ranked_T)
     return EvaluatedUsers(
         user_ids_U,
         user_rows_U,
@@ -153,6 +158,23 @@ def evaluated_users(
         UserItems.from_pairs(users_T[ranked_T], item_rows_T[ranked_T], len(user_ids_U)),
         excluded,
     )
+
+
+def _tell_misses(
+    split: int, item_unseen_T: NDArray[np.bool_], unseen_T: NDArray[np.bool_], ranked_T: NDArray[np.bool_]
+) -> None:
+    """Say in the log why few test items can be hit, or none, whatever the model is."""
+    num_items, num_ranked = len(ranked_T), np.count_nonzero(ranked_T)
+    num_item_unseen, num_user_unseen = np.count_nonzero(item_unseen_T), np.count_nonzero(unseen_T & ~item_unseen_T)
+    reasons = {
+        "are no items of the training rows": num_item_unseen,
+        "are of users without training rows": num_user_unseen,
+        "are items that their users have already": num_items - num_ranked - num_item_unseen - num_user_unseen,
+    }
+    told = ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number)
+    outcome = "all of its metrics are 0" if not num_ranked else "these count as missed"
+    got = f"{num_ranked or 'none'} of the {num_items} held-out items can be recommended, whatever is learned"
+    _logger.warning("%s: %s: %s; %s", SplitCounts._fields[split], got, told, outcome)
 
 
 def training_items(

@@ -100,6 +100,27 @@ def test_read_text_names_a_file_that_it_cannot_read(folder, name, content):
         read_text(folder)
 
 
+@pytest.mark.parametrize(("name", "pack"), [("a.train.txt", bytes), ("a.train.gz", gzip.compress)])
+def test_a_byte_order_mark_is_no_part_of_a_word(folder, name, pack):
+    (folder / "a.train.txt").unlink()
+    (folder / name).write_bytes(pack("\ufeffthe cat\n\ufeffthe dog saw <unk>\n".encode()))  # two files, joined
+    assert words(read_text(folder), "train") == ["the", "cat", "<eos>", "the", "dog", "saw", "<unk>", "<eos>"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_text_that_is_not_utf_8_is_refused_and_says_so(folder, encoding):
+    (folder / "a.valid.gz").write_bytes(gzip.compress("the dög\n".encode(encoding)))
+    with pytest.raises(ConfigError, match=r"a\.valid\.gz cannot be read as text: .*; want UTF-8"):
+        read_text(folder)
+
+
+def test_folders_are_ignored_and_named_and_suffixes_may_be_in_capitals(folder, caplog):
+    (folder / "a.train.txt").rename(folder / "A.TRAIN.TXT")
+    (folder / "train.txt").mkdir()
+    assert read_text(folder).words_V[0] == "the"
+    assert "train.txt: it is a folder; want the text files in" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "split"),
     [

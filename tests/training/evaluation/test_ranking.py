@@ -367,3 +367,39 @@ class TestRetrieval:
                 options = TwoTowerOptions(similarity="dot", history=history)
                 found = Retrieval(source, options, histories).measure(store, split)
             assert list(found.values()) == pytest.approx(np.mean(list(expected.values()), 0))
+
+
+TRAINING = [(user, item, TRAIN) for user in range(3) for item in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        (
+            [(0, 10), (1, 11)],
+            "none of the 2 held-out items can be recommended, whatever is learned: "
+            "2 are no items of the training rows; all of its metrics are 0",
+        ),
+        (
+            [(8, 1), (9, 12), (0, 1)],
+            "none of the 3 held-out items can be recommended, whatever is learned: "
+            "1 are no items of the training rows, 1 are of users without training rows, "
+            "1 are items that their users have already; all",
+        ),
+        (
+            [(0, 4), (1, 11), (1, 12)],
+            "1 of the 3 held-out items can be recommended, whatever is learned: "
+            "2 are no items of the training rows; these count as missed",
+        ),
+        ([(0, 4), (1, 4), (1, 12)], None),
+    ],
+    ids=["new items", "every reason", "some", "most"],
+)
+@pytest.mark.parametrize(("split", "name"), [(VALIDATION, "validation"), (TEST, "test")])
+def test_held_out_items_that_cannot_be_hit_are_told(tmp_path, caplog, held_out, message, split, name):
+    rows = [*TRAINING, (3, 4, TRAIN), *((user, item, split) for user, item in held_out)]
+    interactions = open_rows(tmp_path / "a.parquet", rows)
+    evaluated_users(interactions, vocabularies(interactions), split)
+    assert [record.getMessage()[: len(f"{name}: {message}")] for record in caplog.records] == (
+        [f"{name}: {message}"] if message else []
+    )
