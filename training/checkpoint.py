@@ -178,9 +178,11 @@ class Checkpoints:
         except (CheckpointException, ConfigError) as error:
             on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True))
             first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            if not isinstance(first, OSError | ConfigError):
+                raise
             before = find_checkpoints(self.folder)
             left = f"{before[-1].name} is there" if before else "there is none before it"
-            fix = "make room, and start the run again with the same --out"
+            fix = "make room, or mend what it says, and start the run again with the same --out"
             raise ConfigError(f"--out: {final} could not be written: {first}; {left}: {fix}") from error
 
     def _put(self, aside: Path, final: Path) -> None:

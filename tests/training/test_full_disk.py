@@ -54,7 +54,7 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_leaves_the_one_before(data,
         assert alone(*arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{tmp_path}/run/checkpoints/epoch-0002 could not be written: [Errno 27] File too large" in error
-    assert "epoch-0001 is there: make room, and start the run again with the same --out" in error
+    assert "epoch-0001 is there: make room, or mend what it says, and start the run again" in error
     assert {"checkpoints/epoch-0001/.metadata", "checkpoints/epoch-0001/progress.json"} < names()
     assert not {"checkpoints/.writing", "checkpoints/epoch-0002"} & names()
     assert alone(*arguments) == 0

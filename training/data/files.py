@@ -23,6 +23,7 @@ _SUFFIXES = (".parquet", ".parq", ".pq")
 _SPARK_PART = re.compile(r"\.c\d+")  # part-00000-UUID.c000
 _MAGIC = (b"PAR1", b"PARE")  # plain, and encrypted, which is refused when it is read
 _FOOTERS = ("_metadata", "_common_metadata")  # Parquet by their magic, without rows
+_TABLE_FORMATS = ("_delta_log", ".hoodie")  # folders that say which of the files are of the table
 _MOST_NAMED = 5  # files named in a line of the log
 
 
@@ -144,6 +145,7 @@ def _parquet_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """Files that are Parquet, and files that are not, each in the order of their paths."""
     files: list[Path] = []
     others: list[Path] = []
+    again: list[Path] = []
     hidden: list[Path] = []
     first_of: dict[tuple[Path, ...], Path] = {}
     for file in _walk(folder, frozenset(), hidden):
@@ -152,13 +154,15 @@ def _parquet_files(folder: Path) -> tuple[list[Path], list[Path]]:
             continue
         columns = (Path(part) for part in file.relative_to(folder).parts[:-1] if "=" in part)
         first = first_of.setdefault((file.resolve(), *columns), file)
-        if first is file:
-            files.append(file)
-        else:
-            _logger.warning("%s: not read again: it is %s by another name", file, first)
+        (files if first is file else again).append(file)
+    if again:
+        _logger.warning("%s: not reading twice what links lead to: %s", folder, _named(folder, again))
     left_out = [each for each in hidden if _may_hold_data(each)]
     if left_out:
         _logger.warning("%s: not reading names that begin with . or _: %s", folder, _named(folder, left_out))
+    if any(each.name in _TABLE_FORMATS for each in hidden):
+        what = "%s: a Delta or Hudi table, read without its log: rows that it has deleted may be among those read"
+        _logger.warning(what, folder)
     return files, others
 
 

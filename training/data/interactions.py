@@ -259,9 +259,12 @@ def _shared_kind(files: Sequence[DataFile], column: str, kind_of: Any) -> Any:
 
 
 def _shared_column(files: Sequence[DataFile], column: str) -> str | None:
-    """The column's name where all files have it, of one type; None where none has it."""
-    types = {str(file.types.get(column, "none")): file.path for file in files}
-    if len(types) > 1:
-        got = ", ".join(f"{kind} in {path}" for kind, path in types.items())
-        raise ConfigError(f"{column}: got {got}; want the same in every file")
+    """The column's name where all files have it, of one type or all integers; None where none has it."""
+    shown = {}
+    for file in files:
+        kind = file.types.get(column)
+        alike = "integer" if kind is not None and pa.types.is_integer(kind) else str(kind)
+        shown[alike] = f"{kind or 'none'} in {file.path}"
+    if len(shown) > 1:
+        raise ConfigError(f"{column}: got {', '.join(shown.values())}; want the same in every file")
     return column if column in files[0].types else None

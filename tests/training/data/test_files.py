@@ -22,8 +22,12 @@ NULL = "__HIVE_DEFAULT_PARTITION__"
 def write(path, user=1, item=1, **more):
     """A file of one interaction."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {"user_id": [user], "item_id": [item], **more}
-    pq.write_table(pa.table({name: column for name, column in columns.items() if column != [None]}), path)
+    columns = {"user_id": user, "item_id": item, **more}
+    arrays = {
+        name: column if isinstance(column, list | pa.Array | pa.ChunkedArray) else [column]
+        for name, column in columns.items()
+    }
+    pq.write_table(pa.table({name: array for name, array in arrays.items() if array != [None]}), path)
     return path
 
 
@@ -227,12 +231,25 @@ class TestFiles:
         assert "04.csv and 25 more" in caplog.text
 
     def test_hidden_names_that_may_hold_data_are_said(self, tmp_path, caplog):
-        for name in ("a.parquet", "_b.parquet", "_metadata", "_delta_log/c.parquet"):
+        for name in ("a.parquet", "_b.parquet", "_metadata", "_temporary/c.parquet"):
             write(tmp_path / name)
         (tmp_path / "_SUCCESS").touch()
         assert len(items_of(tmp_path)) == 1
         (record,) = caplog.records
-        assert record.getMessage().endswith("not reading names that begin with . or _: _b.parquet, _delta_log")
+        assert record.getMessage().endswith("not reading names that begin with . or _: _b.parquet, _temporary")
+
+    def test_a_table_whose_log_is_not_read_is_said(self, tmp_path, caplog):
+        write(tmp_path / "a.parquet")
+        write(tmp_path / "_delta_log" / "0.checkpoint.parquet")
+        assert len(items_of(tmp_path)) == 1
+        assert "rows that it has deleted may be among those read" in caplog.text
+
+    def test_integers_of_any_width_are_alike(self, tmp_path):
+        for number, kind in enumerate((pa.int8(), pa.int64(), pa.int32())):
+            columns = {name: pa.array([number], kind) for name in ("user", "item", "split")}
+            write(tmp_path / f"{number}.parquet", **columns)
+        write(tmp_path / "split=2" / "a.parquet", item=3)
+        assert read(tmp_path) == [(0, [0], [0]), (1, [1], [1]), (2, [2], [2]), (2, [1], [3])]
 
     def test_nothing_to_read_is_an_error(self, tmp_path):
         (tmp_path / "a.csv").write_text("user_id,item_id\n")
@@ -246,7 +263,7 @@ class TestFiles:
         (tmp_path / "data" / "back").symlink_to(tmp_path / "data")
         (tmp_path / "data" / "latest.parquet").symlink_to(tmp_path / "data" / "a.parquet")
         assert items_of(tmp_path / "data") == [2, 1]
-        assert "latest.parquet: not read again: it is" in caplog.text
+        assert "not reading twice what links lead to: latest.parquet" in caplog.text
 
     def test_a_link_to_nothing_is_named(self, tmp_path):
         (tmp_path / "a.parquet").symlink_to(tmp_path / "gone")
