@@ -1,6 +1,7 @@
-"""A disk that is full: what a run says and leaves, and that it goes on when there is room again."""
+"""Where a run writes: what it says and leaves on a full disk, and folders with names like those of other things."""
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -110,3 +111,13 @@ def show_much(folder):
         for step in range(100):
             board.numbers("train", {"loss": 1.0}, step)
         board.flush()
+
+
+@pytest.mark.parametrize("name", ["s3://run:1", "~"])
+def test_a_run_goes_into_a_folder_whatever_its_name_looks_like(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--num-users", 60, "--num-items", 20, "--num-interactions", 600]
+    arguments = ["two-tower", "--data", "synthetic", *sizes, "--embedding", "full", "--epochs", 1, "--out", name]
+    assert alone(*arguments) == 0
+    assert {"synthetic", "artifact", "tensorboard"} < {path.name for path in Path(name).iterdir()}
+    assert alone("two-tower", "--data", f"{name}/synthetic", *arguments[9:-1], f"{name}/{name}") == 0
