@@ -39,11 +39,10 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
-            raise
-        if error.errno is None:
-            raise OSError(f"{path}: {error}") from error
-        error.filename = str(path)
+        if error.filename is None and error.errno is None:  # a library's, in its own words
+            error.args = (f"{path}: {error}",)
+        elif error.filename is None:
+            error.filename = str(path)
         raise
 
 

@@ -1,11 +1,14 @@
 """What is written appears whole or not at all, and errors say where."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from dpq_rec import EmbeddingStore, publish, write_artifact
 from dpq_rec.export import export_table
-from dpq_rec.files import renamed_into, replace_file
+from dpq_rec.files import naming, renamed_into, replace_file
 from tests.dpq_rec.builders import dense_contents, small_artifact
 from tests.limits import files_up_to
 
@@ -58,6 +61,20 @@ def test_a_full_disk_leaves_the_text_that_was_there(tmp_path):
     with files_up_to(1000), pytest.raises(OSError, match=r"File too large: '.*/a\.json'"):
         replace_file(tmp_path / "a.json", "after" * 1000)
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("a.json", "before")]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device: 'run:1'"),
+        (FileNotFoundError(2, "No such file", "other"), "[Errno 2] No such file: 'other'"),
+        (TimeoutError("too slow"), "run:1: too slow"),
+    ],
+    ids=["of the system", "with a path", "of a library"],
+)
+def test_naming_adds_the_path_where_an_error_has_none(error, message):
+    with pytest.raises(type(error), match=re.escape(message)), naming(Path("run:1")):
+        raise error
 
 
 @pytest.mark.parametrize("name", NAMES)
