@@ -24,7 +24,7 @@ _SPARK_PART = re.compile(r"\.c\d+")  # part-00000-UUID.c000
 _MAGIC = (b"PAR1", b"PARE")  # plain, and encrypted, which is refused when it is read
 _FOOTERS = ("_metadata", "_common_metadata")  # Parquet by their magic, without rows
 _TABLE_FORMATS = ("_delta_log", ".hoodie")  # folders that say which of the files are of the table
-_MOST_NAMED = 5  # files named in a line of the log
+_READ_NAMED, _OTHERS_NAMED = 5, 20  # files named in a line of the log: those that are read, and those that are not
 
 
 class DataFile(NamedTuple):
@@ -124,9 +124,9 @@ def open_files(path: Path) -> list[DataFile]:
         return [DataFile.open(path, {})]
     files, others = _parquet_files(path)
     if files:
-        _logger.info("%s: reading %d Parquet file(s): %s", path, len(files), _named(path, files))
+        _logger.info("%s: reading %d Parquet file(s): %s", path, len(files), _named(path, files, _READ_NAMED))
     if others:
-        kinds = Counter(other.suffix or "no suffix" for other in others).most_common(_MOST_NAMED)
+        kinds = Counter(other.suffix or "no suffix" for other in others).most_common(_OTHERS_NAMED)
         shown = ", ".join(f"{number} {kind}" for kind, number in kinds)
         what = "%s: not reading %d file(s) that are no Parquet by name (%s): %s"
         _logger.warning(what, path, len(others), shown, _named(path, others))
@@ -134,9 +134,9 @@ def open_files(path: Path) -> list[DataFile]:
     return [DataFile.open(*each) for each in zip(files, in_paths, strict=True)]
 
 
-def _named(folder: Path, files: Sequence[Path]) -> str:
+def _named(folder: Path, files: Sequence[Path], most: int = _OTHERS_NAMED) -> str:
     """The first few files, and how many more there are."""
-    names = [str(file.relative_to(folder)) for file in files[:_MOST_NAMED]]
+    names = [str(file.relative_to(folder)) for file in files[:most]]
     more = f" and {len(files) - len(names)} more" if len(files) > len(names) else ""
     return ", ".join(names) + more
 
