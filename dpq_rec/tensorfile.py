@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,10 @@ from dpq_rec.errors import DamagedArtifactError
 
 ALIGNMENT = 64
 PADDING = "padding"  # a tensor of zeros that brings the last tensor, read at random, to a multiple of ALIGNMENT
-MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+MAX_HEADER_BYTES = 1 << 20  # 10,000 tensors'; the safetensors library takes 100 MB, which Python parses for minutes
+_UINT64_END = 1 << 64
+_MOST_DIGITS = 20  # of a 64-bit integer
+_MOST_SHOWN = 300  # characters of an error about a file
 
 _NAMES: dict[np.dtype[Any], str] = {
     np.dtype("<i8"): "I64",
@@ -34,7 +37,23 @@ _NAMES: dict[np.dtype[Any], str] = {
     np.dtype("<u2"): "U16",
     np.dtype("u1"): "U8",
 }
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+# Other tensors may stand beside those of a table: they are read in numpy's types, where it has them.
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()} | {
+    "BOOL": np.dtype("?"),
+    "I8": np.dtype("i1"),
+    "I16": np.dtype("<i2"),
+    "I32": np.dtype("<i4"),
+    "U64": np.dtype("<u8"),
+    "F64": np.dtype("<f8"),
+    "C64": np.dtype("<c8"),
+}
+_NUM_BITS = {name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()} | {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    "BF16": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -117,17 +136,21 @@ def _num_bytes(stream: Stream) -> int:
 
 
 def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
-    """Read-only arrays mapped from a safetensors file. Only the header is read.
+    """Read-only arrays mapped from a safetensors file. Only the header is read; no descriptor stays open.
+
+    A tensor of a type that numpy lacks, such as BF16, comes as its bytes, of type "V1".
 
     Raises:
         DamagedArtifactError: the header does not describe the file.
     """
+    from dpq_rec.kernels._native import map_file  # not above: the kernels import `tiers`, and that this module
+
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
             raise DamagedArtifactError(f"{path}: got {size} bytes, want a safetensors file")
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    return _parse(mapped, size, str(path))[0]
+        mapped = map_file(file.fileno(), size)
+    return _parse(memoryview(mapped.data), str(path))[0]
 
 
 def unpack_tensors(content: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
@@ -138,20 +161,88 @@ def unpack_tensors(content: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, s
     """
     if len(content) < 8:
         raise DamagedArtifactError(f"tensors: got {len(content)} bytes, want a safetensors file")
-    return _parse(content, len(content), "tensors")
+    return _parse(memoryview(content), "tensors")
 
 
-def _parse(content: mmap.mmap | bytes, size: int, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    header_bytes = int.from_bytes(content[:8], "little")
-    if header_bytes > min(size - 8, MAX_HEADER_BYTES):
+def _parse(content: memoryview, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The tensors and the text of a file that the safetensors library reads too."""
+    header_bytes, size = int.from_bytes(content[:8], "little"), len(content)
+    if header_bytes > size - 8:
         raise DamagedArtifactError(f"{name}: the header claims {header_bytes} bytes, the file has {size}")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise DamagedArtifactError(f"{name}: the header takes {header_bytes} bytes, want at most {MAX_HEADER_BYTES}")
+    text = bytes(content[8 : 8 + header_bytes])
     try:
-        header = json.loads(content[8 : 8 + header_bytes])
-        metadata = header.pop("__metadata__", {})
+        if not text.startswith(b"{"):
+            raise ValueError("it does not begin with {")
+        header = parse_json(text)
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not (type(metadata) is dict and all(type(v) is str for v in metadata.values())):
+            raise ValueError("__metadata__ is no map of text to text")
+        for entry in header.values():
+            _check_entry(entry)
         _check_offsets(sorted(tuple(entry["data_offsets"]) for entry in header.values()), size - 8 - header_bytes)
-        return {name: _view(content, 8 + header_bytes, entry) for name, entry in header.items()}, metadata
+        return {name: _view(content, 8 + header_bytes, entry) for name, entry in header.items()}, metadata or {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedArtifactError(f"{name}: the header does not describe the file: {error}") from error
+        raise DamagedArtifactError(f"{name}: the header does not describe the file: {shorten(error)}") from error
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON in UTF-8, but for what readers take differently: keys twice, NaN, halves of surrogate pairs, huge numbers.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    text = content.decode()
+    found = json.loads(
+        text,
+        object_pairs_hook=_without_duplicates,
+        parse_int=_parse_integer,
+        parse_float=_parse_float,
+        parse_constant=_parse_float,
+    )
+    if "\\u" in text:
+        json.dumps(found, ensure_ascii=False).encode()  # which half a surrogate pair cannot be
+    return found
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a key stands there twice: {reprlib.repr([key for key, _ in pairs])}")
+    return found
+
+
+def _parse_integer(text: str) -> int | float:
+    """More digits than 64 bits have, and minus zero, are a float's: no count."""
+    return _parse_float(text) if len(text) > _MOST_DIGITS or text == "-0" else int(text)
+
+
+def _parse_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"a number is NaN or out of range: {reprlib.repr(text)}")
+    return number
+
+
+def shorten(error: BaseException) -> str:
+    """What an error says, however much a file put into it, in a line that fits a log."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:_MOST_SHOWN]}{'...' if len(text) > _MOST_SHOWN else ''}"
+
+
+def _check_entry(entry: dict[str, Any]) -> None:
+    """Type, shape and offsets of a tensor agree, as the safetensors format wants it."""
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if type(shape) is not list or not all(type(n) is int and 0 <= n < _UINT64_END for n in (begin, end, *shape)):
+        raise ValueError(f"shape and offsets must be counts, got {reprlib.repr(entry)}")
+    count = 1
+    for factor in (*shape, _NUM_BITS[entry["dtype"]]):
+        count *= factor
+        if count >= _UINT64_END:
+            raise ValueError(f"a tensor is larger than 64 bits can say: {reprlib.repr(entry)}")
+    if count != 8 * (end - begin):
+        raise ValueError(f"offsets and shape disagree: {reprlib.repr(entry)}")
 
 
 def _check_offsets(spans: Sequence[tuple[int, int]], data_bytes: int) -> None:
@@ -165,15 +256,12 @@ def _check_offsets(spans: Sequence[tuple[int, int]], data_bytes: int) -> None:
         raise ValueError(f"the tensors take {at} bytes, the file holds {data_bytes}")
 
 
-def _view(content: mmap.mmap | bytes, data_start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+def _view(content: memoryview, data_start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
     begin, end = entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-        raise ValueError(f"shape and offsets must be counts, got {entry}")
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"offsets and shape disagree: {entry}")
-    count = math.prod(shape)
-    return np.frombuffer(content, dtype, count, data_start + begin).reshape(shape)
+    dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+    if dtype is None:
+        dtype, shape = np.dtype("V1"), (end - begin,)
+    return np.frombuffer(content, dtype, math.prod(shape), data_start + begin).reshape(shape)
 
 
 def sha256_of(path: Path, progress: Callable[[int], object] = lambda num_bytes: None) -> str:

@@ -73,6 +73,7 @@ def central_moments_gradient(
     gradients: NDArray[np.float32],
     out: NDArray[np.float32],
 ) -> None: ...
+def map_file(descriptor: int, num_bytes: int) -> NDArray[np.uint8]: ...
 def scan_top(
     packed: NDArray[np.uint8],
     scores: NDArray[np.float32],

@@ -107,6 +107,7 @@ void define_decode_to_json(nb::module_& m);     // decode_to_json.cpp
 void define_find_integers(nb::module_& m);      // find_integers.cpp
 void define_find_rows(nb::module_& m);          // find_rows.cpp
 void define_lookup(nb::module_& m);             // lookup.cpp
+void define_map_file(nb::module_& m);           // map_file.cpp
 void define_scan(nb::module_& m);               // scan.cpp
 void define_softmax_gradients(nb::module_& m);  // softmax_gradients.cpp
 
@@ -121,6 +122,7 @@ NB_MODULE(_native, m) {
   define_find_integers(m);
   define_find_rows(m);
   define_lookup(m);
+  define_map_file(m);
   define_scan(m);
   define_softmax_gradients(m);
 }

@@ -1,11 +1,15 @@
+import gc
 import hashlib
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import load, save
 
 from dpq_rec import DamagedArtifactError
@@ -129,6 +133,7 @@ def entry(begin=0, end=4, dtype="U8", shape=(4,)):
 
 
 DATA = b"abcd"
+TWICE = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
 HOSTILE = {
     "nothing": b"",
     "shorter than a length": b"\x01\x00\x00",
@@ -175,6 +180,30 @@ HOSTILE = {
     "a gap between tensors": file_of({"a": entry(0, 1, shape=(1,)), "b": entry(2, 4, shape=(2,))}, DATA),
     "bytes that no tensor has": file_of({"a": entry(0, 3, shape=(3,))}, DATA),
     "fewer bytes than the tensors have": file_of({"a": entry()}, DATA[:3]),
+    # What json.loads takes, and the safetensors format does not.
+    "UTF-16": file_of(json.dumps({"a": entry()}).encode("utf-16-le"), DATA),
+    "UTF-32": file_of(json.dumps({"a": entry()}).encode("utf-32-le"), DATA),
+    "a byte order mark": file_of(json.dumps({"a": entry()}).encode("utf-8-sig"), DATA),
+    "a leading blank": file_of(b" " + json.dumps({"a": entry()}).encode(), DATA),
+    "a leading line end": file_of(b"\n" + json.dumps({"a": entry()}).encode(), DATA),
+    "a tensor twice": file_of(TWICE, DATA),
+    "a tensor twice, once escaped": file_of(TWICE.replace(b'"a"', b'"\\u0061"', 1), DATA),
+    "a dtype twice": file_of(b'{"a":{"dtype":"U8","dtype":"U8","shape":[4],"data_offsets":[0,4]}}', DATA),
+    "metadata twice": file_of(b'{"__metadata__":{},"__metadata__":{},' + TWICE[1:56] + b"}", DATA),
+    "metadata that is a list": file_of({"__metadata__": [], "a": entry()}, DATA),
+    "metadata that holds a number": file_of({"__metadata__": {"n": 1}, "a": entry()}, DATA),
+    "an entry without names": file_of({"a": ["U8", [4], [0, 4]]}, DATA),
+    "minus zero": file_of(b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[-0,4]}}', DATA),
+    "NaN beside": file_of(b'{"a":{"x":NaN,' + TWICE[6:56] + b"}", DATA),
+    "a number out of range beside": file_of(b'{"a":{"x":1e999,' + TWICE[6:56] + b"}", DATA),
+    "half a surrogate pair": file_of({"\ud800": entry()}, DATA),
+    "NUL behind": file_of(json.dumps({"a": entry()}).encode() + b"\0", DATA),
+    "a shape beyond 64 bits, times nothing": file_of({"a": entry(0, 0, shape=(2**63, 2**63, 0))}),
+    "half a byte": file_of({"a": entry(0, 2, "F4", (3,))}, b"ab"),
+    # What takes long.
+    "a header beyond our limit": file_of(b'{"a":[' + b"[]," * (MAX_HEADER_BYTES // 3) + b"[]]}", DATA),
+    "lists up to our limit": file_of((b'{"a":[' + b"[]," * MAX_HEADER_BYTES)[: MAX_HEADER_BYTES - 4] + b"[]]}", DATA),
+    "a shape of thousands of large sides": file_of({"a": entry(shape=(2**63,) * 30_000)}, DATA),
 }
 
 
@@ -206,3 +235,129 @@ def test_map_tensors_opens_a_file_with_wrong_bytes_or_calls_it_damaged(shared_pa
     except DamagedArtifactError:
         return
     assert sum(tensor.nbytes for tensor in tensors.values()) <= len(content)
+
+
+# What else the format allows
+
+
+ENTRY_BYTES = json.dumps(entry()).encode()
+SOUND = {
+    "blanks behind": file_of(b'{"a":' + ENTRY_BYTES + b"}   \n\t\r", DATA),
+    "no metadata": file_of({"__metadata__": None, "a": entry()}, DATA),
+    "metadata": file_of({"__metadata__": {"ü": "\U0001f600"}, "a": entry()}, DATA),
+    "another order": file_of({"b": entry(2, 4, shape=(2,)), "a": entry(0, 2, shape=(2,))}, DATA),
+    "fields that are not known": file_of({"a": {**entry(), "x": [1, {"y": -0.5}, 10**40]}}, DATA),
+    "a name without letters": file_of({"": entry()}, DATA),
+    "a number": file_of({"a": entry(0, 1, shape=())}, b"a"),
+    "nothing": file_of({"a": entry(0, 0, shape=(2**60, 0))}),
+    "no tensors": file_of({}),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_map_tensors_reads_what_the_format_allows(path, name):
+    path.write_bytes(SOUND[name])
+    found = {tensor: bytes(parts["data"]) for tensor, parts in deserialize(SOUND[name])}
+    assert {tensor: array.tobytes() for tensor, array in map_tensors(path).items()} == found
+
+
+# The dtypes that the library names in its own error.
+BITS = {
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8},
+    **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32},
+    **{"F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64},
+}
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_map_tensors_reads_a_file_with_a_tensor_of_any_dtype(path, dtype):
+    header = {"x": entry(0, BITS[dtype], dtype, (2, 4)), "a": entry(BITS[dtype], BITS[dtype] + 4)}
+    content = file_of(header, bytes(range(BITS[dtype])) + DATA)
+    assert {name: parts["dtype"] for name, parts in deserialize(content)} == {"x": dtype, "a": "U8"}
+    path.write_bytes(content)
+    found = map_tensors(path)
+    assert (found["a"].tobytes(), found["x"].tobytes()) == (DATA, bytes(range(BITS[dtype])))
+
+
+def test_map_tensors_knows_every_dtype_that_the_safetensors_library_knows():
+    with pytest.raises(SafetensorError) as raised:
+        deserialize(file_of({"a": entry(dtype="nothing")}, DATA))
+    assert set(re.findall(r"`([A-Z]\w+)`", str(raised.value))) == set(BITS)
+
+
+# A sound header as its tokens, and what may stand in their places by mistake.
+TOKENS = re.findall(
+    r'"[^"]*"|\d+|.',
+    '{"__metadata__":{"n":"1"},"a":{"dtype":"U8","shape":[2,2],"data_offsets":[0,4],"x":[1,{"y":2}]},'
+    '"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+)
+OTHERS = [
+    *("0", "1", "4", "8", "-0", "-1", "4.0", "4e0", "1e999", "NaN", "Infinity", "9" * 25, "01", "null", "true"),
+    *('"a"', '"b"', '"\\u0062"', '"dtype"', '"__metadata__"', '"U8"', '"F4"', '"BF16"', '"u8"', '""'),
+    *('"\\ud800"', '"\\ud83d\\ude00"', '"\x01"', '"é"', '"', "a", "\ufeff", "\0", " ", "\n", "\v", "\\"),
+    *("[]", "{}", "[4]", "[0,4]", "[2,2]", '{"a":1}', *"{}[]:,"),
+]
+
+
+@st.composite
+def headers(draw):
+    """The sound header, its tokens replaced by others of their kind or of any, or left out, once or twice."""
+    tokens, values = [*TOKENS, ""], [at for at, token in enumerate(TOKENS) if len(token) > 1 or token.isdigit()]
+    for _ in range(draw(st.integers(1, 2))):
+        at = draw(st.sampled_from(values)) if draw(st.integers(0, 2)) else draw(st.integers(0, len(TOKENS)))
+        others = [token for token in OTHERS if token[:1] == tokens[at][:1]] if draw(st.booleans()) else []
+        tokens[at] = draw(st.sampled_from(others or ["", *OTHERS]))
+        tokens[at] += draw(st.sampled_from(["", "", "", " ", tokens[at]]))
+    return "".join(tokens)
+
+
+def is_stricter_here(text):
+    """What the library lets pass although the format forbids it: blanks before, a key twice, an entry as a list."""
+    if not text.startswith("{"):
+        return True
+    objects = []
+    whole = json.loads(text, object_pairs_hook=lambda pairs: objects.append(pairs) or dict(pairs))
+    is_list = any(isinstance(value, list) for value in whole.values())
+    return is_list or any(len(dict(pairs)) != len(pairs) for pairs in objects)
+
+
+@settings(max_examples=500)
+@given(headers())
+def test_map_tensors_takes_the_headers_that_the_safetensors_library_takes(shared_path, text):
+    content = file_of(text.encode(), DATA * 2)
+    shared_path.write_bytes(content)
+    try:
+        map_tensors(shared_path)
+        is_taken = True
+    except DamagedArtifactError:
+        is_taken = False
+    try:
+        deserialize(content)
+        is_sound = True
+    except SafetensorError:
+        is_sound = False
+    event(f"here {is_taken}, there {is_sound}")
+    assert is_taken == is_sound or (is_sound and is_stricter_here(text))
+
+
+# Descriptors
+
+
+def test_map_tensors_keeps_no_descriptor_open(path):
+    write_tensors(path, {"a": np.arange(3)})
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    tensors = map_tensors(path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert tensors["a"].tolist() == [0, 1, 2]
+
+
+def test_map_tensors_lets_go_of_the_memory_when_the_last_array_is_gone(path):
+    write_tensors(path, {"a": np.arange(3), "b": np.arange(3)})
+    tensors = map_tensors(path)
+    kept = tensors.pop("a")[1:]
+    del tensors
+    gc.collect()
+    assert (kept.tolist(), str(path) in Path("/proc/self/maps").read_text()) == ([1, 2], True)
+    del kept
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
