@@ -8,8 +8,11 @@ A table with tiers, of kind "dpq-tiers", is as one of kind "dpq", but for this: 
 `packed_codes.1` and so on the others, as wide as its levels want. `num_levels` and `row_bytes` are the first tier's. As
 values stand level by level, those of a tier are the first of all.
 
+`manifest` says how versions, tables and features may be called, and how large things may be. A file's header takes at
+most 1 MiB. Other tensors, of any type, may stand in a file. Several tables may name the same one: it is mapped once.
+
 `write_artifact` writes beside the target and renames, so that a reader sees the whole artifact or none. `open_artifact`
-checks the structure and takes no time that grows with the tables; `verify` reads every byte.
+checks the structure and takes no time that grows with the tables; `verify` reads every byte, and wants numbers finite.
 """
 
 from __future__ import annotations
@@ -18,103 +21,44 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
-import re
+import reprlib
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.codes import CodeLayout, find_damaged_row
+from dpq_rec.codes import find_damaged_row
+from dpq_rec.contents import TableContents as TableContents  # what this module writes
+from dpq_rec.contents import find_not_finite, value_shapes, write_table
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError
 from dpq_rec.files import renamed_into, write_file
 from dpq_rec.kernels import Coded, Stored
-from dpq_rec.tensorfile import Stream, map_tensors, sha256_of, write_tensors
-from dpq_rec.tiers import PackedTier, Tier, as_entries, codes_name, cut_into_tiers, of_entries, packed_streams
+from dpq_rec.manifest import (
+    CURRENT,
+    FORMAT,
+    FORMAT_VERSION,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    TableManifest,
+    fault_of_features,
+    fault_of_name,
+    parse_manifest,
+)
+from dpq_rec.tensorfile import map_tensors, sha256_of, shorten
+from dpq_rec.tiers import PackedTier, codes_name
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
 
-FORMAT, FORMAT_VERSION = "dpq-rec", 1
-DPQ, DPQ_TIERS, DENSE = "dpq", "dpq-tiers", "dense"  # kinds of tables
-MANIFEST, CURRENT = "manifest.json", "CURRENT"
+MANIFEST = "manifest.json"
 PRODUCER = "dpq_rec 0.1.0"
-VERSION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_SIZES = ("num_embeddings", "embedding_dim", "num_subspaces", "num_levels", "num_codes", "code_bits", "row_bytes")
+_MOST_OF_CURRENT = 300  # bytes of CURRENT that are read: more than a version may have
 _CHECK_ROWS = 1 << 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TableContents:
-    """What goes into one table of an artifact.
-
-    Attributes:
-        num_embeddings: V, rows.
-        embedding_dim: E.
-        vocabulary: the map from ids to rows.
-        chunks: the rows in order, in pieces of any size: packed codes [N, W] (uint8), or vectors [N, E] (float32) of a
-            dense table. No piece holds rows of two tiers.
-        layout: how the codes of a row are laid out, of the first tier where there are several; None is a dense table.
-        tiers: of the rows, where there are several.
-        values: float32 or float16 [L*D, K, S], or [L, K, S] where the subspaces share them; None for a dense table.
-        features: the names under which a model looks the table up.
-    """
-
-    num_embeddings: int
-    embedding_dim: int
-    vocabulary: Vocabulary
-    chunks: Iterable[NDArray[Any]]
-    layout: CodeLayout | None = None
-    values: NDArray[Any] | None = None
-    features: tuple[str, ...] = ()
-    tiers: tuple[Tier, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TableManifest:
-    """One table's entry in manifest.json (contract 3)."""
-
-    file: str
-    bytes: int
-    sha256: str
-    kind: str
-    num_embeddings: int
-    embedding_dim: int
-    num_subspaces: int
-    num_levels: int
-    num_codes: int
-    code_bits: int
-    row_bytes: int
-    shared_values: bool
-    features: tuple[str, ...]
-    vocabulary: Mapping[str, Any]
-    tiers: tuple[Mapping[str, int], ...] = ()
-
-    @property
-    def has_codes(self) -> bool:
-        """Whether rows are stored as codes, with tiers or without."""
-        return self.kind in (DPQ, DPQ_TIERS)
-
-    @functools.cached_property
-    def layout(self) -> CodeLayout:
-        """How the codes of a row are laid out; of a row of the first tier, where there are tiers."""
-        return CodeLayout(num_subspaces=self.num_subspaces, num_codes=self.num_codes, num_levels=self.num_levels)
-
-    def cut(self) -> tuple[Tier, ...]:
-        """The tiers of the rows; one of all rows, where there are none.
-
-        Raises:
-            DamagedArtifactError: `tiers` contradicts the sizes.
-        """
-        return of_entries(self.tiers, self.layout, self.num_embeddings, self.file)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As manifest.json holds it: only a table with tiers has `tiers`."""
-        entry = dataclasses.asdict(self)
-        if not self.tiers:
-            del entry["tiers"]
-        return entry
+_CHECK_NUMBERS = 1 << 22  # looked at together
+VALUES_FP32 = "values_fp32"  # of a table's tensors: in memory alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +83,7 @@ class Table:
     @functools.cached_property
     def stored(self) -> Stored:
         """The vectors of all rows, as the kernels take them."""
-        return Coded(self.tiers, self.tensors["values_fp32"]) if self.manifest.has_codes else self.tensors["vectors"]
+        return Coded(self.tiers, self.tensors[VALUES_FP32]) if self.manifest.has_codes else self.tensors["vectors"]
 
     @property
     def packed_bytes(self) -> int:
@@ -212,10 +156,11 @@ def write_artifact(
     if target.exists():
         raise FileExistsError(f"{target} exists; an artifact is never changed: write to another folder")
     now = datetime.datetime.now(datetime.UTC)
-    version = version or f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-    for what, name in [("version", version), *(("table name", name) for name in tables)]:
-        if not VERSION_NAME.fullmatch(name):
-            raise ConfigError(f"{what}: got {name!r}, want letters, digits, '_', '-' and '.'")
+    version = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}" if version is None else version
+    faults = [fault_of_name("version", version), *(fault_of_name("table name", name) for name in tables)]
+    faults += [fault_of_features(contents.features) for contents in tables.values()]
+    for fault in filter(None, faults):
+        raise ConfigError(fault)
     with renamed_into(target) as folder:
         (folder / "tables").mkdir()
         manifest = {
@@ -224,55 +169,10 @@ def write_artifact(
             "version": version,
             "created_at": now.isoformat(timespec="seconds"),
             "producer": PRODUCER,
-            "tables": {name: _write_table(folder, name, t).as_dict() for name, t in tables.items()},
+            "tables": {name: write_table(folder, name, t).as_dict() for name, t in tables.items()},
         }
         write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return target
-
-
-def _write_table(folder: Path, name: str, contents: TableContents) -> TableManifest:
-    rows, dim, layout, values = contents.num_embeddings, contents.embedding_dim, contents.layout, contents.values
-    try:
-        contents.vocabulary.check(rows)
-    except DamagedArtifactError as error:
-        raise ConfigError(f"table {name!r}: {error}") from error
-    tensors: dict[str, NDArray[Any] | Stream] = dict(contents.vocabulary.indexed().tensors())
-    if layout is None:
-        tensors["vectors"] = Stream(np.float32, (rows, dim), contents.chunks)
-    else:
-        if dim % layout.num_subspaces:
-            raise ConfigError(f"table {name!r}: num_subspaces {layout.num_subspaces} does not divide {dim}")
-        shapes = _value_shapes(layout, dim)
-        if values is None or values.shape not in shapes or values.dtype not in (np.float32, np.float16):
-            got = "nothing" if values is None else f"{values.dtype} {values.shape}"
-            raise ConfigError(f"table {name!r}: values: got {got}, want float32 or float16 in one of {shapes}")
-        tensors["values"] = values
-        tensors |= packed_streams(contents.tiers or cut_into_tiers(layout, rows), contents.chunks)
-    file = f"tables/{name}.safetensors"
-    written = write_tensors(folder / file, tensors)
-    return TableManifest(
-        file=file,
-        bytes=written.num_bytes,
-        sha256=written.sha256,
-        kind=DENSE if layout is None else DPQ_TIERS if contents.tiers else DPQ,
-        num_embeddings=rows,
-        embedding_dim=dim,
-        num_subspaces=layout.num_subspaces if layout else 0,
-        num_levels=layout.num_levels if layout else 0,
-        num_codes=layout.num_codes if layout else 0,
-        code_bits=layout.code_bits if layout else 0,
-        row_bytes=layout.row_bytes if layout else 4 * dim,
-        shared_values=bool(layout and values is not None and values.shape != _value_shapes(layout, dim)[0]),
-        features=contents.features,
-        vocabulary={"kind": contents.vocabulary.kind},
-        tiers=as_entries(contents.tiers),
-    )
-
-
-def _value_shapes(layout: CodeLayout, embedding_dim: int) -> list[tuple[int, ...]]:
-    """The shape of values of one's own, and of shared ones."""
-    tail = (layout.num_codes, embedding_dim // layout.num_subspaces)
-    return [(layout.codes_per_row, *tail), (layout.num_levels, *tail)]
 
 
 # Reading
@@ -285,60 +185,68 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         ArtifactError: there is none at the path, or this version cannot read it.
         DamagedArtifactError: manifest and files disagree.
     """
-    folder = find_artifact(Path(path))
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != FORMAT or manifest["format_version"] != FORMAT_VERSION:
-            found = f"{manifest['format']} version {manifest['format_version']}"
-            raise ArtifactError(f"{folder}: got {found}, this version reads {FORMAT} version {FORMAT_VERSION}")
-        return Artifact(
-            path=folder,
-            version=str(manifest["version"]),
-            created_at=str(manifest["created_at"]),
-            producer=str(manifest["producer"]),
-            tables={name: _open_table(folder, name, entry) for name, entry in manifest["tables"].items()},
-        )
+        folder = find_artifact(Path(path))
+        manifest = _read_manifest(folder / MANIFEST)
+        if folder != Path(path) and manifest.version != folder.name:
+            got = f"the manifest in {folder.name} says version {manifest.version}"
+            raise DamagedArtifactError(f"{Path(path) / CURRENT}: names {folder.name!r}, but {got}")
+        files: dict[str, dict[str, NDArray[Any]]] = {}
+        tables = {name: _open_table(folder, name, entry, files) for name, entry in manifest.tables.items()}
+    except (OSError, MemoryError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {shorten(error)}") from error
+    return Artifact(
+        path=folder,
+        version=manifest.version,
+        created_at=manifest.created_at,
+        producer=manifest.producer,
+        tables=tables,
+    )
+
+
+def _read_manifest(path: Path) -> Manifest:
+    num_bytes = path.stat().st_size
+    if num_bytes > MAX_MANIFEST_BYTES:
+        raise DamagedArtifactError(f"{path}: got {num_bytes} bytes, want at most {MAX_MANIFEST_BYTES}")
+    try:
+        return parse_manifest(path.read_bytes())
+    except ArtifactError as error:
+        raise type(error)(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedArtifactError(f"{folder / MANIFEST}: {type(error).__name__}: {error}") from error
+        raise DamagedArtifactError(f"{path}: {shorten(error)}") from error
 
 
-def _open_table(folder: Path, name: str, entry: dict[str, Any]) -> Table:
-    known = {field.name for field in dataclasses.fields(TableManifest)}
-    fields: dict[str, Any] = {k: v for k, v in entry.items() if k in known}
-    fields["features"] = tuple(fields["features"])
-    fields["tiers"] = tuple(fields["tiers"]) if fields["kind"] == DPQ_TIERS else ()
-    manifest = TableManifest(**fields)
-    if manifest.kind not in (DPQ, DPQ_TIERS, DENSE):
-        wanted = f"{DPQ}, {DPQ_TIERS} and {DENSE}"
-        raise ArtifactError(f"table {name!r}: got kind {manifest.kind!r}, this version reads {wanted}")
-    if not all(type(fields[size]) is int and fields[size] >= 0 for size in _SIZES):
-        raise DamagedArtifactError(f"table {name!r}: the manifest's sizes are no counts: {manifest}")
+def _open_table(folder: Path, name: str, manifest: TableManifest, files: dict[str, dict[str, NDArray[Any]]]) -> Table:
+    """Open one table; `files` holds the tensors of the files that are mapped already."""
     path = folder / manifest.file
-    if Path(manifest.file).is_absolute() or ".." in Path(manifest.file).parts:
-        raise DamagedArtifactError(f"table {name!r}: file {manifest.file!r} lies outside the artifact")
-    if not path.is_file() or path.stat().st_size != manifest.bytes:
-        found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
+    num_bytes = path.stat().st_size if path.is_file() else None
+    if num_bytes != manifest.bytes:
+        found = "no file" if num_bytes is None else f"{num_bytes} bytes"
         raise DamagedArtifactError(f"{path}: got {found}, the manifest says {manifest.bytes} bytes")
-    tensors = map_tensors(path)
-    _check_table(name, manifest, tensors)
-    if "values" in tensors:  # small, and read at every lookup: in memory, in the type that the sums are made in
-        tensors = {**tensors, "values_fp32": np.array(tensors["values"], np.float32)}
-    vocabulary = load_vocabulary(manifest.vocabulary["kind"], manifest.num_embeddings, tensors)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DamagedArtifactError(f"{path}: links to a file that lies outside the artifact: put a copy in its place")
+    if manifest.file not in files:
+        files[manifest.file] = {what: array for what, array in map_tensors(path).items() if what != VALUES_FP32}
+    tensors = files[manifest.file]
+    try:
+        _check_tensors(manifest, tensors)
+        vocabulary = load_vocabulary(manifest.vocabulary["kind"], manifest.num_embeddings, tensors)
+    except ArtifactError as error:
+        raise type(error)(f"table {name!r}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedArtifactError(f"table {name!r}: {shorten(error)}") from error
+    if manifest.has_codes and VALUES_FP32 not in tensors:
+        # Small, and read at every lookup: in memory, in the type that the sums are made in.
+        tensors[VALUES_FP32] = np.array(tensors["values"], np.float32)
     return Table(name=name, manifest=manifest, tensors=tensors, vocabulary=vocabulary)
 
 
-def _check_table(name: str, manifest: TableManifest, tensors: Mapping[str, NDArray[Any]]) -> None:
+def _check_tensors(manifest: TableManifest, tensors: Mapping[str, NDArray[Any]]) -> None:
     """The tensors are there, in the types and shapes that the manifest promises."""
     rows, dim = manifest.num_embeddings, manifest.embedding_dim
     wanted: dict[str, tuple[tuple[str, ...], list[tuple[int, ...]]]] = {"vectors": (("float32",), [(rows, dim)])}
     if manifest.has_codes:
-        layout = manifest.layout
-        if dim % layout.num_subspaces or (manifest.code_bits, manifest.row_bytes) != (
-            layout.code_bits,
-            layout.row_bytes,
-        ):
-            raise DamagedArtifactError(f"table {name!r}: the manifest's sizes contradict each other: {manifest}")
-        shapes = _value_shapes(layout, dim)
+        shapes = value_shapes(manifest.layout, dim)
         wanted = {
             codes_name(at): (("uint8",), [(tier.num_rows, tier.layout.row_bytes)])
             for at, tier in enumerate(manifest.cut())
@@ -347,8 +255,8 @@ def _check_table(name: str, manifest: TableManifest, tensors: Mapping[str, NDArr
     for tensor_name, (dtypes, shapes) in wanted.items():
         tensor = tensors.get(tensor_name)
         if tensor is None or str(tensor.dtype) not in dtypes or tensor.shape not in shapes:
-            got = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
-            raise DamagedArtifactError(f"table {name!r}: {tensor_name}: got {got}, want {dtypes} {shapes}")
+            got = "nothing" if tensor is None else f"{tensor.dtype} {reprlib.repr(tensor.shape)}"
+            raise DamagedArtifactError(f"{tensor_name}: got {got}, want {dtypes} {shapes}")
 
 
 def verify(path: str | os.PathLike[str], progress: Callable[[int], object] = lambda num_bytes: None) -> Artifact:
@@ -362,19 +270,40 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int], object] = lam
         ArtifactError, DamagedArtifactError: as `open_artifact`, and for bytes that are not what was published.
     """
     artifact = open_artifact(path)
-    for name, table in artifact.tables.items():
-        digest = sha256_of(artifact.path / table.manifest.file, progress)
-        if digest != table.manifest.sha256:
-            raise DamagedArtifactError(
-                f"{table.manifest.file}: got sha256 {digest}, the manifest says {table.manifest.sha256}"
-            )
-        try:
-            table.vocabulary.check(table.manifest.num_embeddings)
-        except DamagedArtifactError as error:
-            raise DamagedArtifactError(f"table {name!r}: {error}") from error
-        for tier in table.tiers:
-            _check_codes(name, tier, progress)
+    digests: dict[str, str] = {}  # by file, which several tables may share
+    checked: set[str] = set()
+    for table in artifact.tables.values():
+        file, wanted = table.manifest.file, table.manifest.sha256
+        if file not in digests:
+            digests[file] = sha256_of(artifact.path / file, progress)
+        if digests[file] != wanted:
+            raise DamagedArtifactError(f"{file}: got sha256 {digests[file]}, the manifest says {wanted}")
+        content = repr(dataclasses.replace(table.manifest, features=()))
+        if content not in checked:
+            checked.add(content)
+            _check_content(table, progress)
     return artifact
+
+
+def _check_content(table: Table, progress: Callable[[int], object]) -> None:
+    """Look at every id, number and code of a table."""
+    try:
+        table.vocabulary.check(table.manifest.num_embeddings)
+        for what in ("values",) if table.manifest.has_codes else ("vectors",):
+            _check_finite(what, table.tensors[what])
+    except DamagedArtifactError as error:
+        raise DamagedArtifactError(f"table {table.name!r}: {error}") from error
+    for tier in table.tiers:
+        _check_codes(table.name, tier, progress)
+
+
+def _check_finite(what: str, numbers: NDArray[Any]) -> None:
+    rows = max(1, _CHECK_NUMBERS // max(1, math.prod(numbers.shape[1:])))
+    for start in range(0, len(numbers), rows):
+        at = find_not_finite(numbers[start : start + rows])
+        if at is not None:
+            at = (start + at[0], *at[1:])
+            raise DamagedArtifactError(f"{what}{list(at)} is {numbers[at]}, want finite numbers")
 
 
 def _check_codes(name: str, tier: PackedTier, progress: Callable[[int], object]) -> None:
@@ -395,10 +324,17 @@ def find_artifact(path: Path) -> Path:
     """
     if (path / MANIFEST).is_file():
         return path
-    current = path / CURRENT
-    if not current.is_file():
+    if not (path / CURRENT).is_file():
         raise ArtifactError(f"{path}: holds neither {MANIFEST} (an artifact) nor CURRENT (a store of artifacts)")
-    version = current.read_text(errors="replace").removesuffix("\n")
-    if not VERSION_NAME.fullmatch(version) or not (path / version / MANIFEST).is_file():
-        raise DamagedArtifactError(f"{current}: names {version!r}, which is not a version in this store")
+    version = read_current(path)
+    if fault_of_name("version", version) or not (path / version / MANIFEST).is_file():
+        raise DamagedArtifactError(
+            f"{path / CURRENT}: names {reprlib.repr(version)}, which is not a version in this store"
+        )
     return path / version
+
+
+def read_current(store: Path) -> str:
+    """What a store's CURRENT says; of one that is too long for a version, no more than shows that."""
+    with (store / CURRENT).open("rb") as file:
+        return file.read(_MOST_OF_CURRENT).decode(errors="replace").removesuffix("\n")

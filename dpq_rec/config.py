@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import ConfigError
-from dpq_rec.tiers import Tier, cut_into_tiers
+from dpq_rec.tiers import MAX_TIERS, Tier, cut_into_tiers
 
 Metric = Literal["dot", "euclidean", "cosine"]
 ValuesDtype = Literal["float32", "float16"]
@@ -115,6 +115,8 @@ class DPQConfig:
                 wanted = f"whole numbers of levels, from below num_levels {self.num_levels} down to 1, each smaller"
                 raise ConfigError(f"tiers: got {self.tiers}, want {wanted}")
             before_share, before_levels = share, num_levels
+        if len(self.tiers) >= MAX_TIERS:  # rows before the first share are a tier, too
+            raise ConfigError(f"tiers: got {len(self.tiers)}, want at most {MAX_TIERS - 1}")
 
     def _check_keys(self) -> None:
         if self.key_dim is None:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from dpq_rec import kernels
 from dpq_rec.artifact import Table
+from dpq_rec.contents import find_not_finite
 from dpq_rec.decode import decode_rows
-from dpq_rec.errors import ConfigError
+from dpq_rec.errors import ConfigError, DamagedArtifactError
 from dpq_rec.kernels import Best
 
 Similarity = Literal["dot", "cosine"]
@@ -134,7 +135,8 @@ class TableSearch:
         with np.errstate(over="ignore", invalid="ignore"):
             scores_LDK1: NDArray[np.float32] = np.matmul(values_LDKS, parts_DS1)
         scores_MK = scores_LDK1.reshape(layout.codes_per_row, layout.num_codes)
-        _check_scores(np.abs(scores_MK).max(1).sum(dtype=np.float64))  # no sum of a row is larger
+        # No sum of a row is larger.
+        self._check_scores(np.abs(scores_MK).max(1).sum(dtype=np.float64), "values", values_MKS)
         return scores_MK
 
     def _best_of_vectors(self, query_E: NDArray[np.float32], most: int, scales_V: NDArray[np.float32] | None) -> Best:
@@ -146,7 +148,7 @@ class TableSearch:
                 scores_N = vectors_VE[here] @ query_E
                 if scales_V is not None:
                     scores_N = scores_N * scales_V[here]
-            _check_scores(np.abs(scores_N).max())
+            self._check_scores(np.abs(scores_N).max(), "vectors", vectors_VE[here], int(rows_N[0]))
             rows_N, scores_N = np.concatenate([best.rows_T, rows_N]), np.concatenate([best.scores_T, scores_N])
             if len(rows_N) > most:  # all that are as good as the worst of the best, so that lower rows win a tie
                 enough_N = scores_N >= np.partition(scores_N, len(scores_N) - most)[len(scores_N) - most]
@@ -154,6 +156,27 @@ class TableSearch:
             order_T = np.lexsort((rows_N, -scores_N))[:most]
             best = Best(rows_N[order_T], scores_N[order_T])
         return best
+
+    def _check_scores(self, largest: np.floating[Any], what: str, numbers: NDArray[np.float32], first: int = 0) -> None:
+        """Whether fp32 holds the scores.
+
+        Args:
+            largest: of them, without its sign.
+            what: they are made of, beside the queries.
+            numbers: these, or those from `first` on.
+            first: see there.
+
+        Raises:
+            DamagedArtifactError: it does not, as a number of the table is NaN or infinite.
+            ConfigError: it does not, as queries and table are too large together.
+        """
+        if largest <= np.finfo(np.float32).max:
+            return
+        at = find_not_finite(numbers)
+        if at is not None:
+            place = f"{what}{[first + at[0], *at[1:]]}"
+            raise DamagedArtifactError(f"table {self.table.name!r}: {place} is {numbers[at]}: it has no scores")
+        raise ConfigError("queries: their scores are more than 32 bits hold; want smaller numbers")
 
     @functools.cached_property
     def _names(self) -> _Names:
@@ -187,9 +210,3 @@ def _of_length_one(queries_QE: NDArray[np.float32]) -> NDArray[np.float32]:
     queries_QE64 = queries_QE.astype(np.float64)
     lengths_Q1 = np.linalg.norm(queries_QE64, axis=1, keepdims=True)
     return (queries_QE64 / np.where(lengths_Q1 > 0, lengths_Q1, 1)).astype(np.float32)
-
-
-def _check_scores(largest: np.floating[Any]) -> None:
-    """Raises ConfigError where scores are more than fp32 holds, or none."""
-    if not largest <= np.finfo(np.float32).max:
-        raise ConfigError("queries: their scores are more than 32 bits hold, or the table's numbers are none")

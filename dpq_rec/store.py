@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from dpq_rec.artifact import CURRENT, MANIFEST, VERSION_NAME, Artifact, verify
-from dpq_rec.errors import ConfigError
+from dpq_rec.artifact import MANIFEST, Artifact, read_current, verify
 from dpq_rec.files import renamed_into, replace_file
+from dpq_rec.manifest import CURRENT
 
 
 def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> Path:
@@ -22,8 +22,6 @@ def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> 
     """
     verified = verify(artifact)
     target = Path(store) / verified.version
-    if not VERSION_NAME.fullmatch(verified.version):
-        raise ConfigError(f"version: got {verified.version!r}, want letters, digits, '_', '-' and '.'")
     if target.exists():
         _check_published(verified, target)
     else:
@@ -35,15 +33,15 @@ def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> 
 def _check_published(verified: Artifact, target: Path) -> None:
     if (target / MANIFEST).read_bytes() != (verified.path / MANIFEST).read_bytes():
         raise FileExistsError(f"{target} holds another artifact of that version; give this one a version of its own")
-    current = target.with_name(CURRENT)
-    if current.is_file() and current.read_text(errors="replace").removesuffix("\n") == verified.version:
+    if target.with_name(CURRENT).is_file() and read_current(target.parent) == verified.version:
         raise FileExistsError(f"{target} is the current version already; a version is published once")
     verify(target)
 
 
 def _copy_into(target: Path, verified: Artifact) -> None:
     with renamed_into(target) as folder:
-        for file in [*(table.manifest.file for table in verified.tables.values()), MANIFEST]:
+        files = dict.fromkeys(table.manifest.file for table in verified.tables.values())  # each once
+        for file in [*files, MANIFEST]:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(verified.path / file, folder / file)
             descriptor = os.open(folder / file, os.O_RDONLY)

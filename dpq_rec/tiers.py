@@ -7,6 +7,7 @@ fewer codes. As values stand level by level, the values of a tier are the first 
 from __future__ import annotations
 
 import itertools
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import DamagedArtifactError
 from dpq_rec.tensorfile import Stream
+
+MAX_TIERS = 256  # a tier's number travels in a byte
 
 
 class Tier(NamedTuple):
@@ -77,13 +80,15 @@ def of_entries(
         DamagedArtifactError: they are no rows that add up to all, or no levels that fall from the table's own.
     """
     entries = entries or [{"rows": num_embeddings, "num_levels": layout.num_levels}]
+    if len(entries) > MAX_TIERS:
+        raise DamagedArtifactError(f"{file}: tiers: got {len(entries)}, want at most {MAX_TIERS}")
     rows, levels = [entry["rows"] for entry in entries], [entry["num_levels"] for entry in entries]
     if not all(type(count) is int and count >= 0 for count in (*rows, *levels)):
-        raise DamagedArtifactError(f"{file}: tiers: got {entries}, want counts")
+        raise DamagedArtifactError(f"{file}: tiers: got {reprlib.repr(entries)}, want counts")
     falls = all(before > after > 0 for before, after in itertools.pairwise(levels))
     if sum(rows) != num_embeddings or levels[0] != layout.num_levels or not falls:
         wanted = f"{num_embeddings} rows in all, and levels that fall from {layout.num_levels}"
-        raise DamagedArtifactError(f"{file}: tiers: got {entries}, want {wanted}")
+        raise DamagedArtifactError(f"{file}: tiers: got {reprlib.repr(entries)}, want {wanted}")
     starts = itertools.accumulate(rows, initial=0)
     tiers = zip(starts, rows, levels, strict=False)
     return tuple(Tier(first, num_rows, replace(layout, num_levels=level)) for first, num_rows, level in tiers)

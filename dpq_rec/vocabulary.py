@@ -14,6 +14,7 @@ export. In the artifact:
 from __future__ import annotations
 
 import itertools
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -132,6 +133,11 @@ class ModuloVocabulary(IdentityVocabulary):
     """The hashing trick: row = id mod V. No id is missing; an export names a row by its lowest id, the row."""
 
     kind = "modulo"
+
+    def __init__(self, num_embeddings: int) -> None:
+        if num_embeddings < 1:
+            raise ConfigError(f"modulo vocabulary: got {num_embeddings} rows, want 1 or more: no id would have a row")
+        super().__init__(num_embeddings)
 
     def rows(self, ids: Any) -> NDArray[np.int64]:
         """See `Vocabulary.rows`."""
@@ -363,16 +369,17 @@ def load_vocabulary(kind: str, num_embeddings: int, tensors: Mapping[str, NDArra
         ArtifactError: a kind that this version does not know.
         DamagedArtifactError: its tensors are missing or of the wrong type.
     """
-    if kind == "identity":
-        return IdentityVocabulary(num_embeddings)
-    if kind == "modulo":
-        return ModuloVocabulary(num_embeddings)
     rows_U = tensors.get("rows")
-    if kind not in ("int64", "string"):
-        raise ArtifactError(f"vocabulary kind: got {kind!r}, this version reads identity, modulo, int64 and string")
-    if rows_U is None or rows_U.dtype != np.uint32 or rows_U.ndim != 1:
-        raise DamagedArtifactError(f"the {kind} vocabulary has no tensor rows, uint32 [U]")
+    if kind not in ("identity", "modulo", "int64", "string"):
+        wanted = "identity, modulo, int64 and string"
+        raise ArtifactError(f"vocabulary kind: got {reprlib.repr(kind)}, this version reads {wanted}")
     try:
+        if kind == "identity":
+            return IdentityVocabulary(num_embeddings)
+        if kind == "modulo":
+            return ModuloVocabulary(num_embeddings)
+        if rows_U is None or rows_U.dtype != np.uint32 or rows_U.ndim != 1:
+            raise DamagedArtifactError(f"the {kind} vocabulary has no tensor rows, uint32 [U]")
         return _load_strings(tensors, rows_U) if kind == "string" else _load_integers(tensors, rows_U)
     except ConfigError as error:  # what would be a caller's mistake is damage in a file
         raise DamagedArtifactError(str(error)) from error

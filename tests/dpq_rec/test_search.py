@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dpq_rec import (
     CodeLayout,
     ConfigError,
+    DamagedArtifactError,
     EmbeddingStore,
     Int64Vocabulary,
     ModuloVocabulary,
@@ -20,7 +21,7 @@ from dpq_rec import (
     write_artifact,
 )
 from dpq_rec.tiers import cut_into_tiers
-from tests.dpq_rec.builders import dense_contents, dpq_contents
+from tests.dpq_rec.builders import dense_contents, dpq_contents, write_unchecked
 
 NUM_ROWS = 300
 LAYOUT = CodeLayout(num_subspaces=4, num_codes=16)
@@ -150,12 +151,42 @@ def test_an_empty_table_has_no_answers(kind, similarity, tmp_path):
     assert np.shape(ids) == scores_QT.shape == (2, 0)
 
 
-def test_numbers_of_a_table_that_are_none_are_no_answers(tmp_path):
-    vectors_VE = np.ones((3, 2), np.float32)
-    vectors_VE[1] = np.nan
-    broken = EmbeddingStore.open(write_artifact(tmp_path / "broken", {"item": dense_contents(vectors_VE)}))
-    with pytest.raises(ConfigError, match="or the table's numbers are none"):
-        broken.search("item", np.ones((1, 2)), 2)
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["vectors", "values", "shared values", "levels"])
+def test_search_names_the_number_of_a_table_that_is_not_finite_and_does_not_blame_the_queries(
+    kind, number, similarity, tmp_path
+):
+    contents = {
+        "vectors": dense_contents(np.ones((3, 8), np.float32)),
+        "values": dpq_contents(3, LAYOUT),
+        "shared values": dpq_contents(3, LAYOUT, shared=True),
+        "levels": dpq_contents(3, RESIDUAL, subspace_dim=4),
+    }[kind]
+    if kind == "vectors":
+        contents.chunks[0][2, 5] = number
+        place = r"vectors\[2, 5\]"
+    else:
+        contents.values[0, 3, 1] = number
+        place = r"values\[0, 3, 1\]"
+    broken = EmbeddingStore.open(write_unchecked(tmp_path / "broken", {"item": contents}))
+    with pytest.raises(DamagedArtifactError, match=f"table 'item': {place} is {number}"):
+        broken.search("item", np.ones((1, 8)), 2, similarity=similarity)
+
+
+def test_search_finds_what_is_not_finite_beyond_the_first_block_of_a_dense_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "_BLOCK_NUMBERS", 16)
+    vectors_VE = np.ones((9, 8), np.float32)
+    vectors_VE[7, 1] = np.inf
+    broken = EmbeddingStore.open(write_unchecked(tmp_path / "broken", {"item": dense_contents(vectors_VE)}))
+    with pytest.raises(DamagedArtifactError, match=r"vectors\[7, 1\] is inf"):
+        broken.search("item", np.ones((1, 8)), 2)
+
+
+def test_lookup_of_a_table_that_holds_what_is_not_finite_gives_its_numbers(tmp_path):
+    vectors_VE = np.array([[1, np.nan], [2, np.inf]], np.float32)
+    broken = EmbeddingStore.open(write_unchecked(tmp_path / "broken", {"item": dense_contents(vectors_VE)}))
+    np.testing.assert_array_equal(broken.lookup("item", [1, 0]).vectors, vectors_VE[::-1])
 
 
 def test_no_queries_have_no_answers(store):

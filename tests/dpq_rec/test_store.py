@@ -5,7 +5,6 @@ import pytest
 
 from dpq_rec import (
     CodeLayout,
-    ConfigError,
     DamagedArtifactError,
     EmbeddingStore,
     open_artifact,
@@ -113,7 +112,7 @@ def test_publish_refuses_a_damaged_artifact_and_leaves_the_store_as_it_was(tmp_p
 
 def test_publish_refuses_a_version_that_lies_outside_the_store(artifact, store):
     edit_manifest(artifact, lambda manifest: manifest.update(version="../elsewhere"))
-    with pytest.raises(ConfigError, match="version"):
+    with pytest.raises(DamagedArtifactError, match=r"version: got '\.\./elsewhere'"):
         publish(artifact, store)
 
 

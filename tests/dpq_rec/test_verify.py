@@ -1,8 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from dpq_rec import DamagedArtifactError, Int64Vocabulary, verify, write_artifact
-from tests.dpq_rec.builders import dense_contents, overwrite, small_artifact, word_artifact
+from dpq_rec import CodeLayout, ConfigError, DamagedArtifactError, Int64Vocabulary, verify, write_artifact
+from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite, small_artifact, word_artifact
 
 
 @pytest.fixture
@@ -55,6 +57,49 @@ def test_verify_finds_a_damaged_row_beyond_the_first_piece(tmp_path, monkeypatch
     overwrite(artifact, "item", "packed_codes", 6, b"\xff\x00")
     with pytest.raises(DamagedArtifactError, match="row 3"):
         verify(artifact)
+
+
+LAYOUT = CodeLayout(num_subspaces=5, num_codes=5)
+NUMBERS = {
+    "fp32 values": ("item", dpq_contents(4, LAYOUT), "values", 24, "<f4"),
+    "fp16 values": ("item", dpq_contents(4, LAYOUT, dtype=np.float16), "values", 12, "<f2"),
+    "vectors": ("dense", dense_contents(np.ones((4, 5), np.float32)), "vectors", 24, "<f4"),
+}
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_verify_finds_a_number_that_is_not_finite(tmp_path, name, number):
+    table, contents, tensor, at, dtype = NUMBERS[name]
+    path = write_artifact(tmp_path / "a", {table: contents})
+    verify(path)
+    overwrite(path, table, tensor, at, np.array(number, dtype).tobytes())
+    place = {"values": r"\[0, 3, 0\]", "vectors": r"\[1, 1\]"}[tensor]
+    with pytest.raises(DamagedArtifactError, match=f"table '{table}': {tensor}{place} is {number}"):
+        verify(path)
+
+
+def test_verify_finds_what_is_not_finite_beyond_the_first_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpq_rec.artifact._CHECK_NUMBERS", 10)
+    path = write_artifact(tmp_path / "a", {"t": dense_contents(np.ones((7, 4), np.float32))})
+    verify(path)
+    overwrite(path, "t", "vectors", 4 * 22, np.array(np.nan, "<f4").tobytes())
+    with pytest.raises(DamagedArtifactError, match=r"table 't': vectors\[5, 2\] is nan"):
+        verify(path)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", ["values", "vectors"])
+def test_write_artifact_refuses_a_number_that_verify_would_refuse(tmp_path, kind, number):
+    contents = dpq_contents(4, LAYOUT)
+    if kind == "vectors":
+        contents = dataclasses.replace(dense_contents(np.ones((4, 5), np.float32)), chunks=[])
+        contents.chunks.extend([np.ones((3, 5), np.float32), np.full((1, 5), number, np.float32)])
+    else:
+        contents.values[2, 1, 0] = number
+    with pytest.raises(ConfigError, match=r"table 't': .*want finite numbers"):
+        write_artifact(tmp_path / "a", {"t": contents})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verify_finds_ids_out_of_order(artifact):

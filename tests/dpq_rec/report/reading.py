@@ -2,8 +2,9 @@
 
 from html.parser import HTMLParser
 
-from dpq_rec import CodeLayout, open_artifact, write_artifact
+from dpq_rec import CodeLayout, open_artifact
 from dpq_rec.report import ReportConfig, num_report_steps, write_report
+from tests.dpq_rec.builders import write_unchecked
 
 LAYOUT = CodeLayout(num_subspaces=4, num_codes=20)  # of most tables that are reported on
 
@@ -68,7 +69,7 @@ def read_page(path):
 def report(tmp_path, contents, **config):
     """An artifact of one table `t`, or of several; the page on it; what was found of them."""
     path = tmp_path / "artifact"
-    artifact = open_artifact(write_artifact(path, contents if isinstance(contents, dict) else {"t": contents}))
+    artifact = open_artifact(write_unchecked(path, contents if isinstance(contents, dict) else {"t": contents}))
     told = []
     reported = write_report(artifact, tmp_path / "out.html", ReportConfig(**config), told.append)
     assert sum(told) == num_report_steps(artifact)

@@ -8,11 +8,11 @@ from dpq_rec import CodeLayout, DamagedArtifactError, open_artifact, write_artif
 from dpq_rec.decode import decode_rows
 from dpq_rec.report import neighbours as module
 from dpq_rec.report.neighbours import nearest_rows, telling_rows
-from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite
+from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite, write_unchecked
 
 
 def opened(path, contents):
-    return open_artifact(write_artifact(path, {"t": contents})).tables["t"]
+    return open_artifact(write_unchecked(path, {"t": contents})).tables["t"]
 
 
 def random_dense(num_rows=200, embedding_dim=6):

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from dpq_rec import CodeLayout, open_artifact, write_artifact
+from dpq_rec import CodeLayout, open_artifact
 from dpq_rec.decode import decode_rows
 from dpq_rec.report import spectrum as module
 from dpq_rec.report.spectrum import spectrum, spread_rows
-from tests.dpq_rec.builders import dense_contents, dpq_contents
+from tests.dpq_rec.builders import dense_contents, dpq_contents, write_unchecked
 
 
 def opened(path, contents):
-    return open_artifact(write_artifact(path, {"t": contents})).tables["t"]
+    return open_artifact(write_unchecked(path, {"t": contents})).tables["t"]
 
 
 def low_rank(num_rows, embedding_dim, rank):

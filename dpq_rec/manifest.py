@@ -1,0 +1,205 @@
+"""manifest.json, checked. In: its bytes, from wherever they come. Out: Manifest.
+
+Names of versions, tables and features end up in paths, URLs, headers of replies and terminals, so that one pattern
+holds for each wherever it comes in: when an artifact is written, opened and published.
+
+    version, table          1 to 243 letters, digits, "_", "-" and ".", the first neither "-" nor "."; a version is not
+                            CURRENT, in capitals or not: that is a file of every store
+    feature                 1 to 255 printable characters of Latin-1, blanks among them
+    created_at, producer    at most 255 printable characters
+    file                    such names with "/" between them, below the artifact's folder
+
+Sizes are counts that fit each other. A manifest takes at most 8 MiB, a vector 2**20 numbers, a table 256 tiers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from dpq_rec.codes import CodeLayout
+from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError
+from dpq_rec.tensorfile import parse_json
+from dpq_rec.tiers import Tier, of_entries
+
+FORMAT, FORMAT_VERSION = "dpq-rec", 1
+DPQ, DPQ_TIERS, DENSE = "dpq", "dpq-tiers", "dense"  # kinds of tables
+CURRENT = "CURRENT"
+MAX_MANIFEST_BYTES = 1 << 23  # about 10,000 tables'
+MAX_EMBEDDING_DIM = 1 << 20
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,242}")  # with .safetensors behind it, no more than a file's may have
+_FEATURE = re.compile(r"[ -~\xa1-\xac\xae-\xff]{1,255}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST_TEXT = 255  # characters of created_at and producer
+_MOST_FOLDERS = 8  # that a table's file lies in
+_SIZES = ("num_embeddings", "embedding_dim", "num_subspaces", "num_levels", "num_codes", "code_bits", "row_bytes")
+
+
+def fault_of_name(what: str, name: object) -> str | None:
+    """What is wrong with a version's or a table's name; None where nothing is."""
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        wanted = "1 to 243 letters, digits, '_', '-' and '.', the first neither '-' nor '.'"
+        return f"{what}: got {reprlib.repr(name)}, want {wanted}"
+    if what == "version" and name.upper() == CURRENT:  # some file systems do not tell cases apart
+        return f"version: got {name!r}, the name of a file of every store; want another"
+    return None
+
+
+def fault_of_features(features: object) -> str | None:
+    """What is wrong with a table's features; None where nothing is."""
+    if not isinstance(features, list | tuple):
+        return f"features: got {reprlib.repr(features)}, want a list of names"
+    for feature in features:
+        if not (isinstance(feature, str) and _FEATURE.fullmatch(feature)):
+            return f"feature: got {reprlib.repr(feature)}, want 1 to 255 printable characters of Latin-1"
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableManifest:
+    """One table's entry in manifest.json (contract 3)."""
+
+    file: str
+    bytes: int
+    sha256: str
+    kind: str
+    num_embeddings: int
+    embedding_dim: int
+    num_subspaces: int
+    num_levels: int
+    num_codes: int
+    code_bits: int
+    row_bytes: int
+    shared_values: bool
+    features: tuple[str, ...]
+    vocabulary: Mapping[str, Any]
+    tiers: tuple[Mapping[str, int], ...] = ()
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether rows are stored as codes, with tiers or without."""
+        return self.kind in (DPQ, DPQ_TIERS)
+
+    @functools.cached_property
+    def layout(self) -> CodeLayout:
+        """How the codes of a row are laid out; of a row of the first tier, where there are tiers."""
+        return CodeLayout(num_subspaces=self.num_subspaces, num_codes=self.num_codes, num_levels=self.num_levels)
+
+    def cut(self) -> tuple[Tier, ...]:
+        """The tiers of the rows; one of all rows, where there are none.
+
+        Raises:
+            DamagedArtifactError: `tiers` contradicts the sizes.
+        """
+        return of_entries(self.tiers, self.layout, self.num_embeddings, self.file)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As manifest.json holds it: only a table with tiers has `tiers`."""
+        entry = dataclasses.asdict(self)
+        if not self.tiers:
+            del entry["tiers"]
+        return entry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What manifest.json says of an artifact."""
+
+    version: str
+    created_at: str
+    producer: str
+    tables: Mapping[str, TableManifest]
+
+
+def parse_manifest(content: bytes) -> Manifest:
+    """A manifest of its bytes.
+
+    Raises:
+        ArtifactError: of a format, or with a kind of table, that this version does not know.
+        DamagedArtifactError: names or sizes that cannot be.
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: no manifest.
+    """
+    found = parse_json(content)
+    shown = f"{reprlib.repr(found['format'])} version {reprlib.repr(found['format_version'])}".replace("'", "")
+    if found["format"] != FORMAT or type(found["format_version"]) is not int or found["format_version"] != 1:
+        raise ArtifactError(f"got {shown}, this version reads {FORMAT} version {FORMAT_VERSION}")
+    _refuse(fault_of_name("version", found["version"]))
+    for what in ("created_at", "producer"):
+        text = found[what]
+        if not (isinstance(text, str) and len(text) <= _MOST_TEXT and text.isprintable()):
+            wanted = f"at most {_MOST_TEXT} printable characters"
+            raise DamagedArtifactError(f"{what}: got {reprlib.repr(text)}, want {wanted}")
+    tables = {}
+    for name, entry in found["tables"].items():
+        _refuse(fault_of_name("table name", name))
+        try:
+            tables[name] = _table_manifest(entry)
+        except ArtifactError as error:
+            raise type(error)(f"table {name!r}: {error}") from error
+        except ConfigError as error:  # what would be a caller's mistake is damage in a file
+            raise DamagedArtifactError(f"table {name!r}: {error}") from error
+    texts = {what: found[what] for what in ("version", "created_at", "producer")}
+    return Manifest(**texts, tables=tables)
+
+
+def _refuse(fault: str | None) -> None:
+    if fault is not None:
+        raise DamagedArtifactError(fault)
+
+
+def _table_manifest(entry: Mapping[str, Any]) -> TableManifest:
+    fields = dataclasses.fields(TableManifest)
+    missing = [field.name for field in fields if field.name not in entry and field.default is dataclasses.MISSING]
+    if missing:
+        raise DamagedArtifactError(f"the manifest does not say its {', '.join(missing)}")
+    found: dict[str, Any] = {field.name: entry[field.name] for field in fields if field.name in entry}
+    if found["kind"] not in (DPQ, DPQ_TIERS, DENSE):
+        wanted = f"{DPQ}, {DPQ_TIERS} and {DENSE}"
+        raise ArtifactError(f"got kind {reprlib.repr(found['kind'])}, this version reads {wanted}")
+    _refuse(_fault_of_file(found) or fault_of_features(found["features"]))
+    if type(found["vocabulary"]) is not dict or type(found["vocabulary"].get("kind")) is not str:
+        raise DamagedArtifactError(f"vocabulary: got {reprlib.repr(found['vocabulary'])}, want its kind")
+    found["features"] = tuple(found["features"])
+    found["tiers"] = tuple(found["tiers"]) if found["kind"] == DPQ_TIERS else ()
+    _check_sizes(found)
+    return TableManifest(**found)
+
+
+def _fault_of_file(found: Mapping[str, Any]) -> str | None:
+    file, num_bytes, digest = found["file"], found["bytes"], found["sha256"]
+    if not isinstance(file, str):
+        return f"file: got {reprlib.repr(file)}, want tables/TABLE.safetensors"
+    parts = file.split("/")
+    if len(parts) > _MOST_FOLDERS or not all(_NAME.fullmatch(part.removesuffix(".safetensors")) for part in parts):
+        return f"file {reprlib.repr(file)} lies outside the artifact, or is no name: want tables/TABLE.safetensors"
+    if type(num_bytes) is not int or num_bytes < 0:
+        return f"bytes: got {reprlib.repr(num_bytes)}, want a count"
+    if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
+        return f"sha256: got {reprlib.repr(digest)}, want 64 hexadecimal digits"
+    return None
+
+
+def _check_sizes(found: Mapping[str, Any]) -> None:
+    """Raises DamagedArtifactError where sizes are no counts, or contradict each other."""
+    sizes = {name: found[name] for name in _SIZES}
+    if not all(type(size) is int and size >= 0 for size in sizes.values()):
+        raise DamagedArtifactError(f"the manifest's sizes are no counts: {reprlib.repr(sizes)}")
+    if type(found["shared_values"]) is not bool:
+        raise DamagedArtifactError(f"shared_values: got {reprlib.repr(found['shared_values'])}, want true or false")
+    dim = found["embedding_dim"]
+    if not 1 <= dim <= MAX_EMBEDDING_DIM:
+        raise DamagedArtifactError(f"embedding_dim: got {reprlib.repr(dim)}, want 1 to {MAX_EMBEDDING_DIM}")
+    if found["kind"] == DENSE:
+        wanted = {"num_subspaces": 0, "num_levels": 0, "num_codes": 0, "code_bits": 0, "row_bytes": 4 * dim}
+    else:
+        layout = CodeLayout(**{name: sizes[name] for name in ("num_subspaces", "num_levels", "num_codes")})
+        if dim % layout.num_subspaces:
+            raise DamagedArtifactError(f"num_subspaces {layout.num_subspaces} does not divide embedding_dim {dim}")
+        wanted = {"code_bits": layout.code_bits, "row_bytes": layout.row_bytes}
+    wrong = {name: sizes[name] for name, size in wanted.items() if sizes[name] != size}
+    if wrong:
+        raise DamagedArtifactError(f"sizes that contradict each other: got {reprlib.repr(wrong)}, want {wanted}")
