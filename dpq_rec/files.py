@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+_MOST_SHOWN = 50  # characters of a name, of up to 4 bytes each
+
 
 @contextlib.contextmanager
 def renamed_into(target: Path) -> Iterator[Path]:
@@ -16,7 +18,7 @@ def renamed_into(target: Path) -> Iterator[Path]:
 
     So are the folders above it that were made for it. An OSError names the target, or the file.
     """
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    aside = _beside(target)
     made = [folder for folder in aside.parents if not folder.exists()]
     try:
         with naming(target):
@@ -56,7 +58,7 @@ def write_file(path: Path, text: str) -> None:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a text beside the path and rename it: a reader sees the whole of it, or what was there before."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    aside = _beside(path)
     try:
         with naming(path):
             write_file(aside, text)
@@ -64,6 +66,11 @@ def replace_file(path: Path, text: str) -> None:
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _beside(path: Path) -> Path:
+    """A name beside a path that nothing else has, short however long the path's is: a name may have 255 bytes."""
+    return path.with_name(f".{path.name[:_MOST_SHOWN]}.{secrets.token_hex(4)}.tmp")
 
 
 def sync_folder(path: Path) -> None:

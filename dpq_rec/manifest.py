@@ -23,7 +23,7 @@ from typing import Any
 
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError
-from dpq_rec.tensorfile import parse_json
+from dpq_rec.tensorfile import parse_json, shorten
 from dpq_rec.tiers import Tier, of_entries
 
 FORMAT, FORMAT_VERSION = "dpq-rec", 1
@@ -142,6 +142,8 @@ def parse_manifest(content: bytes) -> Manifest:
             raise type(error)(f"table {name!r}: {error}") from error
         except ConfigError as error:  # what would be a caller's mistake is damage in a file
             raise DamagedArtifactError(f"table {name!r}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedArtifactError(f"table {name!r}: {shorten(error)}") from error
     texts = {what: found[what] for what in ("version", "created_at", "producer")}
     return Manifest(**texts, tables=tables)
 
