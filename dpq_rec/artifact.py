@@ -57,7 +57,7 @@ MANIFEST = "manifest.json"
 PRODUCER = "dpq_rec 0.1.0"
 _MOST_OF_CURRENT = 300  # bytes of CURRENT that are read: more than a version may have
 _CHECK_ROWS = 1 << 16
-_CHECK_NUMBERS = 1 << 22  # looked at together
+_CHECK_NUMBERS = 1 << 22  # or codes, looked at together
 VALUES_FP32 = "values_fp32"  # of a table's tensors: in memory alone
 
 
@@ -260,7 +260,7 @@ def _check_tensors(manifest: TableManifest, tensors: Mapping[str, NDArray[Any]])
 
 
 def verify(path: str | os.PathLike[str], progress: Callable[[int], object] = lambda num_bytes: None) -> Artifact:
-    """Read every byte: digests, codes, padding bits, vocabularies.
+    """Read every byte: digests, codes, padding bits, vocabularies, and whether numbers are finite.
 
     Args:
         path: an artifact or a store.
@@ -307,8 +307,9 @@ def _check_finite(what: str, numbers: NDArray[Any]) -> None:
 
 
 def _check_codes(name: str, tier: PackedTier, progress: Callable[[int], object]) -> None:
-    for start in range(0, len(tier.packed_VW), _CHECK_ROWS):
-        piece_NW = tier.packed_VW[start : start + _CHECK_ROWS]
+    num_rows = min(_CHECK_ROWS, max(1, _CHECK_NUMBERS // tier.layout.codes_per_row))
+    for start in range(0, len(tier.packed_VW), num_rows):
+        piece_NW = tier.packed_VW[start : start + num_rows]
         damaged = find_damaged_row(piece_NW, tier.layout)
         if damaged is not None:
             row = tier.first_row + start + damaged

@@ -18,6 +18,7 @@ from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import ConfigError, DamagedArtifactError
 from dpq_rec.kernels import Coded
 from dpq_rec.tensorfile import pack_tensors, unpack_tensors
+from dpq_rec.tiers import MAX_TIERS
 
 
 class PackedRows(NamedTuple):
@@ -132,7 +133,7 @@ def values_of_bytes(content: bytes) -> Values:
         values_MKS = np.array(tensors["values"], np.float32)
         of_first = layouts[0]
         fits = values_MKS.ndim == 3 and len(values_MKS) in (of_first.num_levels, of_first.codes_per_row)
-        falls = all(layout.num_levels <= of_first.num_levels for layout in layouts)
+        falls = all(layout.num_levels <= of_first.num_levels for layout in layouts) and len(layouts) <= MAX_TIERS
         if not fits or not falls or values_MKS.shape[1] != of_first.num_codes:
             raise ValueError(f"values {values_MKS.shape} of {of_first}")
         return Values(version=metadata["version"], layouts=tuple(layouts), values_MKS=values_MKS)

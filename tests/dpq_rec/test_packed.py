@@ -1,6 +1,8 @@
 """Packed rows and values that travel, held to EmbeddingStore.lookup bit for bit."""
 
+import contextlib
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from dpq_rec import (
     write_artifact,
 )
 from dpq_rec.packed import packed_rows, values_of_bytes, values_to_bytes
+from dpq_rec.tensorfile import pack_tensors
 from dpq_rec.tiers import cut_into_tiers
 
 NONE = np.empty(0, np.uint32)
@@ -123,6 +126,16 @@ def test_a_code_that_the_values_do_not_know_is_damage(tmp_path):
     rows = store.codes("t", [1])
     with pytest.raises(DamagedArtifactError, match="a code of 5 or more"):
         values.decode(rows._replace(packed_NW=np.full_like(rows.packed_NW, 0x3F)))
+
+
+def test_values_of_more_tiers_than_a_byte_can_number_are_damage():
+    metadata = {"version": "v", "num_subspaces": "1", "num_codes": "2", "code_bits": "1"}
+    values = np.ones((257, 2, 1), np.float32)
+    for num_tiers, is_sound in ((256, True), (257, False)):
+        levels = json.dumps([*range(257, 257 - num_tiers, -1)])
+        content = pack_tensors({"values": values}, {**metadata, "num_levels": levels})
+        with contextlib.nullcontext() if is_sound else pytest.raises(DamagedArtifactError, match="values: got"):
+            assert len(values_of_bytes(content).layouts) == num_tiers
 
 
 def test_a_dense_table_has_neither_codes_nor_values(tmp_path):

@@ -27,6 +27,7 @@ from dpq_rec.cli import main
 from dpq_rec.code_use import chance_of_agreement, count_codes
 from dpq_rec.decode import decode_rows
 from dpq_rec.kernels import MISSING_ROW
+from dpq_rec.packed import values_of_bytes, values_to_bytes
 from dpq_rec.report.facts import measure
 from dpq_rec.tiers import cut_into_tiers
 from tests.dpq_rec.builders import dpq_contents, edit_manifest, overwrite, random_codes, random_values
@@ -147,7 +148,46 @@ def test_config_rejects_tiers_that_make_no_sense(tiers, message):
         DPQConfig(num_levels=4, tiers=tiers)
 
 
+def shares_of(num_tiers):
+    """Tiers of as many rows, that lose a level each."""
+    return tuple((at / num_tiers, num_tiers - at) for at in range(1, num_tiers))
+
+
+def test_config_takes_as_many_tiers_as_a_byte_can_number():
+    assert len(DPQConfig(num_levels=256, tiers=shares_of(256)).tiers_of(1_000)) == 256
+
+
+def test_config_rejects_more_tiers_than_a_byte_can_number():
+    with pytest.raises(ConfigError, match="tiers: got 256, want at most 255"):
+        DPQConfig(num_levels=257, tiers=shares_of(257))
+
+
 # Written and read
+
+
+def test_codes_of_every_row_of_256_tiers_give_the_vectors_of_lookup(tmp_path):
+    layout = CodeLayout(num_subspaces=1, num_codes=2, num_levels=256)
+    contents = case(layout, shares_of(256), 300).contents()
+    store = EmbeddingStore.open(write_artifact(tmp_path / "a", {"item": contents}))
+    values = values_of_bytes(values_to_bytes(store.table("item"), store.version))
+    by_codes = values.decode(store.codes("item", np.arange(300)))
+    np.testing.assert_array_equal(by_codes, store.lookup("item", np.arange(300)).vectors)
+
+
+def test_write_artifact_refuses_more_tiers_than_a_byte_can_number(tmp_path):
+    layout = CodeLayout(num_subspaces=1, num_codes=2, num_levels=257)
+    contents = case(layout, shares_of(257), 300).contents()
+    with pytest.raises(ConfigError, match="tiers: got 257, want at most 256"):
+        write_artifact(tmp_path / "a", {"item": contents})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [{"num_rows": 6}, {"layout": dataclasses.replace(LAYOUT, num_levels=3)}])
+def test_write_artifact_refuses_tiers_that_open_would_refuse(tmp_path, change):
+    contents = case().contents()
+    tiers = (contents.tiers[0]._replace(**change), *contents.tiers[1:])
+    with pytest.raises(ConfigError, match=r"table 'item': .*tiers: got"):
+        write_artifact(tmp_path / "a", {"item": dataclasses.replace(contents, tiers=tiers)})
 
 
 def test_a_table_with_tiers_is_written_as_the_format_says(written):

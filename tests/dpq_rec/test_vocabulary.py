@@ -412,3 +412,14 @@ def test_check_finds_slots_that_are_not_those_of_the_ids(at):
     slots_H[at] ^= 8
     with pytest.raises(DamagedArtifactError, match="id_slots are not those of its ids"):
         StringVocabulary(ids, rows_U, slots_H).check(4)
+
+
+@pytest.mark.parametrize("num_embeddings", [0, -1])
+def test_modulo_vocabulary_of_no_rows_makes_no_sense(num_embeddings):
+    with pytest.raises(ConfigError, match=f"modulo vocabulary: got {num_embeddings} rows, want 1 or more"):
+        ModuloVocabulary(num_embeddings)
+
+
+def test_load_vocabulary_calls_a_modulo_vocabulary_of_no_rows_damaged():
+    with pytest.raises(DamagedArtifactError, match="modulo vocabulary: got 0 rows"):
+        load_vocabulary("modulo", 0, {})

@@ -468,6 +468,7 @@ SOUND: dict[str, Callable[[Path], object]] = {
             chunks=[],
         )
     ),
+    "no tables": top(tables={}),
     "one file of 200 tables": many(200),
     "two kinds of ids in one file": edit(
         lambda m: m["tables"].update(row={**m["tables"]["item"], "vocabulary": {"kind": "identity"}})
