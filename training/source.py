@@ -27,7 +27,7 @@ from training.interaction_options import SYNTHETIC, DataOptions
 from training.parallel import on_rank_0
 
 _logger = logging.getLogger(__name__)
-_TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")  # an artifact takes dots too, torch's ModuleDict none
+_TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,242}")  # an artifact takes dots too, torch's ModuleDict none
 
 
 class Source(NamedTuple):
@@ -101,7 +101,7 @@ def distinct_values(source: Source, name: str) -> ColumnVocabulary:
 def _check_names(features: Sequence[str]) -> None:
     """Raises ConfigError for a feature whose name an artifact or torch cannot give to a table."""
     for name in features:
-        wanted = "letters, digits, '_' and '-'" if not _TABLE_NAME.fullmatch(name) else ""
+        wanted = "up to 243 letters, digits, '_' and '-'" if not _TABLE_NAME.fullmatch(name) else ""
         if hasattr(nn.ModuleDict(), name):
             wanted = "a name that torch's modules do not use themselves"
         if wanted:
