@@ -24,7 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from numpy.typing import NDArray
 
-from dpq_rec import IdTypeError, UnknownIdsError, UnknownTableError
+from dpq_rec import DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
 from dpq_rec.lookup import MissingPolicy, VectorType
 from dpq_rec.octets import Octets
 from dpq_rec.search import Similarity
@@ -203,7 +203,8 @@ class EmbeddingServicer:
             text = str(error)
             if code is grpc.StatusCode.INTERNAL:
                 logger.exception("%s failed", method)
-                text = "internal error; the server's log says more"
+                if not isinstance(error, DamagedArtifactError):  # which no caller is to blame for
+                    text = "internal error; the server's log says more"
             await context.abort(code, text)
             raise AssertionError("abort raises") from error
         finally:

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dpq_rec import IdTypeError, UnknownIdsError, UnknownTableError
+from dpq_rec import DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
 from service import errors
 from service.engine import Engine
 from service.http_format import JSON
@@ -89,12 +89,13 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
 
 def refusal(error: Exception, method: str) -> Response:
     """The reply to whatever was raised: 500, and a line in the log, for what nobody expected. Call it in `except`."""
-    return _refusal(error) if type(error) in _STATUS else _internal(method)
+    return _refusal(error) if type(error) in _STATUS else _internal(error, method)
 
 
-def _internal(method: str) -> Response:
+def _internal(error: Exception, method: str) -> Response:
     logger.exception("%s failed", method)
-    return error_reply(500, "internal", "internal error; the server's log says more")
+    is_damage = isinstance(error, DamagedArtifactError)  # which no caller is to blame for
+    return error_reply(500, "internal", str(error) if is_damage else "internal error; the server's log says more")
 
 
 def note_client_left(method: str) -> None:
@@ -126,8 +127,8 @@ class Observed:
             await self.app(scope, receive, note_status)
         except ClientDisconnect:
             note_client_left(_route(scope))
-        except Exception:
-            reply = _internal(_route(scope))
+        except Exception as error:
+            reply = _internal(error, _route(scope))
             if code != CLIENT_LEFT:
                 raise
             await reply(scope, receive, note_status)

@@ -7,9 +7,11 @@ import grpc.aio
 import numpy as np
 import pytest
 
+from dpq_rec import EmbeddingStore
 from service import http_schema
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
+from tests.dpq_rec.builders import dense_contents, write_unchecked
 from tests.service.conftest import NAMES
 from tests.service.http_requests import JSON, OCTETS
 
@@ -143,3 +145,19 @@ def test_grpc_refuses_what_makes_no_sense(search, fields, code):
     with pytest.raises(grpc.aio.AioRpcError) as error:
         search(**fields)
     assert error.value.code().name == code
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_a_table_that_holds_nan_is_named_and_not_the_queries(call, search, make_engine, tmp_path, similarity):
+    vectors_VE = np.ones((3, 2), np.float32)
+    vectors_VE[1, 0] = np.nan
+    broken = EmbeddingStore.open(write_unchecked(tmp_path / "broken", {"item_id": dense_contents(vectors_VE)}))
+    engine, says = make_engine(store=broken), "table 'item_id': vectors[1, 0] is nan"
+    answer = call("POST", ITEMS, engine, json={"queries": [[1, 2]], "similarity": similarity})
+    assert (answer.status_code, answer.json()["error_type"]) == (500, "internal")
+    assert says in answer.json()["error"]
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        search(engine, table="item_id", queries=[1, 2], similarity=pb.COSINE if similarity == "cosine" else pb.DOT)
+    assert error.value.code() == grpc.StatusCode.INTERNAL
+    assert says in error.value.details()
+    assert call("POST", "/v1/tables/item_id/lookup", engine, json={"ids": [0, 2]}).json()["vectors"] == [[1, 1], [1, 1]]
