@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import ConfigError, DamagedArtifactError
-from dpq_rec.manifest import DENSE, DPQ, DPQ_TIERS, MAX_EMBEDDING_DIM, TableManifest
+from dpq_rec.manifest import DENSE, DPQ, DPQ_TIERS, MAX_EMBEDDING_DIM, MAX_VALUES, TableManifest
 from dpq_rec.tensorfile import Stream, write_tensors
 from dpq_rec.tiers import Tier, as_entries, cut_into_tiers, of_entries, packed_streams
 from dpq_rec.vocabulary import Vocabulary
@@ -109,6 +109,8 @@ def _check_contents(contents: TableContents) -> None:
     if values is None or values.shape not in shapes or values.dtype not in (np.float32, np.float16):
         got = "nothing" if values is None else f"{values.dtype} {values.shape}"
         raise ConfigError(f"values: got {got}, want float32 or float16 in one of {shapes}")
+    if values.size > MAX_VALUES:
+        raise ConfigError(f"values: got {values.size} numbers, want at most {MAX_VALUES}")
     at = find_not_finite(values)
     if at is not None:
         raise ConfigError(f"values{list(at)}: got {values[at]}, want finite numbers")

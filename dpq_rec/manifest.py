@@ -9,7 +9,8 @@ holds for each wherever it comes in: when an artifact is written, opened and pub
     created_at, producer    at most 255 printable characters
     file                    such names with "/" between them, below the artifact's folder
 
-Sizes are counts that fit each other. A manifest takes at most 8 MiB, a vector 2**20 numbers, a table 256 tiers.
+Sizes are counts that fit each other. A manifest has at most 8 MiB, a vector 2**20 numbers, a table 2**30 values, which
+are held in memory, and 256 tiers.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ DPQ, DPQ_TIERS, DENSE = "dpq", "dpq-tiers", "dense"  # kinds of tables
 CURRENT = "CURRENT"
 MAX_MANIFEST_BYTES = 1 << 23  # about 10,000 tables'
 MAX_EMBEDDING_DIM = 1 << 20
+MAX_VALUES = 1 << 30  # 4 GiB in memory
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,242}")  # with .safetensors behind it, no more than a file's may have
 _FEATURE = re.compile(r"[ -~\xa1-\xac\xae-\xff]{1,255}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -201,6 +203,10 @@ def _check_sizes(found: Mapping[str, Any]) -> None:
         layout = CodeLayout(**{name: sizes[name] for name in ("num_subspaces", "num_levels", "num_codes")})
         if dim % layout.num_subspaces:
             raise DamagedArtifactError(f"num_subspaces {layout.num_subspaces} does not divide embedding_dim {dim}")
+        width = dim // layout.num_subspaces if found["shared_values"] else dim
+        num_values = layout.num_levels * layout.num_codes * width
+        if num_values > MAX_VALUES:
+            raise DamagedArtifactError(f"got {reprlib.repr(num_values)} values, want at most {MAX_VALUES}")
         wanted = {"code_bits": layout.code_bits, "row_bytes": layout.row_bytes}
     wrong = {name: sizes[name] for name, size in wanted.items() if sizes[name] != size}
     if wrong:

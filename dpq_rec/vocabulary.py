@@ -14,7 +14,6 @@ export. In the artifact:
 from __future__ import annotations
 
 import itertools
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -371,13 +370,12 @@ def load_vocabulary(kind: str, num_embeddings: int, tensors: Mapping[str, NDArra
     """
     rows_U = tensors.get("rows")
     if kind not in ("identity", "modulo", "int64", "string"):
-        wanted = "identity, modulo, int64 and string"
-        raise ArtifactError(f"vocabulary kind: got {reprlib.repr(kind)}, this version reads {wanted}")
+        raise ArtifactError(
+            f"vocabulary kind: got {kind[:40]!r}, this version reads identity, modulo, int64 and string"
+        )
     try:
-        if kind == "identity":
-            return IdentityVocabulary(num_embeddings)
-        if kind == "modulo":
-            return ModuloVocabulary(num_embeddings)
+        if kind in ("identity", "modulo"):
+            return (IdentityVocabulary if kind == "identity" else ModuloVocabulary)(num_embeddings)
         if rows_U is None or rows_U.dtype != np.uint32 or rows_U.ndim != 1:
             raise DamagedArtifactError(f"the {kind} vocabulary has no tensor rows, uint32 [U]")
         return _load_strings(tensors, rows_U) if kind == "string" else _load_integers(tensors, rows_U)

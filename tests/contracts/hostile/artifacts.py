@@ -351,6 +351,9 @@ OPEN |= {
     "vectors of 2**62 numbers, none of them": Case(
         of("dense", num_embeddings=0, embedding_dim=2**62, row_bytes=2**64), "open", "embedding_dim: got 4611"
     ),
+    "values beyond memory": Case(
+        of("item", num_levels=2**30, row_bytes=2**30 * 2 * 3 // 8), "open", r"got \d+ values, want at most 1073741824"
+    ),
     "257 tiers": Case(one_tier_more, "open", "tiers: got 257, want at most 256"),
     "a million tiers": Case(
         of("tiers", tiers=[{"rows": 0, "num_levels": 1}] * 100_000), "open", "tiers: got 100000, want at most 256"

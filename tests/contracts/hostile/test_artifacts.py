@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import json
+import operator
 import os
 import re
 import resource
@@ -13,6 +16,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dpq_rec import (
     ArtifactError,
@@ -145,6 +150,42 @@ def test_server_does_not_start_and_says_why_in_one_line(artifact, capsys, monkey
     OPEN[name].damage(artifact)
     assert serve(["--artifact", str(artifact), "--http-port", "0", "--grpc-port", "0"]) == 1
     assert_one_line(capsys.readouterr().err, OPEN[name].says)
+
+
+def places_in(found, at=()):
+    """Where a manifest holds something."""
+    items = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+    for key, value in items:
+        yield (*at, key)
+        yield from places_in(value, (*at, key))
+
+
+SOMETHING = st.sampled_from(
+    [
+        *(None, True, 0, 1, 2, 3, 4, 5, 8, -1, 2**31, 2**63, 2**64, 4.0, 1e300, [], {}, [1], [[]]),
+        *("", "x", "\ud800", "a" * 300, "int64", "identity", "modulo", "string", "dense", "dpq", "dpq-tiers"),
+        "tables/dense.safetensors",
+    ]
+)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_manifest_with_anything_anywhere_opens_and_serves_or_is_refused_in_one_line(artifact, good, data):
+    manifest = json.loads((good / "manifest.json").read_text())
+    for _ in range(data.draw(st.integers(1, 2))):
+        *above, last = data.draw(st.sampled_from(list(places_in(manifest))))
+        functools.reduce(operator.getitem, above, manifest)[last] = data.draw(SOMETHING)
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        store = EmbeddingStore.open(artifact)
+    except ArtifactError as error:
+        assert_one_line(str(error), "")
+        return
+    for name, table in store.tables.items():
+        ids = ["the"] if table.vocabulary.kind == "string" else [0, 7]
+        with contextlib.suppress(DamagedArtifactError):
+            assert store.lookup(name, ids).vectors.shape == (len(ids), table.manifest.embedding_dim)
 
 
 # CURRENT of a store
