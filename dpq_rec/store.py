@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from dpq_rec.artifact import MANIFEST, Artifact, read_current, verify
+from dpq_rec.errors import ConfigError
 from dpq_rec.files import renamed_into, replace_file
 from dpq_rec.manifest import CURRENT
 
@@ -18,8 +19,11 @@ def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> 
 
     Raises:
         ArtifactError: as `verify`.
+        ConfigError: the store's CURRENT is a folder.
         FileExistsError: the store has another artifact of that version, or this one is the current one already.
     """
+    if (Path(store) / CURRENT).is_dir():
+        raise ConfigError(f"{Path(store) / CURRENT}: got a folder, want a file that names a version; move it elsewhere")
     verified = verify(artifact)
     target = Path(store) / verified.version
     if target.exists():

@@ -5,6 +5,7 @@ import pytest
 
 from dpq_rec import (
     CodeLayout,
+    ConfigError,
     DamagedArtifactError,
     EmbeddingStore,
     open_artifact,
@@ -114,6 +115,13 @@ def test_publish_refuses_a_version_that_lies_outside_the_store(artifact, store):
     edit_manifest(artifact, lambda manifest: manifest.update(version="../elsewhere"))
     with pytest.raises(DamagedArtifactError, match=r"version: got '\.\./elsewhere'"):
         publish(artifact, store)
+
+
+def test_publish_refuses_a_store_whose_current_is_a_folder_and_leaves_it_as_it_was(artifact, store):
+    (store / "CURRENT").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="CURRENT: got a folder, want a file that names a version"):
+        publish(artifact, store)
+    assert [path.name for path in store.iterdir()] == ["CURRENT"]
 
 
 @pytest.mark.parametrize(
