@@ -126,8 +126,9 @@ def parse_manifest(content: bytes) -> Manifest:
         ValueError, KeyError, TypeError, AttributeError, RecursionError: no manifest.
     """
     found = parse_json(content)
-    shown = f"{reprlib.repr(found['format'])} version {reprlib.repr(found['format_version'])}".replace("'", "")
-    if found["format"] != FORMAT or type(found["format_version"]) is not int or found["format_version"] != 1:
+    got, version = found["format"], found["format_version"]
+    if got != FORMAT or type(version) is not int or version != FORMAT_VERSION:
+        shown = f"{reprlib.repr(got)} version {reprlib.repr(version)}".replace("'", "")
         raise ArtifactError(f"got {shown}, this version reads {FORMAT} version {FORMAT_VERSION}")
     _refuse(fault_of_name("version", found["version"]))
     for what in ("created_at", "producer"):

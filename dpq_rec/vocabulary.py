@@ -370,7 +370,7 @@ def load_vocabulary(kind: str, num_embeddings: int, tensors: Mapping[str, NDArra
     """
     rows_U = tensors.get("rows")
     if kind not in ("identity", "modulo", "int64", "string"):
-        raise ArtifactError(f"vocabulary kind: got {kind[:40]!r}, this version reads identity, modulo, int64, string")
+        raise ArtifactError(f"vocabulary kind: got {kind!r:.40}, this version reads identity, modulo, int64 and string")
     try:
         if kind in ("identity", "modulo"):
             return (IdentityVocabulary if kind == "identity" else ModuloVocabulary)(num_embeddings)
