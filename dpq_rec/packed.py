@@ -17,7 +17,7 @@ from dpq_rec.artifact import Table
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import ConfigError, DamagedArtifactError
 from dpq_rec.kernels import Coded
-from dpq_rec.tensorfile import pack_tensors, unpack_tensors
+from dpq_rec.tensorfile import pack_tensors, parse_json, unpack_tensors
 from dpq_rec.tiers import MAX_TIERS
 
 
@@ -129,7 +129,10 @@ def values_of_bytes(content: bytes) -> Values:
     tensors, metadata = unpack_tensors(content)
     try:
         sizes = {name: int(metadata[name]) for name in ("num_subspaces", "num_codes")}
-        layouts = [CodeLayout(num_levels=levels, **sizes) for levels in json.loads(metadata["num_levels"])]
+        levels = parse_json(metadata["num_levels"].encode())
+        if not all(type(level) is int for level in levels):
+            raise ValueError("num_levels are no counts")
+        layouts = [CodeLayout(num_levels=level, **sizes) for level in levels]
         values_MKS = np.array(tensors["values"], np.float32)
         of_first = layouts[0]
         fits = values_MKS.ndim == 3 and len(values_MKS) in (of_first.num_levels, of_first.codes_per_row)
@@ -137,5 +140,5 @@ def values_of_bytes(content: bytes) -> Values:
         if not fits or not falls or values_MKS.shape[1] != of_first.num_codes:
             raise ValueError(f"values {values_MKS.shape} of {of_first}")
         return Values(version=metadata["version"], layouts=tuple(layouts), values_MKS=values_MKS)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DamagedArtifactError(f"values: got something else than a server sends: {error!r}") from error

@@ -138,6 +138,14 @@ def test_values_of_more_tiers_than_a_byte_can_number_are_damage():
             assert len(values_of_bytes(content).layouts) == num_tiers
 
 
+@pytest.mark.parametrize("levels", ["[2.0]", "[true]", "[NaN]", "2", "[]", "[null]", '["2"]', "[0]", "[" * 99_999])
+def test_values_of_levels_that_are_no_counts_are_damage(levels):
+    metadata = {"version": "v", "num_subspaces": "1", "num_codes": "2", "code_bits": "1", "num_levels": levels}
+    content = pack_tensors({"values": np.ones((2, 2, 1), np.float32)}, metadata)
+    with pytest.raises(DamagedArtifactError, match="values: got"):
+        values_of_bytes(content)
+
+
 def test_a_dense_table_has_neither_codes_nor_values(tmp_path):
     rows = np.ones((2, 2), np.float32)
     dense = TableContents(num_embeddings=2, embedding_dim=2, vocabulary=IdentityVocabulary(2), chunks=[rows])

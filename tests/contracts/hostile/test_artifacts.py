@@ -87,7 +87,7 @@ def test_open_refuses_a_hostile_artifact_in_one_line(artifact, name):
     assert_one_line(str(raised.value), OPEN[name].says)
 
 
-@pytest.mark.parametrize("name", [name for name in OPEN if re.search("lists|nested|GB|too large|million|1,000", name)])
+@pytest.mark.parametrize("name", [name for name in OPEN if re.search("header: lists|nested|GB|too large|1,000", name)])
 def test_open_takes_little_memory_whatever_a_file_claims(artifact, name):
     OPEN[name].damage(artifact)
     tracemalloc.start()
