@@ -25,6 +25,7 @@ from dpq_rec.codes import CodeLayout, pack_codes, unpack_codes
 from dpq_rec.errors import ConfigError, DpqRecError
 from dpq_rec.nn.collectives import rank, world_size
 from dpq_rec.nn.find import TrainedTable, find_tables
+from dpq_rec.nn.finite import check_tables
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.shards import Shard, check_cuts, shards_of
 from dpq_rec.tiers import Tier
@@ -63,8 +64,8 @@ def freeze(
         progress: called on rank 0 with the rows of each chunk that was written.
 
     Raises:
-        ConfigError: the model holds no tables, or tables that cannot be frozen, bypassed ones among them; a vocabulary
-            that names a padding row.
+        ConfigError: the model holds no tables, or tables that cannot be frozen: bypassed ones, with numbers that are
+            not finite, of a dtype that fp32 does not hold; a vocabulary that names a padding row.
         FileExistsError: the path exists.
     """
     found = find_tables(model, tables)
@@ -76,6 +77,7 @@ def freeze(
             if table.quantizer.bypassed:
                 got = "queries that bypass its quantizer"
                 raise ConfigError(f"table {name!r}: got {got}; call bypass(model, enabled=False), and start, before")
+    check_tables(found)
     contents = {
         name: _contents(name, table, (vocabularies or {}).get(name) or _vocabulary(table))
         for name, table in found.items()
@@ -229,7 +231,7 @@ class _StoredCodes:
 
     def part(self, shard: Shard, rows_NQ: torch.Tensor, first_row: int) -> NDArray[Any]:
         rows_N = torch.arange(first_row, first_row + len(rows_NQ), device=rows_NQ.device)
-        codes_NM = self.quantizer.encode(rows_NQ.float(), shard.first_column // self.key_width, rows_N)
+        codes_NM = self.quantizer.encode(rows_NQ, shard.first_column // self.key_width, rows_N)
         layout = self._layout(shard)
         return pack_codes(codes_NM[:, : layout.codes_per_row].cpu().numpy(), layout)
 

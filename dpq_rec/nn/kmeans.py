@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpq_rec.errors import MissingDependencyError
+from dpq_rec.nn.finite import Numbers, check_finite
 
 _ITERATIONS = 20
 _MAX_ROWS_PER_CENTROID = 256  # more change centroids by less than the noise of the sample
@@ -22,7 +23,11 @@ def centroids(groups_NDS: torch.Tensor, num_codes: int, *, shared: bool, spheric
         shared: one clustering of the groups of all subspaces.
         spherical: of directions, by cosine; the centroids have length one.
         seed: of the start.
+
+    Raises:
+        ConfigError: a group that is not finite.
     """
+    check_finite([Numbers("k-means", "group", groups_NDS, 0)])
     rows_DNS = groups_NDS.detach().float().transpose(0, 1).cpu().numpy()
     if shared:
         rows_DNS = rows_DNS.reshape(1, -1, rows_DNS.shape[2])
@@ -41,15 +46,17 @@ def check_faiss() -> None:
 def _cluster(rows_NS: NDArray[np.float32], num_codes: int, spherical: bool, seed: int) -> NDArray[np.float32]:
     import faiss
 
-    rows_NS = np.ascontiguousarray(rows_NS)
+    # A power of two leaves the fractions as they are; squares of large numbers overflow, and faiss ends the process.
+    scale = np.float32(np.exp2(np.floor(np.log2(np.abs(rows_NS).max(initial=0.0) or 1.0))))
+    rows_NS = np.ascontiguousarray(rows_NS) / scale
     if len(rows_NS) <= num_codes:
         again = np.resize(np.arange(len(rows_NS)), num_codes)
         noise = np.random.default_rng(seed).standard_normal((num_codes, rows_NS.shape[1])).astype(np.float32)
         noise[: len(rows_NS)] = 0
-        return rows_NS[again] + noise * np.float32(_JITTER * (rows_NS.std() or 1.0))
+        return (rows_NS[again] + noise * np.float32(_JITTER * (rows_NS.std() or 1.0))) * scale
     settings = {"niter": _ITERATIONS, "seed": seed, "spherical": spherical}
     limits = {"min_points_per_centroid": 1, "max_points_per_centroid": _MAX_ROWS_PER_CENTROID}
     kmeans = faiss.Kmeans(rows_NS.shape[1], num_codes, **settings, **limits)
     kmeans.train(rows_NS)
     assert kmeans.centroids is not None, "it was trained"
-    return kmeans.centroids
+    return kmeans.centroids if spherical else kmeans.centroids * scale

@@ -13,7 +13,7 @@ different ones in its place:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,8 +22,9 @@ from torch.nn import functional
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.choice import Compared, choose, softmax_choice
-from dpq_rec.nn.collectives import sum_over_ranks, world_size
+from dpq_rec.nn.finite import check_dtype, check_finite, read_by, sample
 from dpq_rec.nn.kmeans import centroids, check_faiss
+from dpq_rec.nn.penalty import codebook_loss
 from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
 from dpq_rec.nn.upkeep import Revival, RunningMeans, sums_by_code
 
@@ -37,7 +38,7 @@ class Quantized(NamedTuple):
         codes_NM: the chosen codes (int64), level by level; NO_CODE in levels that a row does not have.
         vectors_NE: their values; in training, gradients flow to queries, keys and values.
         penalty: scalar, to be minimised beside the loss (zero for DPQ-SX); averaged over ranks it is the mean over all
-            occurrences on all ranks.
+            occurrences on all ranks. It counts once: a second backward of the same forward gets zeros from it.
     """
 
     codes_NM: torch.Tensor
@@ -85,8 +86,9 @@ class Quantizer(nn.Module):
         value_shape = (num_groups, config.num_codes, config.subspace_dim(embedding_dim))
         key_shape = (*value_shape[:2], self.query_dim // config.num_subspaces)
         learned = config.ema_decay is None
-        self.values_MKS = nn.Parameter(torch.empty(value_shape, device=device), requires_grad=learned)
-        self.own_keys_MKS = None if config.keys_are_values else nn.Parameter(torch.empty(key_shape, device=device))
+        fp32: Any = {"dtype": torch.float32, "device": device}  # whatever torch's default dtype is
+        self.values_MKS = nn.Parameter(torch.empty(value_shape, **fp32), requires_grad=learned)
+        self.own_keys_MKS = None if config.keys_are_values else nn.Parameter(torch.empty(key_shape, **fp32))
         norms = [ScoreNorm(config.num_codes, self.score, device) for _ in range(config.num_levels)]
         self.score_norms = nn.ModuleList(norms if config.batch_norm else [])
         self.running_means = RunningMeans(value_shape, config.ema_decay, device) if config.ema_decay else None
@@ -120,9 +122,12 @@ class Quantizer(nn.Module):
             seed: of the clustering.
 
         Raises:
+            ConfigError: a query that is not finite, or too large; nothing has changed.
             MissingDependencyError: faiss is not installed.
         """
         check_faiss()
+        queries_NQ = self._in_own_dtype(queries_NQ)
+        check_finite([sample(self, queries_NQ, rows_N, "quantizer")])
         self._forget()
         was_training, rest_NDS = self.training, self._grouped(queries_NQ)
         self.train()  # for the sample's statistics of the scores
@@ -168,19 +173,28 @@ class Quantizer(nn.Module):
         queries_NQ: torch.Tensor,
         counts_N: torch.Tensor | None = None,
         rows_N: torch.Tensor | None = None,
+        *,
+        is_checked: bool = False,
     ) -> Quantized:
         """Codes and vectors of queries.
 
         Args:
-            queries_NQ: raw vectors of distinct rows, [N, query_dim].
+            queries_NQ: raw vectors of distinct rows, [N, query_dim]; compared in the dtype of the keys.
             counts_N: how often each row occurs in the batch; once each if not given. Weighs batch norm and penalty.
             rows_N: which rows these are, ascending; wanted where there are tiers.
+            is_checked: the caller has checked that what a forward in training reads is finite.
+
+        Raises:
+            ConfigError: keys and values in half precision; or, in training, numbers that are not finite, on every rank.
         """
+        queries_NQ = self._in_own_dtype(queries_NQ)
         if not self.training:
             codes_NM = self.encode(queries_NQ, rows_N=rows_N)
             return Quantized(codes_NM, self.decode(codes_NM), queries_NQ.new_zeros(()))
         if counts_N is None:
             counts_N = queries_NQ.new_ones(len(queries_NQ))
+        if not is_checked:
+            check_finite(read_by(self, queries_NQ, rows_N, "quantizer"))
         rest_NDS, vectors_NDS, penalty = self._grouped(queries_NQ), None, queries_NQ.new_zeros(())
         codes: list[torch.Tensor] = []
         done: list[torch.Tensor] = []  # vectors of rows that have no more levels, the last rows first
@@ -200,7 +214,7 @@ class Quantizer(nn.Module):
                 )
             else:
                 chosen_NDS = choose(level.values_DKS, level.codes_ND)
-                penalty = penalty + self._penalty(chosen_NDS, rest_NDS, counts_N)
+                penalty = penalty + codebook_loss(self.config, chosen_NDS, rest_NDS, counts_N)
                 emitted_NDS = chosen_NDS if self.config.value_gradient else chosen_NDS.detach()
             self._keep_up(number, level.codes_ND, rest_NDS.detach(), counts_N[:num_rows])
             codes.append(level.codes_ND)
@@ -224,7 +238,7 @@ class Quantizer(nn.Module):
             first_subspace: the subspace that the first column belongs to.
             rows_N: which rows these are, ascending; wanted where there are tiers.
         """
-        rest_NDS, codes = self._grouped(queries_NQ), []
+        rest_NDS, codes = self._grouped(self._in_own_dtype(queries_NQ)), []
         subspaces = slice(first_subspace, first_subspace + rest_NDS.shape[1])
         for number, num_rows in enumerate(self._rows_by_level(len(queries_NQ), rows_N)):
             rest_NDS = rest_NDS[:num_rows]
@@ -287,24 +301,6 @@ class Quantizer(nn.Module):
         with torch.set_grad_enabled(self.config.method == "sx" and torch.is_grad_enabled()):
             return norm(queries_NDS, keys_DKS, counts_N)
 
-    def _penalty(self, chosen_NDS: torch.Tensor, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
-        """|T(Q) - sg(Q)|^2 (DPQ paper, below eq. 7), and its mirror, which commits queries to their values.
-
-        Of the rows that have the level, over the occurrences of all: as if a level that a row lacks had no error.
-        """
-        config = self.config
-        draw = 0.0 if config.ema_decay is not None else config.penalty_weight
-        if not (draw or config.commitment_weight):  # nothing to sum, here or over ranks
-            return rest_NDS.new_zeros(())
-        errors_N = draw * (chosen_NDS - rest_NDS.detach()).square().flatten(1).mean(1)
-        if config.commitment_weight:
-            committed_N = (rest_NDS - chosen_NDS.detach()).square().flatten(1).mean(1)
-            errors_N = errors_N + config.commitment_weight * committed_N
-        # Ranks average their gradients, and so their losses: this rank's share is scaled so that the average over ranks
-        # is the mean over all occurrences.
-        occurrences = sum_over_ranks(counts_N.sum()).clamp(min=1)
-        return world_size() * (counts_N[: len(errors_N)] @ errors_N) / occurrences
-
     def _keep_up(self, number: int, codes_ND: torch.Tensor, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> None:
         """What moves by use rather than by gradients."""
         groups = self._groups(number)
@@ -356,6 +352,11 @@ class Quantizer(nn.Module):
     def _of_level(self, tensor_MKS: torch.Tensor, number: int) -> torch.Tensor:
         """A level's keys or values [D, K, S]; the same for every subspace where they are shared."""
         return tensor_MKS[self._groups(number)].expand(self.config.num_subspaces, -1, -1)
+
+    def _in_own_dtype(self, queries_NQ: torch.Tensor) -> torch.Tensor:
+        """Queries as keys are, in training, in eval mode and for `freeze`: bfloat16 would choose other codes."""
+        check_dtype("quantizer", "keys and values", self.values_MKS.dtype, torch.float32, torch.float64)
+        return queries_NQ.to(self.values_MKS.dtype)
 
     def _grouped(self, queries_NQ: torch.Tensor) -> torch.Tensor:
         width = self.query_dim // self.config.num_subspaces

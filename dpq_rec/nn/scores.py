@@ -177,9 +177,9 @@ class ScoreNorm(nn.Module):
         self.mean_K: torch.Tensor
         self.var_K: torch.Tensor
         self.num_batches: torch.Tensor
-        self.register_buffer("mean_K", torch.zeros(num_codes, device=device))
-        self.register_buffer("var_K", torch.ones(num_codes, device=device))
-        self.register_buffer("num_batches", torch.zeros((), device=device))
+        self.register_buffer("mean_K", torch.zeros(num_codes, dtype=torch.float32, device=device))
+        self.register_buffer("var_K", torch.ones(num_codes, dtype=torch.float32, device=device))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.float32, device=device))
 
     def reset_parameters(self) -> None:
         """Nothing was seen yet: scores stay as they are. Not a no-op on a module that was built on meta."""

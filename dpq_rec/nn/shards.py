@@ -45,8 +45,8 @@ def rows_of(weight_VQ: torch.Tensor | ShardedTensor, rows_N: torch.Tensor) -> to
     """Some rows [N, Q], put together from their shards, the same on every rank; every rank calls it."""
     shards = shards_of(weight_VQ)
     width = max(shard.first_column + shard.num_columns for shard in shards)
-    device = next((s.tensor.device for s in shards if s.tensor is not None), _device_of(weight_VQ))
-    found_NQ = torch.zeros(len(rows_N), width, device=device)
+    device = next((s.tensor.device for s in shards if s.tensor is not None), device_of(weight_VQ))
+    found_NQ = torch.zeros(len(rows_N), width, dtype=torch.float32, device=device)
     for shard in shards:
         if shard.tensor is None:
             continue
@@ -57,13 +57,21 @@ def rows_of(weight_VQ: torch.Tensor | ShardedTensor, rows_N: torch.Tensor) -> to
     return sum_over_ranks(found_NQ)
 
 
-def _device_of(weight_VQ: torch.Tensor | ShardedTensor) -> torch.device:
+def device_of(weight_VQ: torch.Tensor | ShardedTensor) -> torch.device:
     """The device of a weight of which this rank may hold nothing."""
     if not isinstance(weight_VQ, ShardedTensor):
         return weight_VQ.device
     placement = weight_VQ.metadata().shards_metadata[0].placement
     kind = torch.device("cpu") if placement is None else placement.device()
     return torch.device("cuda", torch.cuda.current_device()) if kind is not None and kind.type == "cuda" else kind
+
+
+def dtype_of(weight_VQ: torch.Tensor | ShardedTensor) -> torch.dtype:
+    """The dtype of a weight, of which this rank may hold nothing."""
+    if isinstance(weight_VQ, ShardedTensor):
+        dtype: torch.dtype = weight_VQ.metadata().tensor_properties.dtype
+        return dtype
+    return weight_VQ.dtype
 
 
 def check_cuts(table: str, weight_VQ: torch.Tensor | ShardedTensor, config: DPQConfig) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collectives import world_size
 from dpq_rec.nn.find import TrainedTable, find_tables
+from dpq_rec.nn.finite import check_tables
 from dpq_rec.nn.shards import check_cuts, rows_of
 
 
@@ -26,7 +27,8 @@ def start(model: nn.Module, *, num_samples: int = 1 << 16, seed: int = 0) -> Non
         seed: of sample and clustering.
 
     Raises:
-        ConfigError: the model holds no DPQ module, or column shards that cut through a subspace.
+        ConfigError: the model holds no DPQ module, or column shards that cut through a subspace; or a query that is not
+            finite, or too large to be compared, sampled or not: no table has been started then.
         MissingDependencyError: faiss is not installed.
     """
     if num_samples < 1:
@@ -34,6 +36,7 @@ def start(model: nn.Module, *, num_samples: int = 1 << 16, seed: int = 0) -> Non
     found = [(name, table) for name, table in find_tables(model).items() if table.quantizer is not None]
     if not found:
         raise ConfigError("start: the model holds no DPQ module; replace_embeddings makes some")
+    check_tables(dict(found), in_training=True)
     for name, table in found:
         assert table.quantizer is not None, "the others were left out"
         check_cuts(name, table.weight_VQ, table.quantizer.config)

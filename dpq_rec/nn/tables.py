@@ -6,7 +6,7 @@ Each table is asked for the query of every distinct row once, and quantizes it o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, Em
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
+from dpq_rec.nn.finite import Numbers, check_dtype, check_finite, read_by
+from dpq_rec.nn.penalty import with_penalty
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.shards import check_cuts
 
@@ -33,7 +35,7 @@ class Looked(NamedTuple):
     at_T: torch.Tensor
 
 
-class _Distinct(NamedTuple):
+class Distinct(NamedTuple):
     """The rows that a table is asked for, each once."""
 
     rows_N: torch.Tensor  # ascending
@@ -52,9 +54,13 @@ class DPQTables(nn.Module):
 
     The penalty cannot see what a loss is multiplied by before `backward`: set `penalty_scale` to that factor, a
     GradScaler's scale or 1 / n where n gradients are accumulated. It counts once for each forward that is
-    differentiated. Values that are running means (`ema_decay`) are no parameters to DistributedDataParallel, which
-    refuses a model that has no others: wrap such a model with init_data_parallel=False, after `start` or the same seed
-    on every rank.
+    differentiated, in the first of several backwards. Values that are running means (`ema_decay`) are no parameters to
+    DistributedDataParallel, which refuses a model that has no others: wrap such a model with init_data_parallel=False,
+    after `start` or the same seed on every rank.
+
+    Queries may be in bfloat16; keys, values and statistics are fp32 always, whatever dtype the model is moved to, so
+    are vectors: cast them for layers of another dtype, or use autocast. A forward in training refuses numbers that
+    are not finite, on every rank: a GradScaler does not hold back a step of an optimizer that is fused into backward.
 
     Args:
         tables: configs of the quantized tables, of any embedding_dim. Without an init_fn, queries start uniform in
@@ -68,6 +74,7 @@ class DPQTables(nn.Module):
     """
 
     padding_idx: int | None = None
+    keeps_padding = False
     penalty_scale = 1.0
 
     def __init__(
@@ -76,7 +83,7 @@ class DPQTables(nn.Module):
         super().__init__()
         self.quantized_tables = list(tables)
         self.penalties: dict[str, torch.Tensor] = {}  # table -> penalty of the last forward in training, to be logged
-        self.quantizers = nn.ModuleDict()
+        self.quantizers = _InFP32()
         self.plain = nn.ModuleDict()  # stock collections of the tables that are not quantized
         self._cuts_checked = False
         self._device = device or torch.device("cpu")
@@ -133,19 +140,40 @@ class DPQTables(nn.Module):
 
         Raises:
             IndexError: a row outside its table.
+            ConfigError: queries of another dtype than fp32 or bfloat16; or, in training, numbers that are not finite:
+                on every rank, naming the table and the row.
         """
         if not self._cuts_checked:
             for name, weight in self.query_weights().items():
                 check_cuts(name, weight, self.quantizer(name).config)
             self._cuts_checked = True
         distinct = {table.name: _distinct(rows[table.name], table) for table in self.quantized_tables}
+        self._check_dtypes()
+        queries = self._look_up_queries(distinct)
+        if self.training:
+            self._check_finite(queries, distinct)
         return {
             name: Looked(self._quantize(name, queries_NQ, distinct[name]), distinct[name].at_T)
-            for name, queries_NQ in self._look_up_queries(distinct).items()
+            for name, queries_NQ in queries.items()
         }
 
-    def _look_up_queries(self, distinct: Mapping[str, _Distinct]) -> dict[str, torch.Tensor]:
-        """Queries [N, Q] of each table's distinct rows, from whichever rank holds them."""
+    def _check_dtypes(self) -> None:
+        for width, collection in self.queries.items():
+            if isinstance(collection, EmbeddingCollection):  # shards keep theirs
+                tables = f"table {', '.join(map(repr, self.names_by_width[width]))}"
+                check_dtype(tables, "queries", next(collection.parameters()).dtype)
+        for name in self.quantizers:
+            check_dtype(f"table {name!r}", "keys and values", self.quantizer(name).values_MKS.dtype, torch.float32)
+
+    def _check_finite(self, queries: Mapping[str, torch.Tensor], distinct: Mapping[str, Distinct]) -> None:
+        """Of all tables together, with one sum over ranks, before any statistic takes them in."""
+        numbers: list[Numbers] = []
+        for name, queries_NQ in queries.items():
+            numbers += read_by(self.quantizer(name), queries_NQ, distinct[name].rows_N, f"table {name!r}")
+        check_finite(numbers)
+
+    def _look_up_queries(self, distinct: Mapping[str, Distinct]) -> dict[str, torch.Tensor]:
+        """Queries [N, Q] (fp32, as TorchRec hands them out) of each table's rows, from whichever rank holds them."""
         asked = {}
         for width, collection in self.queries.items():
             names = self.names_by_width[width]
@@ -155,7 +183,7 @@ class DPQTables(nn.Module):
             asked[width] = collection(keyed)  # sharded collections answer later: ask all, then wait
         return {name: asked[width][name].values() for width, names in self.names_by_width.items() for name in names}
 
-    def _quantize(self, name: str, queries_NQ: torch.Tensor, asked: _Distinct) -> torch.Tensor:
+    def _quantize(self, name: str, queries_NQ: torch.Tensor, asked: Distinct) -> torch.Tensor:
         quantizer = self.quantizer(name)
         if quantizer.bypassed:
             if not self.training:
@@ -163,11 +191,24 @@ class DPQTables(nn.Module):
             self.penalties[name] = queries_NQ.new_zeros(())
             return _Bypassed.apply(queries_NQ, *(weight for weight in quantizer.parameters() if weight.requires_grad))
         with torch.autocast(queries_NQ.device.type, enabled=False):  # half precision would choose other codes
-            quantized = quantizer(queries_NQ, asked.counts_N.to(queries_NQ.dtype), asked.rows_N)
+            quantized = quantizer(queries_NQ, asked.counts_N.to(queries_NQ.dtype), asked.rows_N, is_checked=True)
         if not self.training:
             return quantized.vectors_NE
         self.penalties[name] = quantized.penalty.detach()
-        return _WithPenalty.apply(quantized.vectors_NE, quantized.penalty, self.penalty_scale)
+        return with_penalty(quantized.vectors_NE, quantized.penalty, self.penalty_scale)
+
+
+class _InFP32(nn.ModuleDict):
+    """Quantizers, whose keys, values and statistics stay in fp32 where the model around them takes another dtype."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _InFP32:
+        def in_fp32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            is_other = moved.is_floating_point() and moved.dtype != torch.float32
+            return tensor.to(moved.device, torch.float32) if is_other else moved
+
+        super()._apply(in_fp32, recurse)
+        return self
 
 
 def _query_config(table: BaseEmbeddingConfig, query_dim: int) -> EmbeddingConfig:
@@ -196,12 +237,12 @@ def _initialise(tables: Sequence[BaseEmbeddingConfig], modules: nn.ModuleDict) -
         table.init_fn(weight)
 
 
-def _distinct(rows_T: torch.Tensor, table: BaseEmbeddingConfig) -> _Distinct:
+def _distinct(rows_T: torch.Tensor, table: BaseEmbeddingConfig) -> Distinct:
     rows_N, at_T, counts_N = torch.unique(rows_T, return_inverse=True, return_counts=True)
     if len(rows_N) and not (int(rows_N[0]) >= 0 and int(rows_N[-1]) < table.num_embeddings):  # unique sorts
         got = f"ids from {int(rows_N[0])} to {int(rows_N[-1])}"
         raise IndexError(f"table {table.name!r}: got {got}, want 0 to {table.num_embeddings - 1}")
-    return _Distinct(rows_N, counts_N, at_T)
+    return Distinct(rows_N, counts_N, at_T)
 
 
 class _Bypassed(torch.autograd.Function):
@@ -215,16 +256,3 @@ class _Bypassed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_NQ: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return gradient_NQ, *(torch.zeros_like(weight) for weight in ctx.like)
-
-
-class _WithPenalty(torch.autograd.Function):
-    """The vectors as they are; backward, the penalty gets the gradient that it would have as a summand of the loss."""
-
-    @staticmethod
-    def forward(ctx: Any, vectors_NE: torch.Tensor, penalty: torch.Tensor, scale: float) -> torch.Tensor:
-        ctx.scale = scale
-        return vectors_NE.view_as(vectors_NE)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return gradient_NE, gradient_NE.new_full((), ctx.scale), None

@@ -29,8 +29,8 @@ class RunningMeans(nn.Module):
         self.decay = decay
         self.counts_MK: torch.Tensor
         self.sums_MKS: torch.Tensor
-        self.register_buffer("counts_MK", torch.zeros(value_shape[:2], device=device))
-        self.register_buffer("sums_MKS", torch.zeros(value_shape, device=device))
+        self.register_buffer("counts_MK", torch.zeros(value_shape[:2], dtype=torch.float32, device=device))
+        self.register_buffer("sums_MKS", torch.zeros(value_shape, dtype=torch.float32, device=device))
 
     def reset_parameters(self) -> None:
         """Nothing was seen yet."""

@@ -1,0 +1,201 @@
+"""Numbers that no code may hide. In: queries, keys, values, statistics. Out: nothing, or what names table and row.
+
+A NaN is as near to every key as to none: its row would get some code, a finite vector, and running statistics would
+carry it to all rows. Numbers too large to be squared in fp32 end the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dpq_rec.errors import ConfigError
+from dpq_rec.nn.collectives import sum_over_ranks, world_size
+from dpq_rec.nn.shards import device_of, dtype_of, shards_of
+
+if TYPE_CHECKING:
+    from dpq_rec.nn.find import TrainedTable
+    from dpq_rec.nn.quantizer import Quantizer
+
+# The largest number in a query or key, times the root of its width and the levels: fp32 holds the squares of such
+# numbers, and fourth powers, which the variances of batch norm in training are made of, of the smaller ones.
+_LARGEST, _LARGEST_OF_BATCH_NORM = 1e16, 1e9
+_LARGEST_HALF = 65_504.0
+QUERY_DTYPES = (torch.float32, torch.bfloat16)
+_CHUNK = 1 << 24  # numbers of a table that are looked at together
+_NO_ROW = torch.iinfo(torch.int64).max
+_HINT = "did the training diverge? Lower the learning rate or the loss scale, and go on from weights that are finite"
+
+
+class Numbers(NamedTuple):
+    """Numbers that have to be finite.
+
+    Attributes:
+        whose: begins the message: "table 'item_id'".
+        what: what they are: "query", "values".
+        numbers_NX: of any dtype and shape; none on a rank that does not hold them.
+        rows: the table's row of each of the N, or of the first one; None where they are no rows.
+        largest: the largest that they may be.
+        leave_out: a row that may hold anything.
+    """
+
+    whose: str
+    what: str
+    numbers_NX: torch.Tensor
+    rows: torch.Tensor | int | None = None
+    largest: float = float("inf")
+    leave_out: int | None = None
+
+
+@torch.no_grad()
+def check_finite(parts: Sequence[Numbers]) -> None:
+    """Refuse what is not finite, or too large; every rank calls it, with parts of the same names in the same order.
+
+    One pass over the numbers, and one sum over ranks; the row is looked for where something is wrong.
+
+    Raises:
+        ConfigError: on every rank, of the first such part and its first row on any rank.
+    """
+    if not parts:
+        return
+    squares_P = torch.stack([_sum_of_squares(part.numbers_NX) for part in parts])
+    found = zip(squares_P.tolist(), parts, strict=True)
+    num_wrong = sum(not square < part.largest**2 for square, part in found)  # NaN is below nothing
+    if world_size() > 1:
+        num_wrong = int(sum_over_ranks(squares_P.new_tensor(num_wrong)))
+    if not num_wrong:
+        return
+    first_P2 = torch.tensor([_first_rows(part) for part in parts], device=squares_P.device)
+    if world_size() > 1:
+        dist.all_reduce(first_P2, dist.ReduceOp.MIN)
+    for part, (not_finite, too_large) in zip(parts, first_P2.tolist(), strict=True):
+        if min(not_finite, too_large) < _NO_ROW:
+            raise ConfigError(_refusal(part, not_finite, too_large))
+
+
+def sample(quantizer: Quantizer, queries_NQ: torch.Tensor, rows_N: torch.Tensor | None, whose: str) -> Numbers:
+    """Queries that training begins with; without rows they are told by their position."""
+    largest = _largest(quantizer, in_training=True)
+    return Numbers(whose, "query", queries_NQ, 0 if rows_N is None else rows_N, largest)
+
+
+def read_by(quantizer: Quantizer, queries_NQ: torch.Tensor, rows_N: torch.Tensor | None, whose: str) -> list[Numbers]:
+    """What a forward in training reads: queries, keys and values; queries alone where tables are bypassed."""
+    queries = sample(quantizer, queries_NQ, rows_N, whose)
+    if quantizer.bypassed:
+        return [queries._replace(largest=float("inf"))]
+    values, *keys = _keys_and_values(quantizer, queries.largest, whose)
+    if quantizer.config.values_dtype == "float16":
+        values = values._replace(largest=min(values.largest, _LARGEST_HALF))
+    return [queries, values, *keys]
+
+
+def check_tables(
+    tables: Mapping[str, TrainedTable], *, in_training: bool = False, largest_vector: float = float("inf")
+) -> None:
+    """Refuse tables with numbers that are not finite, of any rank's shards; every rank calls it.
+
+    Args:
+        tables: by name.
+        largest_vector: the largest number that vectors of plain tables may hold.
+        in_training: of queries alone, which training is to go on from: as `start` places keys and values by them.
+
+    Raises:
+        ConfigError: naming table and row, on every rank; also weights of a dtype that is not trained or not frozen.
+    """
+    parts: list[Numbers] = []
+    for name, table in tables.items():
+        whose, quantizer, weight_VQ = f"table {name!r}", table.quantizer, table.weight_VQ
+        what, largest = "vector", largest_vector
+        if quantizer is None:
+            check_dtype(whose, "vectors", dtype_of(weight_VQ), *QUERY_DTYPES, torch.float16)
+        else:
+            check_dtype(whose, "queries", dtype_of(weight_VQ))
+            check_dtype(whose, "keys and values", quantizer.values_MKS.dtype, torch.float32)
+            what, largest = "query", _largest(quantizer, in_training=in_training)
+            if not in_training:
+                parts += [*_keys_and_values(quantizer, largest, whose), *_statistics(quantizer, whose)]
+        for shard in shards_of(weight_VQ):
+            held = torch.empty(0, device=device_of(weight_VQ)) if shard.tensor is None else shard.tensor
+            parts.append(Numbers(whose, what, held, shard.first_row, largest, table.padding_idx))
+    check_finite(parts)
+
+
+def check_dtype(whose: str, what: str, dtype: torch.dtype, *allowed: torch.dtype) -> None:
+    """Refuse weights in another precision than those in which a table is the same in training and when frozen.
+
+    Args:
+        whose: of which table; begins the message.
+        what: queries, values.
+        dtype: theirs.
+        allowed: dtypes of queries if not given.
+
+    Raises:
+        ConfigError: it is none of those.
+    """
+    allowed = allowed or QUERY_DTYPES
+    if dtype not in allowed:
+        wanted = " or ".join(map(str, allowed))
+        raise ConfigError(f"{whose}: got {what} of {dtype}, want {wanted}: call .float() on the model")
+
+
+def _largest(quantizer: Quantizer, *, in_training: bool) -> float:
+    """The largest number in a query or key whose scores fp32 holds, and in training their statistics."""
+    largest = _LARGEST_OF_BATCH_NORM if in_training and quantizer.config.batch_norm else _LARGEST
+    return largest / ((1 + quantizer.config.num_levels) * math.sqrt(quantizer.query_dim))
+
+
+def _keys_and_values(quantizer: Quantizer, largest: float, whose: str) -> list[Numbers]:
+    """The values first; they may be any finite number where no query is compared with them, or lessened by them."""
+    config, own_keys_MKS = quantizer.config, quantizer.own_keys_MKS
+    are_compared = config.keys_are_values or config.num_levels > 1
+    values = Numbers(whose, "values", quantizer.values_MKS, largest=largest if are_compared else float("inf"))
+    return [values] if own_keys_MKS is None else [values, Numbers(whose, "keys", own_keys_MKS, largest=largest)]
+
+
+def _statistics(quantizer: Quantizer, whose: str) -> list[Numbers]:
+    return [
+        Numbers(whose, f"running statistics ({name})", tensor)
+        for name, tensor in quantizer.named_buffers()
+        if tensor.is_floating_point()
+    ]
+
+
+def _sum_of_squares(numbers_NX: torch.Tensor) -> torch.Tensor:
+    """In fp32: infinite or NaN where a number is, or where its square overflows."""
+    flat = numbers_NX.reshape(-1)
+    if len(flat) <= _CHUNK:
+        flat = flat.float()
+        return torch.dot(flat, flat)
+    return torch.stack([_sum_of_squares(chunk) for chunk in flat.split(_CHUNK)]).sum()
+
+
+def _first_rows(part: Numbers) -> tuple[int, int]:
+    """The first row that is not finite, and the first one that is too large; _NO_ROW where there is none."""
+    firsts = [_NO_ROW, _NO_ROW]
+    if not part.numbers_NX.numel():
+        return _NO_ROW, _NO_ROW
+    numbers_NX = part.numbers_NX.reshape(len(part.numbers_NX) if part.numbers_NX.dim() else 1, -1)
+    for begin in range(0, len(numbers_NX), rows := max(1, _CHUNK // max(1, numbers_NX.shape[1]))):
+        highest_N = numbers_NX[begin : begin + rows].float().abs().amax(1)
+        is_finite_N = highest_N.isfinite()
+        for kind, wrong_N in enumerate((~is_finite_N, is_finite_N & (highest_N > part.largest))):
+            at_P = wrong_N.nonzero()[:, 0] + begin
+            rows_P = part.rows[at_P] if isinstance(part.rows, torch.Tensor) else at_P + (part.rows or 0)
+            if part.leave_out is not None:
+                rows_P = rows_P[rows_P != part.leave_out]
+            if len(rows_P):
+                firsts[kind] = min(firsts[kind], int(rows_P[0]))
+    return firsts[0], firsts[1]
+
+
+def _refusal(part: Numbers, not_finite: int, too_large: int) -> str:
+    got, row = "NaN or infinity", not_finite
+    if not_finite == _NO_ROW:
+        got, row = f"a number above {part.largest:.2g}, too large to be compared in float32,", too_large
+    where = f"its {part.what}" if part.rows is None else f"the {part.what} of row {row}"
+    return f"{part.whose}: got {got} in {where}; {_HINT}"
