@@ -14,7 +14,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError, IdTypeError
 from dpq_rec.nn.quantizer import Quantizer
-from dpq_rec.nn.tables import DPQTables, Looked
+from dpq_rec.nn.tables import Distinct, DPQTables, Looked
 
 Mode = Literal["sum", "mean", "max"]
 
@@ -64,7 +64,7 @@ class _OneTable(DPQTables):
             raise IdTypeError(f"ids: got {ids_T.dtype}, want torch.int64 or torch.int32")
         (key,) = self.quantizers
         rows_T = ids_T.long()
-        if self.padding_idx is None:
+        if self.padding_idx is None or self.keeps_padding:
             return self._look_up({key: rows_T})[key]
         kept_T = rows_T != self.padding_idx
         vectors_NE, at_kept = self._look_up({key: rows_T[kept_T]})[key]
@@ -87,7 +87,37 @@ class DPQEmbedding(_OneTable):
     It may be called several times in a forward, by encoder and decoder for example: the penalties of all calls count.
     An optimizer that is fused into backward makes an update for each call.
     Arguments: see `_OneTable`; training and sharding: see `DPQTables`.
+
+    Attributes:
+        keeps_padding: whether the padding id has a vector; see `keep_padding`.
     """
+
+    def keep_padding(self) -> None:
+        """Give the padding id a vector, not zeros: its row's, as any id has, which trains nothing all the same.
+
+        So torch's nn.Embedding does where its padding row was set, in a trained model for example. A state_dict says
+        so, and is loaded only where the padding is kept too.
+
+        Raises:
+            ConfigError: there is no padding.
+        """
+        if self.padding_idx is None:
+            raise ConfigError("keep_padding: got no padding_idx; an id without one has a vector")
+        self.keeps_padding = True
+        self.register_buffer("padding_is_kept", torch.ones((), dtype=torch.bool, device=self.device))
+
+    def _quantize(self, name: str, queries_NQ: torch.Tensor, asked: Distinct) -> torch.Tensor:
+        if self.padding_idx is None or not (self.training and self.keeps_padding):
+            return super()._quantize(name, queries_NQ, asked)
+        rows_N, counts_N, at_T = asked
+        learns_N = rows_N.ne(self.padding_idx)
+        learned = Distinct(rows_N[learns_N], counts_N[learns_N], at_T)
+        vectors_NE = super()._quantize(name, queries_NQ[learns_N], learned)
+        quantizer, fixed_PE = self.quantizer(name), queries_NQ[~learns_N].detach()  # one or none
+        if not quantizer.bypassed:
+            fixed_PE = quantizer.decode(quantizer.encode(fixed_PE, rows_N=rows_N[~learns_N])).detach()
+        at = int((rows_N < self.padding_idx).sum())  # rows ascend
+        return torch.cat([vectors_NE[:at], fixed_PE, vectors_NE[at:]])
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Vectors [..., E] of ids [...] (int64 or int32).

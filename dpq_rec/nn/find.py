@@ -112,7 +112,7 @@ def _tables_of(module: nn.Module, path: str) -> dict[str, TrainedTable]:
             tuple(table.feature_names),
             weights[table.name],
             module.quantizer(table.name),
-            module.padding_idx,
+            None if module.keeps_padding else module.padding_idx,
         )
         for table in module.quantized_tables
     }

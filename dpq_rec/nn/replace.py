@@ -50,15 +50,16 @@ def replace_embeddings(
         config: for all tables, or table -> config for those it names. A collection's tables have the names of their
             configs; an nn.Embedding or nn.EmbeddingBag has its path in the model.
         tables: which ones; all, or all that the mapping names, if not given. The others stay as they are.
-        from_weights: queries start as the weights, keys and values by `start` from them; afresh if not.
+        from_weights: queries start as the weights, keys and values by `start` from them; afresh if not. An
+            nn.Embedding's padding row that is not zeros keeps a vector then (`DPQEmbedding.keep_padding`).
         seed: of `start`.
 
     Returns:
         The model; or what replaces it, where it is a table module itself.
 
     Raises:
-        ConfigError: a name that the model does not have, or a table that cannot be replaced, with the reason. The model
-            is as it was.
+        ConfigError: a name that the model does not have, or a table that cannot be replaced, with the reason, or
+            weights that are not finite, with the row. The model is as it was.
     """
     if any(isinstance(module, DistributedModelParallel | DistributedDataParallel) for module in model.modules()):
         raise ConfigError("model: got one that is distributed already; replace its embeddings before it is wrapped")
@@ -125,7 +126,9 @@ def _check(name: str, found: _Stock, config: DPQConfig, *, from_weights: bool) -
         if getattr(module, setting, None):
             raise ConfigError(f"table {name!r}: got {setting}={getattr(module, setting)}, which is not kept: {reason}")
     if weight.dtype != torch.float32:
-        raise ConfigError(f"table {name!r}: got weights of {weight.dtype}, want torch.float32")
+        raise ConfigError(
+            f"table {name!r}: got weights of {weight.dtype}, want torch.float32: call .float() on it before"
+        )
     if hasattr(weight, "_in_backward_optimizers"):
         raise ConfigError(f"table {name!r}: got an optimizer fused into backward already; apply it after replacing")
     moves_by_use = config.ema_decay is not None or config.revive_after is not None
@@ -170,6 +173,8 @@ def _replacement(found: _Stock, chosen: Mapping[str, DPQConfig], *, from_weights
         key = name if name in queries else next(iter(queries))
         if from_weights:
             queries[key].copy_(weight)
+            if isinstance(made, DPQEmbedding) and made.padding_idx is not None and weight[made.padding_idx].any():
+                made.keep_padding()
         if not weight.requires_grad:
             for width, names in made.names_by_width.items():
                 if key in names:
