@@ -7,11 +7,12 @@ validation split too: no epoch is measured on it, and the last one counts as the
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.files import naming
+from dpq_rec.nn.find import find_tables
+from dpq_rec.nn.finite import Numbers, check_finite, check_tables
 from training.board import TENSORBOARD, Board, summary_writer
 from training.checkpoint import (
     ARTIFACT,
@@ -44,7 +47,17 @@ from training.results import Used, results
 from training.tasks import TASKS
 
 _logger = logging.getLogger(__name__)
-_SHOWN_STEPS = 20  # the loss is shown as the mean of so many
+_LARGEST = 1e16  # in a plain table: products of two such vectors are far from what overflows
+_SHOWN_STEPS = 20  # the loss is looked at, and shown as the mean of so many
+
+
+@contextlib.contextmanager
+def _at(epoch: int, step: int) -> Iterator[None]:
+    """Say in a refusal where the run stood."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"epoch {epoch}, step {step}: {error}") from error
 
 
 def train(config: RunConfig, kind: TableKind = BY_CONFIGURATION) -> dict[str, Any]:
@@ -157,6 +170,7 @@ class Run:
         rate, done = self.task.learning_rate(epoch), (epoch - 1) * self.num_steps
         self.model.train()
         total, shown = torch.zeros((), device=self.device), 0.0
+        num_bad = torch.zeros((), dtype=torch.int64, device=self.device)  # steps since the loss is not finite
         title = f"epoch {epoch}/{self.config.optimisation.epochs}"
         bar = tqdm(
             self.task.train_batches(epoch), title, self.num_steps, disable=self.rank != 0, unit="step", file=sys.stderr
@@ -164,18 +178,39 @@ class Run:
         for step, batch in enumerate(bar, 1):
             self.rates.set(done + step - 1, rate)
             self.optimizer.zero_grad()
-            loss = self.task.loss(self.model, batch, generator)
+            with _at(epoch, step):
+                loss = self.task.loss(self.model, batch, generator)
             loss.backward()  # updates the tables too
             self.optimizer.step()
             total += loss.detach()
+            num_bad += ~total.isfinite()
+            if step % _SHOWN_STEPS == 0 or step == self.num_steps:
+                self._check_loss(epoch, step, num_bad)
             if step % _SHOWN_STEPS == 0 and self.rank == 0:
                 mean, shown = (float(total) - shown) / _SHOWN_STEPS, float(total)
                 bar.set_postfix(loss=f"{mean:.4f}")
                 board.numbers("train", {"loss": mean}, done + step)
+        with _at(epoch, self.num_steps):
+            self._check_weights()
         (sum_of_losses,) = add_up([float(total)])
-        if not math.isfinite(sum_of_losses):
-            raise ConfigError(f"epoch {epoch}: the loss is {sum_of_losses}; try a lower --learning-rate")
         return sum_of_losses / (self.num_steps * self.world_size)
+
+    def _check_loss(self, epoch: int, step: int, num_bad: torch.Tensor) -> None:
+        """Refuse a loss that is not finite on any rank, for `num_bad` steps by now; every rank calls it."""
+        worst = num_bad.cpu()
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        if worst:
+            with _at(epoch, step - int(worst) + 1):
+                self._check_weights()
+                raise ConfigError("the loss is not finite; try a lower --learning-rate")
+
+    def _check_weights(self) -> None:
+        """Refuse tables and other weights that are not finite, before they are saved; every rank calls it."""
+        if self.kind is BY_CONFIGURATION:
+            tables = find_tables(self.model, list(self.task.vocabularies))
+            check_tables(tables, largest_vector=_LARGEST)
+        weights = dense_weights(stored(self.model), self.tables).items()
+        check_finite([Numbers(f"weight {name!r}", "numbers", weight) for name, weight in weights])
 
     def _candidate(self, epoch: int) -> Path:
         return self.out / CHECKPOINTS / f"candidate-{epoch:04d}"
