@@ -9,7 +9,16 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from dpq_rec import ConfigError
-from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBag, DPQEmbeddingBagCollection, Quantizer, bypass, finite, freeze, start
+from dpq_rec.nn import (
+    DPQEmbedding,
+    DPQEmbeddingBag,
+    DPQEmbeddingBagCollection,
+    Quantizer,
+    bypass,
+    finite,
+    freeze,
+    start,
+)
 from tests.dpq_rec.nn.modules import KINDS, NUM_IDS, batch, build, config, queries, train, vectors
 from tests.dpq_rec.nn.options import OPTIONS
 
@@ -63,7 +72,9 @@ def test_queries_too_large_to_be_compared_are_refused_like_infinity(options, lar
     module = made(DPQEmbeddingBag, **options)
     queries(module).data[13, 5] = large
     before = state(module)
-    with pytest.raises(ConfigError, match=r"got a number above .*, too large to be compared in float32, in the query of"):
+    with pytest.raises(
+        ConfigError, match=r"got a number above .*, too large to be compared in float32, in the query of"
+    ):
         module(batch(DPQEmbeddingBag, [17, 13, 4]))
     assert_unchanged(module, before)
 
@@ -98,7 +109,7 @@ def test_keys_and_values_that_are_not_finite_are_refused_too(kind, what):
 def test_values_beyond_half_precision_are_refused_where_they_are_rounded_to_it():
     module = made(DPQEmbedding, method="vq", values_dtype="float16")
     module.only_quantizer.values_MKS.data[0, 0, 0] = 1e5
-    with pytest.raises(ConfigError, match="table 'table': got a number above 6.6e\\+04, .* in its values"):
+    with pytest.raises(ConfigError, match=r"table 'table': got a number above 6.6e\+04, .* in its values"):
         module(batch(DPQEmbedding))
 
 
@@ -191,7 +202,7 @@ def test_freeze_refuses_what_a_quantizer_keeps(kind, part, what, bad, tmp_path):
 def test_freeze_refuses_queries_whose_scores_would_overflow(tmp_path):
     module = made(DPQEmbeddingBag, method="vq", batch_norm=False)
     queries(module).data[7, 0] = 1e20
-    with pytest.raises(ConfigError, match="table 'bag': got a number above .* in the query of row 7;"):
+    with pytest.raises(ConfigError, match=r"table 'bag': got a number above .* in the query of row 7;"):
         freeze(nn.ModuleDict({"bag": module}), tmp_path / "artifact")
 
 
