@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpq_rec import DPQConfig, MissingDependencyError
+from dpq_rec import ConfigError, DPQConfig, MissingDependencyError
 from dpq_rec.nn import Quantizer
 from dpq_rec.nn.kmeans import centroids
 
@@ -95,6 +95,35 @@ def test_shared_centroids_are_those_of_all_groups_together():
     groups = queries().view(-1, 2, 4)
     together = centroids(groups.transpose(0, 1).reshape(-1, 1, 4), 8, shared=False, spherical=False, seed=0)
     assert torch.equal(centroids(groups, 8, shared=True, spherical=False, seed=0), together)
+
+
+@pytest.mark.parametrize("exponent", [-90, 60, 100])
+@pytest.mark.parametrize("num_rows", [2000, 5])
+@pytest.mark.parametrize("spherical", [False, True])
+def test_centroids_of_any_finite_groups_are_those_of_groups_of_size_one(exponent, num_rows, spherical):
+    """Their squares are infinite, or zero; faiss ends the process at those."""
+    groups = queries(num_rows).view(-1, 2, 4)
+    want = centroids(groups, 8, shared=False, spherical=spherical, seed=0)
+    got = centroids(groups * 2.0**exponent, 8, shared=False, spherical=spherical, seed=0)
+    is_scaled = not spherical or num_rows < 8
+    assert torch.equal(got, want * 2.0**exponent if is_scaled else want)
+
+
+@pytest.mark.parametrize("large", [1e19, 3.4e38])
+def test_one_large_group_among_others_becomes_a_centroid(large):
+    groups = queries().view(-1, 2, 4)
+    groups[17, 0, 1] = -large
+    found = centroids(groups, 8, shared=False, spherical=False, seed=0)
+    assert found.isfinite().all()
+    assert torch.isclose(found[0, :, 1], torch.tensor(-large)).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_centroids_refuse_groups_that_are_not_finite(bad):
+    groups = queries().view(-1, 2, 4)
+    groups[17, 0, 1] = bad
+    with pytest.raises(ConfigError, match="k-means: got NaN or infinity in the group of row 17;"):
+        centroids(groups, 8, shared=False, spherical=False, seed=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"metric": "cosine"}, {"metric": "cosine", "tie_keys": True}], ids=str)

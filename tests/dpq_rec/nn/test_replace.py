@@ -17,6 +17,7 @@ from dpq_rec.nn import (
     DPQEmbeddingBag,
     DPQEmbeddingBagCollection,
     DPQEmbeddingCollection,
+    bypass,
     freeze,
     replace_embeddings,
     start,
@@ -304,3 +305,121 @@ def test_a_frozen_weight_refuses_what_moves_by_use():
     embedding = nn.Embedding(20, 16).requires_grad_(False)
     with pytest.raises(ConfigError, match="with a frozen weight, which they would move"):
         replace_embeddings(embedding, DPQConfig(method="vq", num_subspaces=4, ema_decay=0.9))
+
+
+def from_pretrained(padding_idx, num_rows=ROWS):
+    """nn.Embedding with a padding row that is not zeros, as BERT's, replaced; and the weights."""
+    torch.manual_seed(0)
+    weights = torch.randn(num_rows, DIM)
+    stock = nn.Embedding.from_pretrained(weights.clone(), freeze=False, padding_idx=padding_idx)
+    return nn.ModuleDict({"words": stock}), weights
+
+
+@pytest.mark.parametrize("padding_idx", [0, 3, -1])
+@pytest.mark.parametrize(
+    "config",
+    [
+        DPQConfig(method="vq", num_subspaces=4, num_codes=6, num_levels=2, commitment_weight=1.0),
+        DPQConfig(method="vq", num_subspaces=4, num_codes=6, ema_decay=0.5, revive_after=1),
+        DPQConfig(num_subspaces=4, num_codes=6),
+        DPQConfig(method="vq", num_subspaces=4, num_codes=6, num_levels=3, tiers=((0.5, 1),), batch_norm=False),
+    ],
+    ids=["vq", "means", "sx", "tiers"],
+)
+def test_a_padding_row_that_is_not_zeros_keeps_its_vector_and_trains_nothing(config, padding_idx, tmp_path):
+    model, weights = from_pretrained(padding_idx)
+    replace_embeddings(model, config, from_weights=True)
+    words, row = model["words"], padding_idx % ROWS
+    bare = replace_embeddings(from_pretrained(None)[0], config, from_weights=True)["words"]  # is never asked for it
+    assert words.padding_idx == row
+    assert (words.eval()(torch.tensor([row])) - weights[row]).norm() < 0.9 * weights[row].norm()
+    for module, ids in ((words, [row, 5, 7, row, 7]), (bare, [5, 7, 7])):
+        out = module.train()(torch.tensor(ids))
+        out.square().sum().backward()
+    want = dict(bare.named_buffers())
+    assert all(torch.equal(tensor, want[name]) for name, tensor in words.named_buffers() if "padding" not in name)
+    assert torch.equal(words.only_quantizer.values_MKS, bare.only_quantizer.values_MKS)
+    assert not next(words.queries.parameters()).grad[row].any()
+    for ours, theirs in zip(words.parameters(), bare.parameters(), strict=True):
+        assert not theirs.requires_grad or torch.equal(ours.grad, theirs.grad)
+    freeze(model, tmp_path / "artifact")
+    served = EmbeddingStore.open(tmp_path / "artifact").lookup("words", np.arange(ROWS))
+    assert not len(served.missing)
+    assert served.vectors.tobytes() == words.eval()(torch.arange(ROWS)).detach().numpy().tobytes()
+
+
+def test_a_kept_padding_has_its_vector_in_training_as_in_eval_mode():
+    model, _ = from_pretrained(3)
+    words = replace_embeddings(model, VQ, from_weights=True)["words"]
+    for ids in ([3], [1, 3, 9], [3, 3], [29, 3]):
+        out = words.train()(torch.tensor(ids))
+        at = ids.index(3)
+        assert torch.equal(out[at], words.eval()(torch.tensor([3]))[0])
+    assert words.train()(torch.tensor([], dtype=torch.int64)).shape == (0, DIM)
+    assert torch.equal(words(torch.tensor([1, 9])), words(torch.tensor([1, 3, 9]))[[0, 2]])
+
+
+def test_a_bypassed_table_hands_out_the_padding_row_itself():
+    model, weights = from_pretrained(3)
+    words = bypass_of(replace_embeddings(model, VQ, from_weights=True))["words"]
+    out = words(torch.tensor([3, 4]))
+    assert torch.equal(out, weights[[3, 4]])
+    out.sum().backward()
+    grad = next(words.queries.parameters()).grad
+    assert not grad[3].any()
+    assert grad[4].all()
+
+
+def bypass_of(model):
+    bypass(model)
+    return model
+
+
+def test_a_state_of_a_kept_padding_loads_where_it_is_kept_and_is_refused_where_it_would_be_zeros():
+    words = replace_embeddings(from_pretrained(3)[0], VQ, from_weights=True)["words"]
+    zeros = DPQEmbedding(ROWS, DIM, VQ, padding_idx=3, name="words")
+    with pytest.raises(RuntimeError, match="padding_is_kept"):
+        zeros.load_state_dict(words.state_dict())
+    zeros.keep_padding()
+    zeros.load_state_dict(words.state_dict())
+    assert torch.equal(zeros.eval()(torch.tensor([3])), words.eval()(torch.tensor([3])))
+    with pytest.raises(ConfigError, match="keep_padding: got no padding_idx"):
+        DPQEmbedding(ROWS, DIM, VQ).keep_padding()
+
+
+@pytest.mark.parametrize("stock", ["embedding", "bag"])
+def test_padding_that_torch_returns_as_zeros_stays_missing(stock, tmp_path):
+    """A row of zeros, and a bag's, which leaves it out whatever it holds."""
+    model, _ = from_pretrained(3)
+    if stock == "bag":
+        model["words"] = nn.EmbeddingBag(ROWS, DIM, padding_idx=3, mode="sum")
+        model["words"].weight.data.normal_()
+    else:
+        model["words"].weight.data[3] = 0
+    replace_embeddings(model, VQ, from_weights=True)
+    assert not model["words"](torch.tensor([[3]])).any()
+    freeze(model, tmp_path / "artifact")
+    assert EmbeddingStore.open(tmp_path / "artifact").lookup("words", [3, 4]).missing.tolist() == [0]
+
+
+def test_a_kept_padding_outlives_sharding(one_rank, tmp_path):
+    model, weights = from_pretrained(3)
+    replace_embeddings(model, VQ, from_weights=True)
+    wrapped = DistributedModelParallel(model, device=torch.device("cpu"))
+    model["words"](torch.tensor([3, 5])).sum().backward()
+    assert torch.equal(model["words"].query_weights()["words"].local_shards()[0].tensor[3], weights[3])
+    freeze(wrapped, tmp_path / "artifact")
+    want = model["words"].eval()(torch.arange(ROWS)).detach().numpy()
+    assert np.array_equal(EmbeddingStore.open(tmp_path / "artifact").lookup("words", np.arange(ROWS)).vectors, want)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), 1e19, 3e38])
+@pytest.mark.parametrize("name", ["goods", "ec", "deep.1", "deep.2"])
+def test_from_weights_names_the_row_that_is_not_finite_and_leaves_the_model_as_it_was(name, bad):
+    model = every_kind()
+    modules = {"goods": model["bags"].embedding_bags["goods"], "ec": model["deep"][0].embeddings["ec"]}
+    (modules.get(name) or model.get_submodule(name)).weight.data[7, 2] = bad
+    before = [id(module) for module in model.modules()]
+    with pytest.raises(ConfigError, match=f"table '{name}': got .* in the query of row 7;"):
+        replace_embeddings(model, VQ, from_weights=True)
+    assert [id(module) for module in model.modules()] == before
