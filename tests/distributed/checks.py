@@ -92,6 +92,33 @@ def refusals_of_cuts(model, wrapped, out: Path):
     }
 
 
+def refusals_of_not_finite(model, wrapped, out: Path):
+    """What each entry says to a query of row 70 that is NaN, and which the last rank alone asks for; then to none."""
+    user = 70 if dist.get_rank() == dist.get_world_size() - 1 else 3
+    ids = torch.tensor([{"user": user}.get(table, 1) for table in FEATURES.values()])
+    features = KeyedJaggedTensor(keys=list(FEATURES), values=ids, lengths=torch.ones(len(ids), dtype=torch.long))
+    entries = {
+        "forward": lambda: wrapped(features, torch.ones(1)).backward(),
+        "start": lambda: start(wrapped, num_samples=2),
+        "freeze": lambda: freeze(wrapped, out / "never made"),
+    }
+    before = _set_query(model, 70, float("nan"))
+    said = {name: refusal(action) for name, action in entries.items() if name != "freeze" or not model.bypassed}
+    _set_query(model, 70, before)
+    return {**said, "mended": refusal(entries["forward"])}
+
+
+def _set_query(model, row, number):
+    """Set the first number of a row of the users' queries, on the rank that holds it; what it was there."""
+    before = 0.0
+    for shard in shards_of(model.tables.query_weights()["user"]):
+        here = row - shard.first_row
+        if shard.tensor is not None and 0 <= here < shard.num_rows and shard.first_column == 0:
+            before = float(shard.tensor[here, 0])
+            shard.tensor[here, 0] = number
+    return before
+
+
 def first_state(model):
     """How a model begins that was built on meta."""
     shards = [

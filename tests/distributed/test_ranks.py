@@ -9,6 +9,7 @@ from tests.distributed.cases import CASES, NUM_STEPS
 from tests.distributed.checks import frozen_vectors
 
 STARTED = [name for name, case in CASES.items() if case.start]
+BYPASSED = ("bypassed", "freeze")  # which refuses it for that
 REVIVED = [name for name, case in CASES.items() if case.config.revive_after]
 
 
@@ -107,3 +108,24 @@ def test_every_rank_refuses_cuts_through_a_subspace(runs, entry):
     for text in said:
         assert text.startswith("ConfigError: table 'user': got a shard of columns 0 to 3, want cuts at multiples of 8")
         assert "subspace_constraints" in text
+
+
+@pytest.mark.parametrize(
+    ("case", "entry"),
+    [
+        (c, e)
+        for c in ("vq", "sx-no_batch_norm", "bypassed")
+        for e in ("forward", "start", "freeze")
+        if (c, e) != BYPASSED
+    ],
+)
+def test_every_rank_names_the_row_that_is_not_finite_whichever_asks_for_it(runs, case, entry):
+    said = [rank[entry] for rank in runs[2].report["not finite"][case]]
+    assert len(said) == 2
+    for text in said:
+        assert text.startswith("ConfigError: table 'user': got NaN or infinity in the query of row 70;")
+
+
+@pytest.mark.parametrize("case", ["vq", "sx-no_batch_norm", "bypassed"])
+def test_ranks_train_on_together_when_the_row_is_mended(runs, case):
+    assert [rank["mended"] for rank in runs[2].report["not finite"][case]] == ["none", "none"]

@@ -21,6 +21,11 @@ from tests.distributed.cases import CASES, NUM_STEPS, Case, default_config
 from tests.distributed.model import Model, batch, constraints, dense_optimizer, shard, shard_with_weights, train_step
 
 BIG_TABLE = {"num_embeddings": 1_000_000, "embedding_dim": 64}
+NOT_FINITE = {  # with sums over ranks of its own, and with none
+    "vq": Case(config=default_config("vq", ema_decay=0.9, revive_after=2), sharding="row_wise"),
+    "sx-no_batch_norm": Case(config=default_config("sx", batch_norm=False), sharding="column_wise"),
+    "bypassed": Case(config=default_config("sx"), sharding="table_wise", full_steps=1),
+}
 META = {
     "table_wise": Case(config=default_config("sx", share_subspaces=True), sharding="table_wise", plain_items=True),
     "row_wise": Case(config=default_config("vq", ema_decay=0.9, num_levels=2, revive_after=2), sharding="row_wise"),
@@ -76,6 +81,15 @@ def cut_through_subspaces(out):
     return checks.of_all_ranks(checks.refusals_of_cuts(model, wrapped, out))
 
 
+def not_finite(case, out):
+    """Every rank must refuse, whichever of them asks for the row or holds it, and none wait for another."""
+    model = Model(case)
+    wrapped = shard(model, constraints(model))
+    model.bypassed = bool(case.full_steps)
+    bypass(wrapped, enabled=model.bypassed)
+    return checks.of_all_ranks(checks.refusals_of_not_finite(model, wrapped, out))
+
+
 def built_on_meta(case):
     """How it begins, and whether it trains."""
     torch.manual_seed(dist.get_rank())  # so that only what is sent from rank to rank is the same on both
@@ -109,6 +123,7 @@ def main():
     report["cases"] = {name: train(case, out / name) for name, case in CASES.items()}
     if dist.get_world_size() > 1:
         report["cuts"] = cut_through_subspaces(out)
+        report["not finite"] = {name: not_finite(case, out) for name, case in NOT_FINITE.items()}
         report["meta"] = {name: built_on_meta(case) for name, case in META.items()}
     if dist.get_rank() == 0:
         (out / "report.json").write_text(json.dumps(report))
