@@ -125,13 +125,15 @@ class Run:
 
     def _epoch(self, progress: Progress, board: Board) -> None:
         progress.epoch += 1
-        enter(self.model, self.optimizer, self.config, progress.epoch)
+        with _at(progress.epoch, 0):
+            enter(self.model, self.optimizer, self.config, progress.epoch)
         began = time.monotonic()
         loss = self._train(progress.epoch, board)
         progress.train_seconds += time.monotonic() - began
         progress.examples += self.task.num_examples
         if progress.epoch > self.config.full_epochs:
-            self._judge(progress, loss, board)
+            with _at(progress.epoch, self.num_steps):
+                self._judge(progress, loss, board)
         else:  # no codes yet, that could be frozen and measured
             progress.history.append({"epoch": progress.epoch, "loss": loss, "codes": {}})
             if self.rank == 0:
