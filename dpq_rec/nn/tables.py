@@ -6,6 +6,7 @@ Each table is asked for the query of every distinct row once, and quantizes it o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -202,12 +203,19 @@ class _InFP32(nn.ModuleDict):
     """Quantizers, whose keys, values and statistics stay in fp32 where the model around them takes another dtype."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _InFP32:
+        refused: set[torch.dtype] = set()
+
         def in_fp32(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            is_other = moved.is_floating_point() and moved.dtype != torch.float32
-            return tensor.to(moved.device, torch.float32) if is_other else moved
+            if not moved.is_floating_point() or moved.dtype == torch.float32:
+                return moved
+            refused.add(moved.dtype)
+            return tensor.to(moved.device, torch.float32)
 
         super()._apply(in_fp32, recurse)
+        for dtype in refused:  # said here: the next layer would fail by a mismatch that names nothing
+            stay = "keys, values and vectors of DPQ tables stay in torch.float32"
+            warnings.warn(f"moved to {dtype}: {stay}; cast the vectors, or use autocast", stacklevel=3)
         return self
 
 

@@ -21,6 +21,7 @@ TO_BFLOAT16 = {
     "to": lambda module: module.to(dtype=torch.bfloat16),
     "queries alone": lambda module: module.queries.bfloat16(),
 }
+pytestmark = pytest.mark.filterwarnings("ignore:moved to torch")
 kinds = pytest.mark.parametrize("kind", KINDS)
 methods = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS.keys())
 others = pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
@@ -67,6 +68,17 @@ def test_keys_values_and_statistics_keep_their_bits_when_a_model_is_moved_to_bfl
     for name, tensor in module.quantizers.state_dict().items():
         assert torch.equal(tensor, before[name]), name
         assert tensor.dtype == before[name].dtype, name
+
+
+def test_a_model_moved_to_another_dtype_says_that_vectors_stay_in_fp32(recwarn):
+    """The next layer, in bfloat16, would say no more than that two types differ."""
+    model = nn.Sequential(made(DPQEmbedding), nn.Linear(12, 2))
+    model.float().to("cpu")
+    assert not len(recwarn)
+    with pytest.warns(UserWarning, match=r"moved to torch\.bfloat16: .* vectors of DPQ tables stay in torch\.float32"):
+        model.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(batch(DPQEmbedding)).dtype == torch.bfloat16
 
 
 @methods
