@@ -58,6 +58,9 @@ class _OneTable(DPQTables):
         """Keys and values."""
         return self.quantizer(self.quantized_tables[0].name)
 
+    def _whose(self, table: str) -> str:
+        return super()._whose(self.name or table)
+
     def _vectors_of(self, ids_T: torch.Tensor) -> Looked:
         """Vectors of ids; the last one is zeros, for the padding, where there is such an id."""
         if ids_T.dtype not in (torch.int64, torch.int32):

@@ -62,7 +62,8 @@ def check_finite(parts: Sequence[Numbers]) -> None:
     """
     if not parts:
         return
-    squares_P = torch.stack([_sum_of_squares(part.numbers_NX) for part in parts])
+    device = max((part.numbers_NX.device for part in parts), key=lambda device: device.type == "cuda")  # as NCCL wants
+    squares_P = torch.stack([_sum_of_squares(part.numbers_NX).to(device) for part in parts])
     found = zip(squares_P.tolist(), parts, strict=True)
     num_wrong = sum(not square < part.largest**2 for square, part in found)  # NaN is below nothing
     if world_size() > 1:

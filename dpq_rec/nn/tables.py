@@ -164,13 +164,17 @@ class DPQTables(nn.Module):
                 tables = f"table {', '.join(map(repr, self.names_by_width[width]))}"
                 check_dtype(tables, "queries", next(collection.parameters()).dtype)
         for name in self.quantizers:
-            check_dtype(f"table {name!r}", "keys and values", self.quantizer(name).values_MKS.dtype, torch.float32)
+            check_dtype(self._whose(name), "keys and values", self.quantizer(name).values_MKS.dtype, torch.float32)
+
+    def _whose(self, table: str) -> str:
+        """How messages begin, by the name that the table has for its user."""
+        return f"table {table!r}"
 
     def _check_finite(self, queries: Mapping[str, torch.Tensor], distinct: Mapping[str, Distinct]) -> None:
         """Of all tables together, with one sum over ranks, before any statistic takes them in."""
         numbers: list[Numbers] = []
         for name, queries_NQ in queries.items():
-            numbers += read_by(self.quantizer(name), queries_NQ, distinct[name].rows_N, f"table {name!r}")
+            numbers += read_by(self.quantizer(name), queries_NQ, distinct[name].rows_N, self._whose(name))
         check_finite(numbers)
 
     def _look_up_queries(self, distinct: Mapping[str, Distinct]) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from dpq_rec.nn import (
     bypass,
     finite,
     freeze,
+    replace_embeddings,
     start,
 )
 from tests.dpq_rec.nn.modules import KINDS, NUM_IDS, batch, build, config, queries, train, vectors
@@ -138,6 +139,13 @@ def test_the_first_of_several_rows_is_named_and_infinity_before_what_is_large():
     queries(module).data[[4, 6, 9], 0] = torch.tensor([1e30, NAN, INF])
     with pytest.raises(ConfigError, match="got NaN or infinity in the query of row 6;"):
         module(batch(DPQEmbedding))
+
+
+def test_a_table_is_named_by_its_path_in_the_model():
+    model = replace_embeddings(nn.ModuleDict({"deep": nn.Sequential(nn.Embedding(9, 12))}), config())
+    queries(model["deep"][0], "deep_0").data[4] = NAN
+    with pytest.raises(ConfigError, match=r"table 'deep\.0': got NaN or infinity in the query of row 4;"):
+        model["deep"][0](torch.tensor([4]))
 
 
 def test_a_padding_row_may_hold_anything(tmp_path):
