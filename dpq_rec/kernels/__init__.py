@@ -1,21 +1,21 @@
 """The hot loops in C++. In: numpy arrays; lists of str. Out: numpy arrays. `reference` says what they compute.
 
-The GIL is released. Arguments are trusted to fit each other, as everything inside the library is; what comes from a
-file, rows, codes and offsets, is checked as it is read.
+The GIL is released. Every function refuses arguments of another type or size with a ConfigError, before anything is
+read; what comes from a file, rows, codes and offsets, is checked as it is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.codes import CodeLayout
-from dpq_rec.errors import DamagedArtifactError
+from dpq_rec.errors import ConfigError, DamagedArtifactError
 from dpq_rec.tiers import PackedTier
 
 try:
@@ -25,6 +25,59 @@ except ImportError as error:
     raise ImportError(message) from error
 
 MISSING_ROW = -1
+T = TypeVar("T")
+
+
+def call(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function of the C++ returns. It looks at its arguments itself, which costs nothing where they are right.
+
+    Raises:
+        ConfigError: they are of another type or size, not contiguous, or read-only where it writes.
+    """
+    try:
+        return function(*arguments)
+    except TypeError as error:
+        wanted = (function.__doc__ or function.__init__.__doc__).partition(" -> ")[0]  # type: ignore[misc]
+        raise ConfigError(f"got {_described(arguments)}; want {wanted}") from error
+    except ValueError as error:
+        raise ConfigError(f"{function.__name__}: {error}; the arguments are {_described(arguments)}") from error
+
+
+def _described(arguments: Sequence[Any]) -> str:
+    """Types and sizes of arguments, as a message says them."""
+    return ", ".join(_shown(argument) for argument in arguments)
+
+
+def _shown(argument: Any) -> str:
+    if isinstance(argument, np.ndarray):
+        flags = argument.flags
+        notes = ["not contiguous"] * (not flags.c_contiguous) + ["read-only"] * (not flags.writeable)
+        return " ".join([str(argument.dtype), str(list(argument.shape)), *notes])
+    return repr(argument) if isinstance(argument, int | None) else type(argument).__name__
+
+
+def new_array(like: Any, *sizes: int, dtype: DTypeLike) -> NDArray[Any]:
+    """An array [N, *sizes] to be filled, N being the length of another.
+
+    Raises:
+        ConfigError: the other has no length, or there is no such dtype.
+    """
+    try:
+        return np.empty((len(like), *sizes), dtype)
+    except TypeError as error:
+        raise ConfigError(f"got {_shown(like)} and dtype {dtype!r}, want an array [N] and float32 or float16") from error
+
+
+def check_array(what: str, array: Any, dtype: DTypeLike, *sizes: int | None) -> None:
+    """Refuse what is no array of that dtype and those sizes, of which None is any.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    is_array = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(sizes)
+    if not is_array or any(want not in (None, got) for got, want in zip(array.shape, sizes, strict=True)):
+        shape = ", ".join("*" if size is None else str(size) for size in sizes)
+        raise ConfigError(f"{what}: got {_shown(array)}, want {np.dtype(dtype)} [{shape}]")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +91,15 @@ class Coded:
 
     tiers: Sequence[PackedTier]
     values_MKS: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        if not self.tiers:
+            raise ConfigError("tiers: got none, want one or more")
+        layout = self.tiers[0].layout
+        check_array("values", self.values_MKS, np.float32, None, None, None)
+        if len(self.values_MKS) not in (layout.codes_per_row, layout.num_levels):
+            wanted = f"{layout.codes_per_row}, or {layout.num_levels} where the subspaces share them"
+            raise ConfigError(f"values: got {len(self.values_MKS)} groups of {layout}, want {wanted}")
 
     @classmethod
     def of(cls, packed_VW: NDArray[np.uint8], values_MKS: NDArray[np.float32], layout: CodeLayout) -> Coded:
@@ -64,7 +126,7 @@ class Coded:
     def native(self) -> _native.Vectors:
         """The same, as the C++ takes it: made once, it would take longer than a small lookup."""
         layout, packed = self.tiers[0].layout, [(tier.packed_VW, tier.layout.num_levels) for tier in self.tiers]
-        return _native.Vectors(packed, self.values_MKS, layout.num_subspaces, layout.code_bits, self.shared)
+        return call(_native.Vectors, packed, self.values_MKS, layout.num_subspaces, layout.code_bits, self.shared)
 
 
 Stored = Coded | NDArray[np.float32]  # vectors as codes, or as they are: [V, E]
@@ -86,9 +148,11 @@ def decode(
 
     Raises:
         DamagedArtifactError: a row outside the table, or a code of K or more: nothing is read outside the arrays.
+        ConfigError: arguments of another type or size.
     """
-    out_NE = np.empty((len(rows_N), embedding_dim_of(stored)), dtype)
-    check_damage(stored, rows_N, _native.decode(native_of(stored), rows_N, out_NE, num_threads))
+    vectors = native_of(stored)
+    out_NE = new_array(rows_N, vectors.dim, dtype=dtype)
+    check_damage(stored, rows_N, call(_native.decode, vectors, rows_N, out_NE, num_threads))
     return out_NE
 
 
@@ -117,11 +181,11 @@ def decode_bags(
         pooled_BE, in the dtype asked for.
 
     Raises:
-        DamagedArtifactError: as in `decode`.
+        DamagedArtifactError, ConfigError: as in `decode`; lengths that do not sum to N, too.
     """
-    out_BE = np.empty((len(bag_lengths_B), embedding_dim_of(stored)), dtype)
-    ends_B = bag_lengths_B.cumsum(dtype=np.int64)
-    bad_at = _native.decode_bags(native_of(stored), rows_N, weights_N, ends_B, mean, out_BE, num_threads)
+    vectors = native_of(stored)
+    out_BE = new_array(bag_lengths_B, vectors.dim, dtype=dtype)
+    bad_at = call(_native.decode_bags, vectors, rows_N, weights_N, bag_lengths_B, mean, out_BE, num_threads)
     check_damage(stored, rows_N, bad_at)
     return out_BE
 
@@ -139,21 +203,28 @@ def copy_codes(stored: Coded, rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uin
 
     Raises:
         DamagedArtifactError: a row outside the table.
+        ConfigError: arguments of another type or size.
     """
-    packed_NW = np.empty((len(rows_N), stored.tiers[0].layout.row_bytes), np.uint8)
-    tiers_N = np.empty(len(rows_N), np.uint8) if len(stored.tiers) > 1 else None
-    check_damage(stored, rows_N, _native.copy_codes(stored.native, rows_N, packed_NW, tiers_N))
+    check_coded(stored)
+    packed_NW = new_array(rows_N, stored.tiers[0].layout.row_bytes, dtype=np.uint8)
+    tiers_N = new_array(rows_N, dtype=np.uint8) if len(stored.tiers) > 1 else None
+    check_damage(stored, rows_N, call(_native.copy_codes, stored.native, rows_N, packed_NW, tiers_N))
     return packed_NW, tiers_N
 
 
-def embedding_dim_of(stored: Stored) -> int:
-    """E."""
-    return stored.embedding_dim if isinstance(stored, Coded) else int(stored.shape[1])
+def check_coded(stored: Any) -> None:
+    """Refuse what is not stored as codes.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(stored, Coded):
+        raise ConfigError(f"stored: got {_shown(stored)}, want vectors as codes")
 
 
 def native_of(stored: Stored) -> _native.Vectors:
     """The vectors, as the C++ takes them."""
-    return stored.native if isinstance(stored, Coded) else _native.Vectors(stored)
+    return stored.native if isinstance(stored, Coded) else call(_native.Vectors, stored)
 
 
 def check_damage(stored: Stored, rows_N: NDArray[np.int64], bad_at: Sequence[int]) -> None:
@@ -190,7 +261,7 @@ def encode(
     tie. A query's codes depend neither on the batch it stands in nor on the machine.
 
     Args:
-        queries_NDS: queries (float32), contiguous.
+        queries_NDS: queries (float32).
         keys_DKS: keys (float32).
         scale_K: factor per code (float32); ones where scores are not normalised.
         shift_K: summand per code (float32); zeros where scores are not normalised.
@@ -198,10 +269,15 @@ def encode(
 
     Returns:
         codes_ND (uint16).
+
+    Raises:
+        ConfigError: arguments of another type or size.
     """
-    keys_DSP, scale_P, shift_P = _in_lanes(keys_DKS), *_affine_in_lanes(scale_K, shift_K)
+    check_array("queries", queries_NDS, np.float32, None, None, None)
+    keys_DSP = _in_lanes("keys", keys_DKS)
+    scale_P, shift_P = _affine_in_lanes(scale_K, shift_K, keys_DKS.shape[1])
     codes_ND = np.empty(queries_NDS.shape[:2], np.uint16)
-    _native.encode(queries_NDS, keys_DSP, scale_P, shift_P, codes_ND, euclidean)
+    call(_native.encode, np.ascontiguousarray(queries_NDS), keys_DSP, scale_P, shift_P, codes_ND, euclidean)
     return codes_ND
 
 
@@ -233,13 +309,18 @@ def softmax_gradients(
         affine: scale_K and shift_K (float32).
         gradients_NDS: the loss's gradient by the mixture (float32), contiguous.
         euclidean: the score is minus the squared distance rather than the dot product.
+
+    Raises:
+        ConfigError: arguments of another type or size.
     """
-    keys_DXP, values_DSP = _in_lanes(keys_DKX), _in_lanes(values_DKS)
-    scale_P, shift_P = _affine_in_lanes(*affine)
+    keys_DXP, values_DSP = _in_lanes("keys", keys_DKX), _in_lanes("values", values_DKS)
+    num_codes = keys_DKX.shape[1]
+    check_array("values", values_DKS, np.float32, len(keys_DKX), num_codes, None)
+    scale_P, shift_P = _affine_in_lanes(*affine, num_codes)
     inputs = (queries_NDX, keys_DXP, values_DSP, scale_P, shift_P)
     by_query, by_key, by_value, by_scale, by_shift = map(np.zeros_like, inputs)
-    _native.softmax_gradients(*inputs, gradients_NDS, by_query, by_key, by_value, by_scale, by_shift, euclidean)
-    num_codes = keys_DKX.shape[1]
+    outputs = (by_query, by_key, by_value, by_scale, by_shift)
+    call(_native.softmax_gradients, *inputs, gradients_NDS, *outputs, euclidean)
     return SoftmaxGradients(
         by_query,
         by_key[:, :, :num_codes].transpose(0, 2, 1),
@@ -258,10 +339,14 @@ def central_moments(
         queries_NDS: queries (float32), contiguous.
         mean_DS: what they are centred on (float32), contiguous.
         weights_N: weight of each (float32), contiguous.
+
+    Raises:
+        ConfigError: arguments of another type or size.
     """
+    check_array("queries", queries_NDS, np.float32, None, None, None)
     _, num_subspaces, dim = queries_NDS.shape
     sums = np.zeros((num_subspaces, dim * dim + dim + 2))
-    _native.central_moments(queries_NDS, mean_DS, weights_N, sums)
+    call(_native.central_moments, queries_NDS, mean_DS, weights_N, sums)
     return sums.astype(np.float32)
 
 
@@ -274,17 +359,24 @@ def central_moments_gradient(
     """The gradient [N, D, S] by the queries of what has `gradients` [D, S*S + S + 2] by their central moments.
 
     Its sum over queries, negated, is the gradient by the mean.
+
+    Raises:
+        ConfigError: arguments of another type or size.
     """
-    gradients, dim = gradients.copy(), queries_NDS.shape[2]
+    check_array("queries", queries_NDS, np.float32, None, None, None)
+    _, num_subspaces, dim = queries_NDS.shape
+    check_array("gradients", gradients, np.float32, num_subspaces, dim * dim + dim + 2)
+    gradients = gradients.copy()
     by_covariance = gradients[:, : dim * dim].reshape(-1, dim, dim)
     gradients[:, : dim * dim] = ((by_covariance + by_covariance.transpose(0, 2, 1)) / 2).reshape(-1, dim * dim)
     out_NDS = np.empty_like(queries_NDS)
-    _native.central_moments_gradient(queries_NDS, mean_DS, weights_N, gradients, out_NDS)
+    call(_native.central_moments_gradient, queries_NDS, mean_DS, weights_N, gradients, out_NDS)
     return out_NDS
 
 
-def _in_lanes(tensor_DKS: NDArray[np.float32]) -> NDArray[np.float32]:
+def _in_lanes(what: str, tensor_DKS: NDArray[np.float32]) -> NDArray[np.float32]:
     """[D, S, P]: codes side by side, filled up with zeros to whole vector registers."""
+    check_array(what, tensor_DKS, np.float32, None, None, None)
     num_subspaces, num_codes, subspace_dim = tensor_DKS.shape
     padded_DSP = np.zeros((num_subspaces, subspace_dim, -(-num_codes // _native.LANES) * _native.LANES), np.float32)
     padded_DSP[:, :, :num_codes] = tensor_DKS.transpose(0, 2, 1)
@@ -292,12 +384,14 @@ def _in_lanes(tensor_DKS: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _affine_in_lanes(
-    scale_K: NDArray[np.float32], shift_K: NDArray[np.float32]
+    scale_K: NDArray[np.float32], shift_K: NDArray[np.float32], num_codes: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Scale [P] and shift [P] that let no filling win."""
-    padded = -(-len(scale_K) // _native.LANES) * _native.LANES
+    check_array("scale", scale_K, np.float32, num_codes)
+    check_array("shift", shift_K, np.float32, num_codes)
+    padded = -(-num_codes // _native.LANES) * _native.LANES
     scale_P, shift_P = np.zeros(padded, np.float32), np.full(padded, -np.inf, np.float32)
-    scale_P[: len(scale_K)], shift_P[: len(shift_K)] = scale_K, shift_K
+    scale_P[:num_codes], shift_P[:num_codes] = scale_K, shift_K
     return scale_P, shift_P
 
 
@@ -343,13 +437,22 @@ def scan_top(
 
     Raises:
         DamagedArtifactError: a code of K or more, or a score that is no number: nothing is read outside the arrays.
+        ConfigError: arguments of another type or size.
     """
-    before = before or Best.none()
+    check_array("packed", packed_VW, np.uint8, None, layout.row_bytes)
+    check_array("scores", scores_MK, np.float32, layout.codes_per_row, layout.num_codes)
+    if not isinstance(most, int) or most < 0:
+        raise ConfigError(f"most: got {most!r}, want 0 or more")
+    rows_B, scores_B = (array[:most] for array in before or Best.none())
+    check_array("before", rows_B, np.int64, None)
+    check_array("before", scores_B, np.float32, len(rows_B))
+    most = min(most, len(rows_B) + len(packed_VW))
     rows_T, scores_T = np.empty(most, np.int64), np.empty(most, np.float32)
-    rows_T[: len(before.rows_T)], scores_T[: len(before.rows_T)] = before
+    rows_T[: len(rows_B)], scores_T[: len(rows_B)] = rows_B, scores_B
     by_code = np.full((layout.codes_per_row, 1 << layout.code_bits), np.nan, np.float32)  # also those there are not
     by_code[:, : layout.num_codes] = scores_MK
-    num_found, bad_row_at = _native.scan_top(
+    num_found, bad_row_at = call(
+        _native.scan_top,
         packed_VW,
         by_code,
         scales_V,
@@ -358,7 +461,7 @@ def scan_top(
         first_row,
         rows_T,
         scores_T,
-        len(before.rows_T),
+        len(rows_B),
     )
     if bad_row_at >= 0:
         row = first_row + bad_row_at

@@ -17,6 +17,8 @@ class Vectors:
         code_bits: int,
         shared: bool,
     ) -> None: ...
+    @property
+    def dim(self) -> int: ...
 
 class Integers:
     def __init__(self, ids: NDArray[np.int64], rows: NDArray[np.uint32], tree: NDArray[np.int64] | None) -> None: ...
@@ -26,7 +28,7 @@ def decode_bags(
     vectors: Vectors,
     rows: NDArray[np.int64],
     weights: NDArray[np.float32] | None,
-    ends: NDArray[np.int64],
+    bag_lengths: NDArray[np.int64],
     mean: bool,
     out: NDArray[Any],
     num_threads: int,

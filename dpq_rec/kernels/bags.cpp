@@ -112,11 +112,28 @@ std::vector<std::pair<int64_t, int64_t>> parts_of(const int64_t* ends, int64_t n
   return parts;
 }
 
+// Where each bag ends, of the rows of each.
+std::vector<int64_t> ends_of(const dpq::Array<const int64_t, 1>& lengths, int64_t num_rows) {
+  std::vector<int64_t> ends(lengths.size());
+  int64_t end = 0;
+  for (size_t bag = 0; bag < ends.size(); ++bag) {
+    dpq::check_range("bag_lengths", lengths.data()[bag], 0, num_rows - end);
+    end += lengths.data()[bag];
+    ends[bag] = end;
+  }
+  if (end != num_rows) dpq::refuse("bag_lengths", "a sum of " + std::to_string(end), std::to_string(num_rows) + ", of all rows");
+  return ends;
+}
+
 nb::tuple decode_bags(const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> rows,
-                      std::optional<dpq::Array<const float, 1>> weights, dpq::Array<const int64_t, 1> ends, bool mean,
-                      dpq::Out out, int64_t num_threads) {
+                      std::optional<dpq::Array<const float, 1>> weights, dpq::Array<const int64_t, 1> lengths,
+                      bool mean, dpq::Out out, int64_t num_threads) {
   const dpq::Source& source = vectors.source();
-  const auto parts = parts_of(ends.data(), static_cast<int64_t>(ends.shape(0)), num_threads);
+  dpq::check_threads(num_threads);
+  dpq::check_out(out, dpq::size_of(lengths), source.dim);
+  if (weights) dpq::check_shape("weights", *weights, {dpq::size_of(rows)});
+  const std::vector<int64_t> ends = ends_of(lengths, dpq::size_of(rows));
+  const auto parts = parts_of(ends.data(), dpq::size_of(lengths), num_threads);
   const int64_t num_parts = static_cast<int64_t>(parts.size());
   const int64_t tail_bytes = source.max_row_bytes + dpq::kRunSlackBytes;
   std::vector<uint8_t> tails(num_parts * tail_bytes);
@@ -136,6 +153,6 @@ nb::tuple decode_bags(const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> 
 }  // namespace
 
 void define_bags(nb::module_& m) {
-  m.def("decode_bags", &decode_bags, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg());
+  m.def("decode_bags", &decode_bags, nb::arg("vectors"), dpq::array("rows"), dpq::array("weights").none(),
+        dpq::array("bag_lengths"), nb::arg("mean"), dpq::array("out"), nb::arg("num_threads"));
 }

@@ -123,16 +123,26 @@ DPQ_MULTIVERSION void backward(const Backward& a) {
   gradient_of_all<0>(a);
 }
 
+using dpq::array;
 using dpq::Array;
+using dpq::check_shape;
+using dpq::size_of;
 
 Sizes sizes_of(const Array<const float, 3>& queries) {
   return {static_cast<int64_t>(queries.shape(0)), static_cast<int64_t>(queries.shape(1)),
           static_cast<int64_t>(queries.shape(2))};
 }
 
+void check_sizes(const Sizes& sizes, const Array<const float, 2>& mean, const Array<const float, 1>& weights) {
+  check_shape("mean", mean, {sizes.num_subspaces, sizes.subspace_dim});
+  check_shape("weights", weights, {sizes.num_queries});
+}
+
 void central_moments(Array<const float, 3> queries, Array<const float, 2> mean, Array<const float, 1> weights,
                      Array<double, 2> sums) {
   const Sizes sizes = sizes_of(queries);
+  check_sizes(sizes, mean, weights);
+  check_shape("sums", sums, {sizes.num_subspaces, sizes.per_subspace()});
   nb::gil_scoped_release release;
   std::vector<float> block(sizes.num_subspaces * sizes.per_subspace());
   forward({queries.data(), mean.data(), weights.data(), block.data(), sums.data(), sizes});
@@ -141,6 +151,9 @@ void central_moments(Array<const float, 3> queries, Array<const float, 2> mean, 
 void central_moments_gradient(Array<const float, 3> queries, Array<const float, 2> mean,
                               Array<const float, 1> weights, Array<const float, 2> gradients, Array<float, 3> out) {
   const Sizes sizes = sizes_of(queries);
+  check_sizes(sizes, mean, weights);
+  check_shape("gradients", gradients, {sizes.num_subspaces, sizes.per_subspace()});
+  check_shape("out", out, {sizes.num_queries, sizes.num_subspaces, sizes.subspace_dim});
   nb::gil_scoped_release release;
   backward({queries.data(), mean.data(), weights.data(), gradients.data(), out.data(), sizes});
 }
@@ -148,6 +161,7 @@ void central_moments_gradient(Array<const float, 3> queries, Array<const float, 
 }  // namespace
 
 void define_central_moments(nb::module_& m) {
-  m.def("central_moments", &central_moments);
-  m.def("central_moments_gradient", &central_moments_gradient);
+  m.def("central_moments", &central_moments, array("queries"), array("mean"), array("weights"), array("sums"));
+  m.def("central_moments_gradient", &central_moments_gradient, array("queries"), array("mean"), array("weights"),
+        array("gradients"), array("out"));
 }

@@ -66,7 +66,9 @@ DPQ_DEFINE_BY_LANES(decode_by_lanes, decode_loop, dpq::DecodeArgs)
 
 nb::tuple decode(const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> rows, dpq::Out out, int64_t num_threads) {
   const dpq::Source& source = vectors.source();
-  const dpq::Parts parts(static_cast<int64_t>(rows.shape(0)), num_threads);
+  dpq::check_threads(num_threads);
+  dpq::check_out(out, dpq::size_of(rows), source.dim);
+  const dpq::Parts parts(dpq::size_of(rows), num_threads);
   const int64_t tail_bytes = source.max_row_bytes + dpq::kRunSlackBytes;
   std::vector<uint8_t> tails(parts.num_parts * tail_bytes);
   std::vector<dpq::Damage> damage(parts.num_parts);
@@ -86,8 +88,11 @@ void dpq::decode_rows(const DecodeArgs& args) { decode_by_lanes(args); }
 
 void define_decode(nb::module_& m) {
   nb::class_<dpq::Vectors>(m, "Vectors")
-      .def(nb::init<dpq::Array<const float, 2>>())
+      .def(nb::init<dpq::Array<const float, 2>>(), dpq::array("dense"))
       .def(nb::init<std::vector<std::pair<dpq::Array<const uint8_t, 2>, int64_t>>, dpq::Array<const float, 3>, int64_t,
-                    int64_t, bool>());
-  m.def("decode", &decode);
+                    int64_t, bool>(),
+           dpq::array("packed"), dpq::array("values"), nb::arg("num_subspaces"), nb::arg("code_bits"),
+           nb::arg("shared"))
+      .def_prop_ro("dim", &dpq::Vectors::dim);
+  m.def("decode", &decode, nb::arg("vectors"), dpq::array("rows"), dpq::array("out"), nb::arg("num_threads"));
 }

@@ -24,16 +24,21 @@ constexpr int64_t kBlockBytes = 32;
 
 class JsonTexts {
  public:
-  // Texts of all groups, one behind the other, each with a comma at its end; where each ends; that of a missing row.
+  // Texts of all groups, one behind the other, each with a comma at its end, and none for codes that there are not; where
+  // each ends; that of a missing row.
   JsonTexts(const nb::bytes& groups, dpq::Array<const uint32_t, 1> ends, const nb::bytes& zeros)
       : groups_(groups.c_str(), groups.c_str() + groups.size()),
         begins_{0},
         zeros_(zeros.c_str(), zeros.c_str() + zeros.size()) {
     begins_.insert(begins_.end(), ends.data(), ends.data() + ends.size());
-    for (size_t g = 1; g < begins_.size(); ++g) longest_ = std::max<int64_t>(longest_, begins_[g] - begins_[g - 1]);
+    for (size_t g = 1; g < begins_.size(); ++g) {
+      dpq::check_range("ends", begins_[g], begins_[g - 1], static_cast<int64_t>(groups.size()));
+      longest_ = std::max<int64_t>(longest_, begins_[g] - begins_[g - 1]);
+    }
     groups_.resize(groups.size() + copied_bytes());
   }
 
+  int64_t num_groups() const { return static_cast<int64_t>(begins_.size()) - 1; }
   const char* groups() const { return groups_.data(); }
   const uint32_t* begins() const { return begins_.data(); }  // of each group, and behind the last
   const std::vector<char>& zeros() const { return zeros_; }
@@ -93,12 +98,23 @@ dpq::Damage write_rows(const dpq::Source& source, const JsonTexts& texts, const 
   return damage;
 }
 
+// The texts are those of the values of one level; of codes that there are not, too, see vectors.h.
+void check_texts(const dpq::Source& source, const JsonTexts& texts) {
+  if (source.tiers == nullptr || source.max_levels > 1) dpq::refuse("vectors", "others", "codes of one level");
+  const int64_t num_tables = source.shared ? 1 : source.num_subspaces;
+  const int64_t num_groups = (num_tables - 1) * source.num_codes + (int64_t{1} << source.code_bits);
+  if (texts.num_groups() != num_groups) {
+    dpq::refuse("texts", std::to_string(texts.num_groups()), std::to_string(num_groups) + ", those of the vectors");
+  }
+}
+
 char* append(const nb::bytes& text, char* out) { return std::copy_n(text.c_str(), text.size(), out); }
 
 // before + "[1.5,-0.25],[0.0,0.0]" + after, and what is damaged; then the text is worth nothing.
 nb::tuple decode_to_json(const dpq::Vectors& vectors, const JsonTexts& texts, dpq::Array<const int64_t, 1> rows,
                          const nb::bytes& before, const nb::bytes& after) {
   const dpq::Source& source = vectors.source();
+  check_texts(source, texts);
   const int64_t num_lookups = static_cast<int64_t>(rows.shape(0));
   const int64_t most_bytes = num_lookups * texts.most_bytes(source.num_subspaces) + texts.copied_bytes();
   PyObject* text = PyBytes_FromStringAndSize(nullptr, most_bytes + before.size() + after.size());
@@ -121,6 +137,8 @@ nb::tuple decode_to_json(const dpq::Vectors& vectors, const JsonTexts& texts, dp
 
 void define_decode_to_json(nb::module_& m) {
   nb::class_<JsonTexts>(m, "JsonTexts")
-      .def(nb::init<const nb::bytes&, dpq::Array<const uint32_t, 1>, const nb::bytes&>());
-  m.def("decode_to_json", &decode_to_json);
+      .def(nb::init<const nb::bytes&, dpq::Array<const uint32_t, 1>, const nb::bytes&>(), nb::arg("groups"),
+           dpq::array("ends"), nb::arg("zeros"));
+  m.def("decode_to_json", &decode_to_json, nb::arg("vectors"), nb::arg("texts"), dpq::array("rows"), nb::arg("before"),
+        nb::arg("after"));
 }

@@ -1,5 +1,5 @@
 // Integers to rows. Its plain twin is find_integer_rows in reference.py, which the tests hold it to.
-// Lengths of the arrays are trusted to fit each other; what the tree says is checked against the ids themselves.
+// What the tree says is checked against the ids themselves.
 
 #include "find_integers.h"
 
@@ -200,6 +200,7 @@ std::vector<Level> levels_of(const int64_t* tree, int64_t num_ids) {
 // Returns the position of the first id that the tree led astray, -1 where there is none.
 int64_t find_integer_rows(const dpq::Integers& known, dpq::Array<const int64_t, 1> asked,
                           dpq::Array<int64_t, 1> out) {
+  dpq::check_shape("out", out, {dpq::size_of(asked)});
   nb::gil_scoped_release release;
   return known.find(asked.data(), static_cast<int64_t>(asked.shape(0)), out.data());
 }
@@ -211,7 +212,12 @@ namespace dpq {
 Integers::Integers(Array<const int64_t, 1> ids, Array<const uint32_t, 1> rows,
                    std::optional<Array<const int64_t, 1>> tree)
     : ids_(std::move(ids)), rows_(std::move(rows)), tree_(std::move(tree)) {
-  if (tree_) levels_ = levels_of(tree_->data(), static_cast<int64_t>(ids_.shape(0)));
+  check_shape("rows", rows_, {size_of(ids_)});
+  if (!tree_) return;
+  levels_ = levels_of(tree_->data(), size_of(ids_));
+  int64_t num_keys = 0;
+  for (const Level& level : levels_) num_keys += (level.num_keys + kNode - 1) / kNode * kNode;
+  check_shape("tree", *tree_, {num_keys});
 }
 
 int64_t Integers::find(const int64_t* asked, int64_t num_asked, int64_t* out) const {
@@ -227,6 +233,6 @@ void define_find_integers(nb::module_& m) {
   nb::class_<dpq::Integers>(m, "Integers")
       .def(nb::init<dpq::Array<const int64_t, 1>, dpq::Array<const uint32_t, 1>,
                     std::optional<dpq::Array<const int64_t, 1>>>(),
-           nb::arg(), nb::arg(), nb::arg().none());
-  m.def("find_integer_rows", &find_integer_rows);
+           dpq::array("ids"), dpq::array("rows"), dpq::array("tree").none());
+  m.def("find_integer_rows", &find_integer_rows, nb::arg("known"), dpq::array("ids"), dpq::array("out"));
 }

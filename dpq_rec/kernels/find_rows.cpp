@@ -1,6 +1,5 @@
 // Strings to rows. Its plain twin is find_rows in reference.py, which the tests hold it to.
-// Lengths of the arrays are trusted to fit each other; offsets and slots come from a file, and each is checked as it is
-// read.
+// Offsets and slots come from a file, and each is checked as it is read.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -185,6 +184,7 @@ int64_t probe_together(const Entries& e, const Slots<const uint32_t>& slots, con
 }
 
 Entries entries_of(const Array<const uint8_t>& bytes, const Array<const int64_t>& offsets, const uint32_t* rows) {
+  if (offsets.size() == 0) dpq::refuse("offsets", "none", "one more than there are ids");
   return Entries{reinterpret_cast<const char*>(bytes.data()), offsets.data(), rows,
                  static_cast<int64_t>(bytes.shape(0)), static_cast<int64_t>(offsets.shape(0)) - 1};
 }
@@ -227,23 +227,29 @@ int64_t search_all(const Entries& entries, const std::optional<Array<const uint3
 // where there is none. `ids` is a tuple: it keeps its strings, whatever other threads do, while the GIL is released.
 nb::tuple find_rows(nb::tuple ids, Array<const uint8_t> bytes, Array<const int64_t> offsets, Array<const uint32_t> rows,
                     std::optional<Array<const uint32_t>> slots, Array<int64_t> out) {
+  const Entries entries = entries_of(bytes, offsets, rows.data());
+  dpq::check_shape("rows", rows, {entries.num_entries});
+  dpq::check_shape("out", out, {static_cast<int64_t>(ids.size())});
   std::vector<Text> texts;
   const int64_t bad_id_at = view_texts(ids, &texts);
   if (bad_id_at != kNone) return nb::make_tuple(bad_id_at, kNone);
   int64_t bad_entry = kNone;
   {
     nb::gil_scoped_release release;
-    bad_entry = search_all(entries_of(bytes, offsets, rows.data()), slots, texts, out.data());
+    bad_entry = search_all(entries, slots, texts, out.data());
   }
   return nb::make_tuple(kNone, bad_entry);
 }
 
-// Fills slots, more than there are entries and all 0, in the order of the entries; returns an entry whose offsets are
-// damaged, or kNone.
+// Fills slots, more than there are entries, in the order of the entries; returns an entry whose offsets are damaged, or
+// kNone.
 int64_t fill_slots(Array<const uint8_t> bytes, Array<const int64_t> offsets, Array<uint32_t> slots) {
   const Entries entries = entries_of(bytes, offsets, nullptr);
+  dpq::check_range("num_ids", entries.num_entries, 0, UINT32_MAX);
+  dpq::check_range("num_slots", dpq::size_of(slots), entries.num_entries + 1, INT64_MAX);  // a search ends at a free one
   const Slots<uint32_t> table(slots.data(), slots.shape(0), entries.num_entries);
   nb::gil_scoped_release release;
+  std::fill_n(slots.data(), slots.size(), 0);
   Text text{};
   Probe homes[kTogether];
   for (int64_t first = 0; first < entries.num_entries; first += kTogether) {
@@ -271,7 +277,8 @@ int64_t find_disorder(Array<const uint8_t> bytes, Array<const int64_t> offsets) 
 }  // namespace
 
 void define_find_rows(nb::module_& m) {
-  m.def("find_rows", &find_rows, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
-  m.def("fill_slots", &fill_slots);
-  m.def("find_disorder", &find_disorder);
+  m.def("find_rows", &find_rows, nb::arg("ids"), dpq::array("id_bytes"), dpq::array("id_offsets"), dpq::array("rows"),
+        dpq::array("slots").none(), dpq::array("out"));
+  m.def("fill_slots", &fill_slots, dpq::array("id_bytes"), dpq::array("id_offsets"), dpq::array("slots"));
+  m.def("find_disorder", &find_disorder, dpq::array("id_bytes"), dpq::array("id_offsets"));
 }

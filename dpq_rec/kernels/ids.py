@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from dpq_rec.errors import DamagedArtifactError, IdTypeError
-from dpq_rec.kernels import Stored, _native, check_damage, embedding_dim_of, native_of
+from dpq_rec.errors import ConfigError, DamagedArtifactError, IdTypeError
+from dpq_rec.kernels import Stored, _native, call, check_damage, native_of, new_array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class SortedIntegers:
     @functools.cached_property
     def native(self) -> _native.Integers:
         """The same, as the C++ takes it."""
-        return _native.Integers(self.ids_U, self.rows_U, self.tree_T)
+        return call(_native.Integers, self.ids_U, self.rows_U, self.tree_T)
 
 
 def find_integer_rows(ids_N: NDArray[np.int64], known: SortedIntegers) -> NDArray[np.int64]:
@@ -51,9 +51,10 @@ def find_integer_rows(ids_N: NDArray[np.int64], known: SortedIntegers) -> NDArra
 
     Raises:
         DamagedArtifactError: the tree leads an id to where it cannot be: it is not said to be missing.
+        ConfigError: arguments of another type or size.
     """
-    out_N = np.empty(len(ids_N), np.int64)
-    _check_id(ids_N, _native.find_integer_rows(known.native, ids_N, out_N))
+    out_N = new_array(ids_N, dtype=np.int64)
+    _check_id(ids_N, call(_native.find_integer_rows, known.native, ids_N, out_N))
     return out_N
 
 
@@ -89,11 +90,12 @@ def lookup_integers(
         num_threads: likewise.
 
     Raises:
-        DamagedArtifactError: as in both.
+        DamagedArtifactError, ConfigError: as in both.
     """
-    rows_N, out_NE = np.empty(len(ids_N), np.int64), np.empty((len(ids_N), embedding_dim_of(stored)), dtype)
-    num_missing, bad_id_at, *bad_at = _native.lookup_integers(
-        known.native, native_of(stored), ids_N, rows_N, out_NE, num_threads
+    vectors = native_of(stored)
+    rows_N, out_NE = new_array(ids_N, dtype=np.int64), new_array(ids_N, vectors.dim, dtype=dtype)
+    num_missing, bad_id_at, *bad_at = call(
+        _native.lookup_integers, known.native, vectors, ids_N, rows_N, out_NE, num_threads
     )
     _check_id(ids_N, bad_id_at)
     check_damage(stored, rows_N, bad_at)
@@ -122,10 +124,12 @@ def lookup_bytes(asked: bytes, known: SortedIntegers, stored: Stored, *, form: s
         rows, then the positions of those that are missing (uint32), then, of codes that have tiers, the tier of each.
 
     Raises:
-        DamagedArtifactError: as there.
+        DamagedArtifactError, ConfigError: as there.
     """
+    if form not in _NUMBER_BYTES:
+        raise ConfigError(f"form: got {form!r}, want {', '.join(_NUMBER_BYTES)}")
     number_bytes = _NUMBER_BYTES[form]
-    reply, num_missing, *bad_at = _native.lookup_bytes(known.native, native_of(stored), asked, number_bytes)
+    reply, num_missing, *bad_at = call(_native.lookup_bytes, known.native, native_of(stored), asked, number_bytes)
     if max(bad_at) >= 0:
         ids_N, bad_id_at, at = np.frombuffer(asked, np.int64), bad_at[0], max(bad_at[1:])
         _check_id(ids_N, bad_id_at)
@@ -165,10 +169,11 @@ def find_rows(
     Raises:
         IdTypeError: something that is no str, or that holds half a surrogate pair, which UTF-8 cannot.
         DamagedArtifactError: offsets outside the bytes, or slots that name no id: nothing is read there.
+        ConfigError: other arguments of another type or size.
     """
     held = tuple(ids)
     out_N = np.empty(len(held), np.int64)
-    bad_id_at, bad_entry = _native.find_rows(held, id_bytes_T, id_offsets_U1, rows_U, slots_H, out_N)
+    bad_id_at, bad_entry = call(_native.find_rows, held, id_bytes_T, id_offsets_U1, rows_U, slots_H, out_N)
     if bad_id_at >= 0:
         bad = held[bad_id_at]
         got = "half a surrogate pair" if isinstance(bad, str) else type(bad).__name__
@@ -192,9 +197,12 @@ def fill_slots(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], 
 
     Raises:
         DamagedArtifactError: offsets outside the bytes: nothing is read there.
+        ConfigError: too few slots, or arguments of another type or size.
     """
-    slots_H = np.zeros(num_slots, np.uint32)
-    bad_entry = _native.fill_slots(id_bytes_T, id_offsets_U1, slots_H)
+    if not isinstance(num_slots, int) or num_slots < 0:
+        raise ConfigError(f"num_slots: got {num_slots!r}, want more than there are ids")
+    slots_H = np.empty(num_slots, np.uint32)
+    bad_entry = call(_native.fill_slots, id_bytes_T, id_offsets_U1, slots_H)
     if bad_entry >= 0:
         raise _outside(bad_entry, id_bytes_T)
     return slots_H
@@ -210,6 +218,9 @@ def find_disorder(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64
     Args:
         id_bytes_T: as in `find_rows`.
         id_offsets_U1: likewise.
+
+    Raises:
+        ConfigError: arguments of another type or size.
     """
-    at = _native.find_disorder(id_bytes_T, id_offsets_U1)
+    at = call(_native.find_disorder, id_bytes_T, id_offsets_U1)
     return at if at >= 0 else None

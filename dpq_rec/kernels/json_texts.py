@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from dpq_rec.kernels import Coded, _native, check_damage
+from dpq_rec.errors import ConfigError
+from dpq_rec.kernels import Coded, _native, call, check_coded, check_damage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +22,8 @@ class JsonTexts:
 
     Attributes:
         groups: the text of each group of values, "1.5,-0.25,", one behind the other.
-        ends_G: where each ends (uint32); group m*K + k is that of values_MKS[m, k].
+        ends_G: where each ends (uint32); group m*K + k is that of values_MKS[m, k]. Behind the last stand as many
+            empty ones as its bits can name codes that there are not.
         zeros: the text of a missing row, "[0.0,0.0],".
     """
 
@@ -37,20 +39,27 @@ class JsonTexts:
             stored: all of its tiers have one level.
             dtype: that vectors are rounded to, as in `decode`.
             write: numbers of that type, flat, as JSON with commas between them.
+
+        Raises:
+            ConfigError: vectors of several levels, which are sums and have no texts of their groups; or another dtype.
         """
-        assert stored.num_levels == 1, "vectors of several levels are sums, and have no texts of their groups"
+        check_coded(stored)
+        layout = stored.tiers[0].layout
+        if layout.num_levels > 1 or np.dtype(dtype) not in (np.float32, np.float16):
+            raise ConfigError(f"texts: got {layout.num_levels} levels and {dtype!r}, want 1, and float32 or float16")
         with np.errstate(over="ignore"):  # decode rounds to infinity, too
             values_MKS = stored.values_MKS.astype(dtype)
         groups = write(values_MKS.ravel()) + b","
         ends = (np.frombuffer(groups, np.uint8) == ord(",")).nonzero()[0][
             values_MKS.shape[2] - 1 :: values_MKS.shape[2]
         ]
-        return cls(groups, (ends + 1).astype(np.uint32), b"[%b]," % write(np.zeros(stored.embedding_dim, dtype)))
+        ends_G = np.pad(ends + 1, (0, (1 << layout.code_bits) - layout.num_codes), mode="edge").astype(np.uint32)
+        return cls(groups, ends_G, b"[%b]," % write(np.zeros(stored.embedding_dim, dtype)))
 
     @functools.cached_property
     def native(self) -> _native.JsonTexts:
         """The same, as the C++ takes it."""
-        return _native.JsonTexts(self.groups, self.ends_G, self.zeros)
+        return call(_native.JsonTexts, self.groups, self.ends_G, self.zeros)
 
 
 def decode_to_json(
@@ -66,8 +75,9 @@ def decode_to_json(
         after: what it ends with.
 
     Raises:
-        DamagedArtifactError: as in `decode`.
+        DamagedArtifactError, ConfigError: as in `decode`.
     """
-    text, bad_at = _native.decode_to_json(stored.native, texts.native, rows_N, before, after)
+    check_coded(stored)
+    text, bad_at = call(_native.decode_to_json, stored.native, texts.native, rows_N, before, after)
     check_damage(stored, rows_N, bad_at)
     return text

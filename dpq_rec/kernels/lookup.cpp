@@ -98,7 +98,10 @@ dpq::Damage write_codes(const dpq::Source& source, const int64_t* rows, int64_t 
 nb::tuple lookup_integers(const dpq::Integers& known, const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> ids,
                           dpq::Array<int64_t, 1> rows, dpq::Out out, int64_t num_threads) {
   const dpq::Source& source = vectors.source();
-  const dpq::Parts parts(static_cast<int64_t>(ids.shape(0)), num_threads);
+  dpq::check_threads(num_threads);
+  dpq::check_shape("rows", rows, {dpq::size_of(ids)});
+  dpq::check_out(out, dpq::size_of(ids), source.dim);
+  const dpq::Parts parts(dpq::size_of(ids), num_threads);
   const int64_t tail_bytes = source.max_row_bytes + dpq::kRunSlackBytes;
   std::vector<uint8_t> tails(parts.num_parts * tail_bytes);
   std::vector<Found> found(parts.num_parts);
@@ -124,9 +127,18 @@ nb::tuple lookup_integers(const dpq::Integers& known, const dpq::Vectors& vector
   return nb::make_tuple(all.num_missing, all.bad_id_at, all.damage.bad_row_at, all.damage.bad_code_at);
 }
 
+// A tier's number travels as a byte.
+void check_has_codes(const dpq::Source& source) {
+  if (source.tiers == nullptr) dpq::refuse("vectors", "dense ones", "codes");
+  dpq::check_range("tiers", source.num_tiers, 1, 256);
+}
+
 // Returns what `decode` returns.
 nb::tuple copy_codes(const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> rows, dpq::Array<uint8_t, 2> packed,
                      std::optional<dpq::Array<uint8_t, 1>> tiers) {
+  check_has_codes(vectors.source());
+  dpq::check_shape("packed", packed, {dpq::size_of(rows), vectors.source().max_row_bytes});
+  if (tiers) dpq::check_shape("tiers", *tiers, {dpq::size_of(rows)});
   dpq::Damage damage;
   {
     nb::gil_scoped_release release;
@@ -141,8 +153,14 @@ nb::tuple copy_codes(const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> r
 // reply, of which nothing holds where something is damaged, and what lookup_integers does.
 nb::tuple lookup_bytes(const dpq::Integers& known, const dpq::Vectors& vectors, nb::bytes asked, int64_t number_bytes) {
   const dpq::Source& source = vectors.source();
+  if (asked.size() % kIdBytes != 0) dpq::refuse("ids", std::to_string(asked.size()) + " bytes", "a multiple of 8");
   const int64_t num_ids = static_cast<int64_t>(asked.size()) / kIdBytes;
-  const bool are_codes = number_bytes == 0, have_tiers = are_codes && source.num_tiers > 1;
+  const bool are_codes = number_bytes == 0;
+  if (are_codes) check_has_codes(source);
+  if (!are_codes && number_bytes != 2 && number_bytes != 4) {
+    dpq::refuse("number_bytes", std::to_string(number_bytes), "0, 2 or 4");
+  }
+  const bool have_tiers = are_codes && source.num_tiers > 1;
   const int64_t rows_bytes = num_ids * (are_codes ? source.max_row_bytes : number_bytes * source.dim);
   const int64_t tiers_bytes = have_tiers ? num_ids : 0;
   std::vector<int64_t> ids(num_ids), rows(num_ids);
@@ -179,7 +197,9 @@ nb::tuple lookup_bytes(const dpq::Integers& known, const dpq::Vectors& vectors, 
 }  // namespace
 
 void define_lookup(nb::module_& m) {
-  m.def("copy_codes", &copy_codes, nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
-  m.def("lookup_bytes", &lookup_bytes);
-  m.def("lookup_integers", &lookup_integers);
+  m.def("copy_codes", &copy_codes, nb::arg("vectors"), dpq::array("rows"), dpq::array("packed"),
+        dpq::array("tiers").none());
+  m.def("lookup_bytes", &lookup_bytes, nb::arg("known"), nb::arg("vectors"), nb::arg("ids"), nb::arg("number_bytes"));
+  m.def("lookup_integers", &lookup_integers, nb::arg("known"), nb::arg("vectors"), dpq::array("ids"),
+        dpq::array("rows"), dpq::array("out"), nb::arg("num_threads"));
 }

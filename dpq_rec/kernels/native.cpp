@@ -1,5 +1,5 @@
 // Queries to codes, and the module of all hot loops. Each has a plain numpy twin in reference.py, which the tests hold it
-// to. Shapes are trusted to fit each other (artifact.py checks a file's).
+// to. What is exported to Python looks at its arguments; the loops beneath trust them.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -80,10 +80,19 @@ DPQ_INLINE void encode_loop(const EncodeArgs& a) {
 
 DPQ_DEFINE_BY_LANES(encode_queries, encode_loop, EncodeArgs)
 
+using dpq::array;
 using dpq::Array;
+using dpq::check_shape;
+using dpq::size_of;
 
 void encode(Array<const float, 3> queries, Array<const float, 3> keys, Array<const float, 1> scale,
             Array<const float, 1> shift, Array<uint16_t, 2> codes, bool euclidean) {
+  const int64_t num_subspaces = size_of(queries, 1), padded_codes = size_of(keys, 2);
+  dpq::check_padded_codes(padded_codes);
+  check_shape("keys", keys, {num_subspaces, size_of(queries, 2), padded_codes});
+  check_shape("scale", scale, {padded_codes});
+  check_shape("shift", shift, {padded_codes});
+  check_shape("codes", codes, {size_of(queries), num_subspaces});
   const EncodeArgs args{queries.data(),
                         keys.data(),
                         scale.data(),
@@ -114,7 +123,8 @@ void define_softmax_gradients(nb::module_& m);  // softmax_gradients.cpp
 NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // a table that some module keeps to the end of the process is none
   m.attr("LANES") = dpq::kMaxLanes;
-  m.def("encode", &encode);
+  m.def("encode", &encode, array("queries"), array("keys"), array("scale"), array("shift"), array("codes"),
+        nb::arg("euclidean"));
   define_bags(m);
   define_central_moments(m);
   define_decode(m);

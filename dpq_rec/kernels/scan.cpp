@@ -163,12 +163,23 @@ DPQ_MULTIVERSION int64_t scan_all(const ScanArgs& a, const Bounds* bounds, Best&
 }
 
 using dpq::Array;
+using dpq::check_shape;
+using dpq::size_of;
 
 // Takes the rows of one part of a table into the best so far, [k] rows and scores of which the first num_found are some.
 // Returns (how many there are now, position of the first row without a score or -1).
 nb::tuple scan_top(Array<const uint8_t, 2> packed, Array<const float, 2> scores,
                    std::optional<Array<const float, 1>> scales, int64_t num_codes, int64_t code_bits,
                    int64_t first_row, Array<int64_t, 1> best_rows, Array<float, 1> best_scores, int64_t num_found) {
+  dpq::check_range("code_bits", code_bits, 1, 16);
+  dpq::check_range("num_codes", num_codes, 1, int64_t{1} << code_bits);
+  dpq::check_range("groups", size_of(scores), 1, INT32_MAX);
+  check_shape("scores", scores, {size_of(scores), int64_t{1} << code_bits});
+  check_shape("packed", packed, {size_of(packed), (size_of(scores) * code_bits + 7) / 8});
+  if (scales) check_shape("scales", *scales, {size_of(packed)});
+  check_shape("best_scores", best_scores, {size_of(best_rows)});
+  dpq::check_range("num_found", num_found, 0, size_of(best_rows));
+  dpq::check_range("first_row", first_row, 0, INT64_MAX - size_of(packed));
   const ScanArgs args{packed.data(),
                       scores.data(),
                       scales ? scales->data() : nullptr,
@@ -201,6 +212,7 @@ nb::tuple scan_top(Array<const uint8_t, 2> packed, Array<const float, 2> scores,
 }  // namespace
 
 void define_scan(nb::module_& m) {
-  m.def("scan_top", &scan_top, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg());
+  m.def("scan_top", &scan_top, dpq::array("packed"), dpq::array("scores"), dpq::array("scales").none(),
+        nb::arg("num_codes"), nb::arg("code_bits"), nb::arg("first_row"), dpq::array("best_rows"),
+        dpq::array("best_scores"), nb::arg("num_found"));
 }

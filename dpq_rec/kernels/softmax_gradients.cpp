@@ -192,14 +192,30 @@ DPQ_INLINE void loop(const Args& a) {
 
 DPQ_DEFINE_BY_LANES(find_gradients, loop, Args)
 
+using dpq::array;
 using dpq::Array;
+using dpq::check_shape;
+using dpq::size_of;
 
 void softmax_gradients(Array<const float, 3> queries, Array<const float, 3> keys, Array<const float, 3> values,
                        Array<const float, 1> scale, Array<const float, 1> shift, Array<const float, 3> gradients,
                        Array<float, 3> query_gradients, Array<float, 3> key_gradients,
                        Array<float, 3> value_gradients, Array<float, 1> scale_gradients,
                        Array<float, 1> shift_gradients, bool euclidean) {
-  std::vector<float> scratch(3 * values.shape(2));
+  const int64_t num_subspaces = size_of(queries, 1), key_dim = size_of(queries, 2);
+  const int64_t value_dim = size_of(gradients, 2), padded_codes = size_of(keys, 2);
+  dpq::check_padded_codes(padded_codes);
+  check_shape("gradients", gradients, {size_of(queries), num_subspaces, value_dim});
+  check_shape("query_gradients", query_gradients, {size_of(queries), num_subspaces, key_dim});
+  check_shape("keys", keys, {num_subspaces, key_dim, padded_codes});
+  check_shape("key_gradients", key_gradients, {num_subspaces, key_dim, padded_codes});
+  check_shape("values", values, {num_subspaces, value_dim, padded_codes});
+  check_shape("value_gradients", value_gradients, {num_subspaces, value_dim, padded_codes});
+  check_shape("scale", scale, {padded_codes});
+  check_shape("scale_gradients", scale_gradients, {padded_codes});
+  check_shape("shift", shift, {padded_codes});
+  check_shape("shift_gradients", shift_gradients, {padded_codes});
+  std::vector<float> scratch(3 * padded_codes);
   const Args args{queries.data(),
                   keys.data(),
                   values.data(),
@@ -212,11 +228,11 @@ void softmax_gradients(Array<const float, 3> queries, Array<const float, 3> keys
                   scale_gradients.data(),
                   shift_gradients.data(),
                   scratch.data(),
-                  static_cast<int64_t>(queries.shape(0)),
-                  static_cast<int64_t>(queries.shape(1)),
-                  static_cast<int64_t>(queries.shape(2)),
-                  static_cast<int64_t>(values.shape(1)),
-                  static_cast<int64_t>(values.shape(2)),
+                  size_of(queries),
+                  num_subspaces,
+                  key_dim,
+                  value_dim,
+                  padded_codes,
                   euclidean};
   nb::gil_scoped_release release;
   find_gradients(args);
@@ -224,4 +240,8 @@ void softmax_gradients(Array<const float, 3> queries, Array<const float, 3> keys
 
 }  // namespace
 
-void define_softmax_gradients(nb::module_& m) { m.def("softmax_gradients", &softmax_gradients); }
+void define_softmax_gradients(nb::module_& m) {
+  m.def("softmax_gradients", &softmax_gradients, array("queries"), array("keys"), array("values"), array("scale"),
+        array("shift"), array("gradients"), array("query_gradients"), array("key_gradients"),
+        array("value_gradients"), array("scale_gradients"), array("shift_gradients"), nb::arg("euclidean"));
+}

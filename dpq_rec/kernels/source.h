@@ -27,6 +27,7 @@ class Vectors {
   Vectors(std::vector<std::pair<Array<const uint8_t, 2>, int64_t>> packed, Array<const float, 3> values,
           int64_t num_subspaces, int64_t code_bits, bool shared)
       : packed_(std::move(packed)), values_(std::move(values)) {
+    check_codes(num_subspaces, code_bits, shared);
     int64_t first_row = 0;
     for (const auto& [codes, num_levels] : packed_) {
       const int64_t end_row = first_row + static_cast<int64_t>(codes.shape(0));
@@ -37,7 +38,7 @@ class Vectors {
     }
     source_.tiers = tiers_.data();
     source_.num_tiers = static_cast<int64_t>(tiers_.size());
-    source_.values = values_.data();
+    source_.values = values_up_to(int64_t{1} << code_bits);
     source_.num_rows = first_row;
     source_.num_subspaces = num_subspaces;
     source_.num_codes = static_cast<int64_t>(values_.shape(1));
@@ -51,11 +52,41 @@ class Vectors {
   Vectors& operator=(const Vectors&) = delete;
 
   const Source& source() const { return source_; }
+  int64_t dim() const { return source_.dim; }
 
  private:
+  // The arrays have the sizes that a walk over rows trusts.
+  void check_codes(int64_t num_subspaces, int64_t code_bits, bool shared) const {
+    check_range("code_bits", code_bits, 1, kMostCodeBits);
+    check_range("num_codes", size_of(values_, 1), 1, int64_t{1} << code_bits);
+    check_range("num_subspaces", num_subspaces, 1, INT32_MAX);
+    if (packed_.empty()) refuse("packed", "no tier", "one or more");
+    for (const auto& [codes, num_levels] : packed_) {
+      check_range("num_levels", num_levels, 1, packed_.front().second);
+      check_shape("packed", codes, {size_of(codes), (num_levels * num_subspaces * code_bits + 7) / 8});
+    }
+    const int64_t num_levels = packed_.front().second;
+    check_shape("values", values_,
+                {shared ? num_levels : num_levels * num_subspaces, size_of(values_, 1), size_of(values_, 2)});
+  }
+
+  // Values behind which those of codes that there are not can be read: codes lie in a file, and may change between the
+  // look at them and their use.
+  const float* values_up_to(int64_t num_codes) {
+    const int64_t num_beyond = (num_codes - size_of(values_, 1)) * size_of(values_, 2);
+    if (num_beyond == 0) return values_.data();
+    padded_.reserve(values_.size() + num_beyond);
+    padded_.assign(values_.data(), values_.data() + values_.size());
+    padded_.resize(values_.size() + num_beyond);
+    return padded_.data();
+  }
+
+  static constexpr int64_t kMostCodeBits = 16;
+
   Array<const float, 2> dense_;
   std::vector<std::pair<Array<const uint8_t, 2>, int64_t>> packed_;
   Array<const float, 3> values_;
+  std::vector<float> padded_;  // values and zeros, where there are fewer codes than their bits can name
   std::vector<Tier> tiers_;
   Source source_{};
 };
@@ -63,6 +94,12 @@ class Vectors {
 // Vectors [N, E] to be written, in either type.
 using Out = nanobind::ndarray<nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
 inline bool is_half(const Out& out) { return out.dtype().bits == 16; }
+
+inline void check_out(const Out& out, int64_t num_vectors, int64_t dim) {
+  const bool is_float = out.dtype().code == static_cast<uint8_t>(nanobind::dlpack::dtype_code::Float);
+  if (!is_float || (out.dtype().bits != 32 && !is_half(out))) refuse("dtype", "another", "float32 or float16");
+  check_shape("out", out, {num_vectors, dim});
+}
 
 // (position of the first bad row, position of the first bad code), -1 where there is none; of several parts of the work,
 // in order, the first damage.

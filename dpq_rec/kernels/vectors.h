@@ -1,5 +1,7 @@
 // Where the vectors of rows lie, and a walk over rows that gives each vector to a sink, piece by piece.
-// Shapes are trusted to fit each other (artifact.py checks a file's); rows and codes are checked as they are read.
+// Shapes are trusted to fit each other (source.h checks them); rows and codes are checked as they are read. Codes that
+// change between the look at them and their use, in a file that another process writes to, give wrong numbers, and read
+// nothing outside the values: `values` reaches as far as the bits of a code do.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +33,7 @@ struct Tier {
 
 struct Source {
   const Tier* tiers;     // by rising rows; null where the vectors are dense
-  const float* values;   // [M, K, S], or [L, K, S] where shared
+  const float* values;   // [M, K, S], or [L, K, S] where shared; and (2^b - K) * S numbers more
   const float* vectors;  // [V, E] where dense
   int64_t num_tiers, num_rows, dim, max_row_bytes, max_levels, num_subspaces, num_codes, subspace_dim, code_bits;
   bool shared;
