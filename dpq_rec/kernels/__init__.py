@@ -1,21 +1,22 @@
 """The hot loops in C++. In: numpy arrays; lists of str. Out: numpy arrays. `reference` says what they compute.
 
-The GIL is released. Every function refuses arguments of another type or size with a ConfigError, before anything is
-read; what comes from a file, rows, codes and offsets, is checked as it is read.
+The GIL is released. Every function raises ConfigError where arguments are of another type or size, or do not fit each
+other, before anything is read; what comes from a file, rows, codes and offsets, is checked as it is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import ConfigError, DamagedArtifactError
+from dpq_rec.kernels.arguments import call, check_array, new_array, shown
 from dpq_rec.tiers import PackedTier
 
 try:
@@ -25,59 +26,6 @@ except ImportError as error:
     raise ImportError(message) from error
 
 MISSING_ROW = -1
-T = TypeVar("T")
-
-
-def call(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function of the C++ returns. It looks at its arguments itself, which costs nothing where they are right.
-
-    Raises:
-        ConfigError: they are of another type or size, not contiguous, or read-only where it writes.
-    """
-    try:
-        return function(*arguments)
-    except TypeError as error:
-        wanted = (function.__doc__ or function.__init__.__doc__).partition(" -> ")[0]  # type: ignore[misc]
-        raise ConfigError(f"got {_described(arguments)}; want {wanted}") from error
-    except ValueError as error:
-        raise ConfigError(f"{function.__name__}: {error}; the arguments are {_described(arguments)}") from error
-
-
-def _described(arguments: Sequence[Any]) -> str:
-    """Types and sizes of arguments, as a message says them."""
-    return ", ".join(_shown(argument) for argument in arguments)
-
-
-def _shown(argument: Any) -> str:
-    if isinstance(argument, np.ndarray):
-        flags = argument.flags
-        notes = ["not contiguous"] * (not flags.c_contiguous) + ["read-only"] * (not flags.writeable)
-        return " ".join([str(argument.dtype), str(list(argument.shape)), *notes])
-    return repr(argument) if isinstance(argument, int | None) else type(argument).__name__
-
-
-def new_array(like: Any, *sizes: int, dtype: DTypeLike) -> NDArray[Any]:
-    """An array [N, *sizes] to be filled, N being the length of another.
-
-    Raises:
-        ConfigError: the other has no length, or there is no such dtype.
-    """
-    try:
-        return np.empty((len(like), *sizes), dtype)
-    except TypeError as error:
-        raise ConfigError(f"got {_shown(like)} and dtype {dtype!r}, want an array [N] and float32 or float16") from error
-
-
-def check_array(what: str, array: Any, dtype: DTypeLike, *sizes: int | None) -> None:
-    """Refuse what is no array of that dtype and those sizes, of which None is any.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    is_array = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(sizes)
-    if not is_array or any(want not in (None, got) for got, want in zip(array.shape, sizes, strict=True)):
-        shape = ", ".join("*" if size is None else str(size) for size in sizes)
-        raise ConfigError(f"{what}: got {_shown(array)}, want {np.dtype(dtype)} [{shape}]")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,11 +43,7 @@ class Coded:
     def __post_init__(self) -> None:
         if not self.tiers:
             raise ConfigError("tiers: got none, want one or more")
-        layout = self.tiers[0].layout
         check_array("values", self.values_MKS, np.float32, None, None, None)
-        if len(self.values_MKS) not in (layout.codes_per_row, layout.num_levels):
-            wanted = f"{layout.codes_per_row}, or {layout.num_levels} where the subspaces share them"
-            raise ConfigError(f"values: got {len(self.values_MKS)} groups of {layout}, want {wanted}")
 
     @classmethod
     def of(cls, packed_VW: NDArray[np.uint8], values_MKS: NDArray[np.float32], layout: CodeLayout) -> Coded:
@@ -148,7 +92,6 @@ def decode(
 
     Raises:
         DamagedArtifactError: a row outside the table, or a code of K or more: nothing is read outside the arrays.
-        ConfigError: arguments of another type or size.
     """
     vectors = native_of(stored)
     out_NE = new_array(rows_N, vectors.dim, dtype=dtype)
@@ -181,7 +124,7 @@ def decode_bags(
         pooled_BE, in the dtype asked for.
 
     Raises:
-        DamagedArtifactError, ConfigError: as in `decode`; lengths that do not sum to N, too.
+        DamagedArtifactError: as in `decode`.
     """
     vectors = native_of(stored)
     out_BE = new_array(bag_lengths_B, vectors.dim, dtype=dtype)
@@ -203,7 +146,6 @@ def copy_codes(stored: Coded, rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uin
 
     Raises:
         DamagedArtifactError: a row outside the table.
-        ConfigError: arguments of another type or size.
     """
     check_coded(stored)
     packed_NW = new_array(rows_N, stored.tiers[0].layout.row_bytes, dtype=np.uint8)
@@ -219,7 +161,7 @@ def check_coded(stored: Any) -> None:
         ConfigError: it is not.
     """
     if not isinstance(stored, Coded):
-        raise ConfigError(f"stored: got {_shown(stored)}, want vectors as codes")
+        raise ConfigError(f"stored: got {shown(stored)}, want vectors as codes")
 
 
 def native_of(stored: Stored) -> _native.Vectors:
@@ -269,9 +211,6 @@ def encode(
 
     Returns:
         codes_ND (uint16).
-
-    Raises:
-        ConfigError: arguments of another type or size.
     """
     check_array("queries", queries_NDS, np.float32, None, None, None)
     keys_DSP = _in_lanes("keys", keys_DKS)
@@ -309,9 +248,6 @@ def softmax_gradients(
         affine: scale_K and shift_K (float32).
         gradients_NDS: the loss's gradient by the mixture (float32), contiguous.
         euclidean: the score is minus the squared distance rather than the dot product.
-
-    Raises:
-        ConfigError: arguments of another type or size.
     """
     keys_DXP, values_DSP = _in_lanes("keys", keys_DKX), _in_lanes("values", values_DKS)
     num_codes = keys_DKX.shape[1]
@@ -339,9 +275,6 @@ def central_moments(
         queries_NDS: queries (float32), contiguous.
         mean_DS: what they are centred on (float32), contiguous.
         weights_N: weight of each (float32), contiguous.
-
-    Raises:
-        ConfigError: arguments of another type or size.
     """
     check_array("queries", queries_NDS, np.float32, None, None, None)
     _, num_subspaces, dim = queries_NDS.shape
@@ -359,9 +292,6 @@ def central_moments_gradient(
     """The gradient [N, D, S] by the queries of what has `gradients` [D, S*S + S + 2] by their central moments.
 
     Its sum over queries, negated, is the gradient by the mean.
-
-    Raises:
-        ConfigError: arguments of another type or size.
     """
     check_array("queries", queries_NDS, np.float32, None, None, None)
     _, num_subspaces, dim = queries_NDS.shape
@@ -437,15 +367,15 @@ def scan_top(
 
     Raises:
         DamagedArtifactError: a code of K or more, or a score that is no number: nothing is read outside the arrays.
-        ConfigError: arguments of another type or size.
     """
     check_array("packed", packed_VW, np.uint8, None, layout.row_bytes)
     check_array("scores", scores_MK, np.float32, layout.codes_per_row, layout.num_codes)
     if not isinstance(most, int) or most < 0:
         raise ConfigError(f"most: got {most!r}, want 0 or more")
-    rows_B, scores_B = (array[:most] for array in before or Best.none())
-    check_array("before", rows_B, np.int64, None)
-    check_array("before", scores_B, np.float32, len(rows_B))
+    before = before or Best.none()
+    check_array("before", before.rows_T, np.int64, None)
+    check_array("before", before.scores_T, np.float32, len(before.rows_T))
+    rows_B, scores_B = before.rows_T[:most], before.scores_T[:most]
     most = min(most, len(rows_B) + len(packed_VW))
     rows_T, scores_T = np.empty(most, np.int64), np.empty(most, np.float32)
     rows_T[: len(rows_B)], scores_T[: len(rows_B)] = rows_B, scores_B

@@ -1,4 +1,7 @@
-"""The hot loops that find ids, and that go on from there. In: ids; a vocabulary's arrays. Out: rows, vectors, bytes."""
+"""The hot loops that find ids, and that go on from there. In: ids; a vocabulary's arrays. Out: rows, vectors, bytes.
+
+As in `dpq_rec.kernels`, arguments of another type or size raise ConfigError.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.errors import ConfigError, DamagedArtifactError, IdTypeError
-from dpq_rec.kernels import Stored, _native, call, check_damage, native_of, new_array
+from dpq_rec.kernels import Stored, _native, check_damage, native_of
+from dpq_rec.kernels.arguments import call, new_array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +55,6 @@ def find_integer_rows(ids_N: NDArray[np.int64], known: SortedIntegers) -> NDArra
 
     Raises:
         DamagedArtifactError: the tree leads an id to where it cannot be: it is not said to be missing.
-        ConfigError: arguments of another type or size.
     """
     out_N = new_array(ids_N, dtype=np.int64)
     _check_id(ids_N, call(_native.find_integer_rows, known.native, ids_N, out_N))
@@ -90,7 +93,7 @@ def lookup_integers(
         num_threads: likewise.
 
     Raises:
-        DamagedArtifactError, ConfigError: as in both.
+        DamagedArtifactError: as in both.
     """
     vectors = native_of(stored)
     rows_N, out_NE = new_array(ids_N, dtype=np.int64), new_array(ids_N, vectors.dim, dtype=dtype)
@@ -124,7 +127,7 @@ def lookup_bytes(asked: bytes, known: SortedIntegers, stored: Stored, *, form: s
         rows, then the positions of those that are missing (uint32), then, of codes that have tiers, the tier of each.
 
     Raises:
-        DamagedArtifactError, ConfigError: as there.
+        DamagedArtifactError: as there.
     """
     if form not in _NUMBER_BYTES:
         raise ConfigError(f"form: got {form!r}, want {', '.join(_NUMBER_BYTES)}")
@@ -139,6 +142,7 @@ def lookup_bytes(asked: bytes, known: SortedIntegers, stored: Stored, *, form: s
     return FoundBytes(reply, num_missing)
 
 
+_MOST_SLOTS = 1 << 34  # ids that a slot can number are fewer than 2**32
 _NUMBER_BYTES = {"float32": 4, "float16": 2, "codes": 0}
 
 
@@ -169,7 +173,6 @@ def find_rows(
     Raises:
         IdTypeError: something that is no str, or that holds half a surrogate pair, which UTF-8 cannot.
         DamagedArtifactError: offsets outside the bytes, or slots that name no id: nothing is read there.
-        ConfigError: other arguments of another type or size.
     """
     held = tuple(ids)
     out_N = np.empty(len(held), np.int64)
@@ -197,10 +200,10 @@ def fill_slots(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], 
 
     Raises:
         DamagedArtifactError: offsets outside the bytes: nothing is read there.
-        ConfigError: too few slots, or arguments of another type or size.
+        ConfigError: too few slots.
     """
-    if not isinstance(num_slots, int) or num_slots < 0:
-        raise ConfigError(f"num_slots: got {num_slots!r}, want more than there are ids")
+    if not isinstance(num_slots, int) or not 0 < num_slots < _MOST_SLOTS:
+        raise ConfigError(f"num_slots: got {num_slots!r}, want more than there are ids, and less than {_MOST_SLOTS}")
     slots_H = np.empty(num_slots, np.uint32)
     bad_entry = call(_native.fill_slots, id_bytes_T, id_offsets_U1, slots_H)
     if bad_entry >= 0:
@@ -218,9 +221,6 @@ def find_disorder(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64
     Args:
         id_bytes_T: as in `find_rows`.
         id_offsets_U1: likewise.
-
-    Raises:
-        ConfigError: arguments of another type or size.
     """
     at = call(_native.find_disorder, id_bytes_T, id_offsets_U1)
     return at if at >= 0 else None

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.errors import ConfigError
-from dpq_rec.kernels import Coded, _native, call, check_coded, check_damage
+from dpq_rec.kernels import Coded, _native, check_coded, check_damage
+from dpq_rec.kernels.arguments import call
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ def decode_to_json(
         after: what it ends with.
 
     Raises:
-        DamagedArtifactError, ConfigError: as in `decode`.
+        DamagedArtifactError: as in `decode`.
     """
     check_coded(stored)
     text, bad_at = call(_native.decode_to_json, stored.native, texts.native, rows_N, before, after)

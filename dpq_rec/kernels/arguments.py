@@ -1,0 +1,61 @@
+"""Arguments of the C++. In: arrays. Out: what it makes of them, or a ConfigError that says what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from dpq_rec.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def call(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function of the C++ returns. It looks at its arguments itself, which costs nothing where they are right.
+
+    Raises:
+        ConfigError: they are of another type or size, not contiguous, or read-only where it writes.
+    """
+    try:
+        return function(*arguments)
+    except TypeError as error:
+        wanted = str(function.__doc__ or function.__init__.__doc__).partition(" -> ")[0]
+        raise ConfigError(f"got {', '.join(map(shown, arguments))}; want {wanted}") from error
+    except ValueError as error:
+        raise ConfigError(f"{function.__name__}: {error}; got {', '.join(map(shown, arguments))}") from error
+
+
+def shown(argument: Any) -> str:
+    """Type and sizes of an argument, as a message says them."""
+    if isinstance(argument, np.ndarray):
+        flags = argument.flags
+        notes = ["not contiguous"] * (not flags.c_contiguous) + ["read-only"] * (not flags.writeable)
+        return " ".join([str(argument.dtype), str(list(argument.shape)), *notes])
+    return repr(argument) if isinstance(argument, int | None) else type(argument).__name__
+
+
+def new_array(like: Any, *sizes: int, dtype: DTypeLike) -> NDArray[Any]:
+    """An array [N, *sizes] to be filled, N being the length of another.
+
+    Raises:
+        ConfigError: the other has no length, or there is no such dtype.
+    """
+    try:
+        return np.empty((len(like), *sizes), dtype)
+    except TypeError as error:
+        raise ConfigError(f"got {shown(like)} and dtype {dtype!r}, want an array [N] and float32 or float16") from error
+
+
+def check_array(what: str, array: Any, dtype: DTypeLike, *sizes: int | None) -> None:
+    """Refuse what is no array of that dtype and those sizes, of which None is any.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    is_array = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(sizes)
+    if not is_array or any(want not in (None, got) for got, want in zip(array.shape, sizes, strict=True)):
+        shape = ", ".join("*" if size is None else str(size) for size in sizes)
+        raise ConfigError(f"{what}: got {shown(array)}, want {np.dtype(dtype)} [{shape}]")
