@@ -96,7 +96,8 @@ def lookup_integers(
         DamagedArtifactError: as in both.
     """
     vectors = native_of(stored)
-    rows_N, out_NE = new_array(ids_N, dtype=np.int64), new_array(ids_N, vectors.dim, dtype=dtype)
+    out_NE = new_array(ids_N, vectors.dim, dtype=dtype)
+    rows_N = np.empty(len(out_NE), np.int64)
     num_missing, bad_id_at, *bad_at = call(
         _native.lookup_integers, known.native, vectors, ids_N, rows_N, out_NE, num_threads
     )
