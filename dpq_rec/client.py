@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError, ServerError
+from dpq_rec.ids import ids_of_any_kind
 from dpq_rec.lookup import Lookup, MissingPolicy
 from dpq_rec.packed import PackedRows, Values, values_of_bytes
-from dpq_rec.vocabulary import int64_ids
 
 CODES = "application/vnd.dpq-rec.codes"
 _HEAD_END = b"\r\n\r\n"
@@ -67,7 +67,7 @@ class CodesClient:
 
         Args:
             table: the table's name; a compressed one.
-            ids: [N], a list or an array of integers, or a list of strings.
+            ids: [N], integers or strings, as `EmbeddingStore.lookup` takes them.
             missing: "zeros" gives zero vectors to unknown ids and reports their positions; "error" raises.
 
         Raises:
@@ -76,8 +76,9 @@ class CodesClient:
             OSError: the server cannot be reached, or does not answer in time.
             DamagedArtifactError: codes that the values do not know.
         """
+        held = ids_of_any_kind(ids)
         for _ in range(_MOST_TRIES):
-            version, rows = self._codes(table, ids, missing)
+            version, rows = self._codes(table, held, missing)
             values = self._values.get(table)
             if values is None or values.version != version:
                 answer = self._ask(self._head("GET", f"{quote(table, safe='')}/values"), b"")
@@ -86,7 +87,9 @@ class CodesClient:
                 return Lookup(values.decode(rows), rows.missing)
         raise ServerError(0, "versions", "codes and values were of different versions, again and again; ask later")
 
-    def _codes(self, table: str, ids: Any, missing: MissingPolicy) -> tuple[str, PackedRows]:
+    def _codes(
+        self, table: str, ids: NDArray[np.int64] | Sequence[str], missing: MissingPolicy
+    ) -> tuple[str, PackedRows]:
         content_type, body = _body_of(ids)
         key = (table, missing, content_type)
         if key not in self._heads:
@@ -176,15 +179,11 @@ def _rows_of(answer: Answer) -> PackedRows:
     return PackedRows(packed_NW, positions, rest if len(rest) else None)
 
 
-def _body_of(ids: Any) -> tuple[str, bytes]:
-    """A body's media type, and the body: strings, and no ids at all, travel as JSON.
-
-    Raises:
-        IdTypeError: neither strings nor a flat list of 64-bit integers.
-    """
-    if all(isinstance(each, str) for each in ids):  # of no ids their type does not tell
-        return "application/json", json.dumps({"ids": list(map(str, ids))}).encode()
-    return "application/octet-stream", int64_ids(ids).astype("<i8", copy=False).tobytes()
+def _body_of(ids: NDArray[np.int64] | Sequence[str]) -> tuple[str, bytes]:
+    """A body's media type, and the body: strings, and no ids at all, travel as JSON."""
+    if isinstance(ids, np.ndarray):
+        return "application/octet-stream", ids.astype("<i8", copy=False).tobytes()
+    return "application/json", json.dumps({"ids": list(map(str, ids))}).encode()
 
 
 def _some(connection: socket.socket) -> bytes:

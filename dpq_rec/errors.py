@@ -57,7 +57,7 @@ class UnknownIdsError(DpqRecError, LookupError):
 
 def _shown(wrong_id: object) -> str:
     """An id in a message: a string in quotes, escaped, and cut, for a header of a reply may have to hold it."""
-    text = repr(wrong_id) if isinstance(wrong_id, str) else str(wrong_id)
+    text = repr(str(wrong_id)) if isinstance(wrong_id, str) else str(wrong_id)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 

@@ -13,11 +13,12 @@ from dpq_rec import kernels
 from dpq_rec.artifact import Artifact, Table, open_artifact
 from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError, IdTypeError, UnknownIdsError, UnknownTableError
+from dpq_rec.ids import ids_of_kind, int64_ids, plain_array
 from dpq_rec.kernels.ids import lookup_integers
 from dpq_rec.octets import Form, FoundOctets, find_octets, ids_of_octets
 from dpq_rec.packed import PackedRows, packed_rows
 from dpq_rec.search import Neighbours, Similarity, TableSearch
-from dpq_rec.vocabulary import Int64Vocabulary, int64_ids
+from dpq_rec.vocabulary import Int64Vocabulary
 
 MissingPolicy = Literal["zeros", "error"]
 VectorType = Literal["float32", "float16"]
@@ -105,7 +106,8 @@ class EmbeddingStore:
 
         Args:
             table: the table's name.
-            ids: [N], a list or an array of the vocabulary's type: integers, or strings.
+            ids: [N], of the vocabulary's type, integers or strings: a list, or an array of numpy, torch, pandas, polars
+                or pyarrow.
             dtype: of the vectors.
             missing: "zeros" gives zero vectors to unknown ids and reports their positions; "error" raises.
             num_threads: that a lookup of thousands of ids is shared among, this one included.
@@ -120,11 +122,11 @@ class EmbeddingStore:
         _check_options(missing, dtype=dtype, num_threads=num_threads)
         found = self.table(table)
         if missing == "zeros" and isinstance(found.vocabulary, Int64Vocabulary):  # an error is for before the decoding
-            known = found.vocabulary.sorted
+            known, ids_N = found.vocabulary.sorted, int64_ids(ids)
             rows_N, vectors_NE, num_missing = lookup_integers(
-                int64_ids(ids), known, found.stored, dtype=dtype, num_threads=num_threads
+                ids_N, known, found.stored, dtype=dtype, num_threads=num_threads
             )
-            positions = _missing_positions(found, ids, rows_N, missing) if num_missing else _NO_POSITIONS
+            positions = _missing_positions(found, ids_N, rows_N, missing) if num_missing else _NO_POSITIONS
             return Lookup(vectors_NE, positions)
         rows_N, positions = _find_rows(found, ids, missing)
         return Lookup(decode_rows(found, rows_N, dtype=dtype, num_threads=num_threads), positions)
@@ -255,19 +257,22 @@ class EmbeddingStore:
 
 
 def _find_rows(table: Table, ids: Any, missing: MissingPolicy) -> Rows:
-    rows_N = table.vocabulary.rows(ids)
-    return Rows(rows_N, _missing_positions(table, ids, rows_N, missing))
+    held = ids_of_kind(table.vocabulary.kind, ids)
+    rows_N = table.vocabulary.rows(held)
+    return Rows(rows_N, _missing_positions(table, held, rows_N, missing))
 
 
-def _missing_positions(table: Table, ids: Any, rows_N: NDArray[np.int64], missing: MissingPolicy) -> NDArray[np.uint32]:
-    """Positions of ids that have no row.
+def _missing_positions(
+    table: Table, ids: NDArray[np.int64] | Sequence[Any], rows_N: NDArray[np.int64], missing: MissingPolicy
+) -> NDArray[np.uint32]:
+    """Positions of ids that have no row; the ids are those that were looked up, and not as the caller holds them.
 
     Raises:
         UnknownIdsError: there are some, and `missing` is "error".
     """
     positions: NDArray[np.uint32] = (rows_N == kernels.MISSING_ROW).nonzero()[0].astype(np.uint32)
     if missing == "error" and len(positions):
-        raise UnknownIdsError(table.name, [ids[i] for i in positions], positions.tolist())
+        raise UnknownIdsError(table.name, [ids[i] for i in positions.tolist()], positions.tolist())
     return positions
 
 
@@ -285,7 +290,7 @@ def _check_options(
 
 
 def _bag_lengths(bag_lengths: Any, num_ids: int) -> NDArray[np.int64]:
-    lengths_B = np.asarray(bag_lengths)
+    lengths_B = _array("bag_lengths", bag_lengths)
     if lengths_B.ndim != 1 or (lengths_B.size and not np.issubdtype(lengths_B.dtype, np.integer)):
         raise ConfigError(f"bag_lengths: got {lengths_B.dtype} {lengths_B.shape}, want integers [B]")
     if lengths_B.size and not (lengths_B.min() >= 0 and lengths_B.max() <= num_ids):  # so that the sum is no other's
@@ -296,10 +301,19 @@ def _bag_lengths(bag_lengths: Any, num_ids: int) -> NDArray[np.int64]:
 
 
 def _weights(weights: Any, num_ids: int) -> NDArray[np.float32]:
-    weights_N = np.ascontiguousarray(weights, np.float32)
+    weights_N = _array("weights", weights)
     if weights_N.shape != (num_ids,):
         raise ConfigError(f"weights: got shape {weights_N.shape}, want one for each of the {num_ids} ids")
-    return weights_N
+    if weights_N.dtype.kind not in "biuf":
+        raise ConfigError(f"weights: got values of type {weights_N.dtype}, want numbers")
+    return np.ascontiguousarray(weights_N, np.float32)
+
+
+def _array(what: str, held: Any) -> NDArray[Any]:
+    try:
+        return plain_array(held)
+    except ValueError as error:
+        raise ConfigError(f"{what}: got {error}, want numbers") from error
 
 
 def ids_of_texts(table: Table, texts: Sequence[str]) -> list[int] | list[str]:

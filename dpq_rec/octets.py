@@ -39,7 +39,7 @@ def find_octets(table: Table, asked: bytes, form: Form) -> FoundOctets:
         ConfigError: codes of a dense table.
         DamagedArtifactError: as `EmbeddingStore.lookup`.
     """
-    _check_octets(asked)
+    asked = _checked_octets(asked)
     vocabulary = table.vocabulary
     can_be = form != "codes" or table.manifest.has_codes
     if can_be and isinstance(vocabulary, Int64Vocabulary):
@@ -59,13 +59,16 @@ def ids_of_octets(asked: bytes) -> NDArray[np.int64]:
     Raises:
         IdTypeError: no multiple of 8 bytes.
     """
-    _check_octets(asked)
-    return np.frombuffer(asked, np.int64)
+    return np.frombuffer(_checked_octets(asked), np.int64)
 
 
-def _check_octets(asked: bytes) -> None:
-    if len(asked) % ID_BYTES:
-        raise IdTypeError(f"ids: got {len(asked)} bytes, want a multiple of {ID_BYTES}: little-endian int64")
+def _checked_octets(asked: Any) -> bytes:
+    held = bytes(asked) if isinstance(asked, bytearray | memoryview) else asked
+    if not isinstance(held, bytes):
+        raise IdTypeError(f"ids: got {type(asked).__name__}, want bytes; `lookup` takes lists and arrays")
+    if len(held) % ID_BYTES:
+        raise IdTypeError(f"ids: got {len(held)} bytes, want a multiple of {ID_BYTES}: little-endian int64")
+    return held
 
 
 def to_octets(rows_NX: NDArray[Any], missing: NDArray[np.uint32], tiers_N: NDArray[np.uint8] | None = None) -> Octets:

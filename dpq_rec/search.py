@@ -18,6 +18,7 @@ from dpq_rec.artifact import Table
 from dpq_rec.contents import find_not_finite
 from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError, DamagedArtifactError
+from dpq_rec.ids import plain_array
 from dpq_rec.kernels import Best
 
 Similarity = Literal["dot", "cosine"]
@@ -99,7 +100,7 @@ class TableSearch:
     def _checked(self, queries: Any) -> NDArray[np.float32]:
         dim = self.table.manifest.embedding_dim
         try:
-            queries_QE = np.ascontiguousarray(queries, np.float32)
+            queries_QE = np.ascontiguousarray(plain_array(queries), np.float32)
         except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"queries: got something else than numbers, or rows of several widths; want [Q, {dim}]"

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError, IdTypeError
 from dpq_rec.id_index import MOST_SLOTTED, build_slots, build_tree, num_slots, num_tree_keys
+from dpq_rec.ids import int64_ids, string_ids
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.kernels.ids import SortedIntegers, find_integer_rows, find_rows
 from dpq_rec.strings import LazyStrings, PackedStrings
@@ -65,33 +66,6 @@ class Vocabulary(Protocol):
         Raises:
             DamagedArtifactError: ids out of order, a row outside the table, or another number of rows.
         """
-
-
-def int64_ids(ids: Any) -> NDArray[np.int64]:
-    """Ids as int64 [N], without a copy where they are int64 already.
-
-    Raises:
-        IdTypeError: not a flat list of integers that fit 64 bits.
-    """
-    if isinstance(ids, (list, tuple)) and bool in set(map(type, ids)):  # numpy takes [True, 2] for integers
-        raise IdTypeError("ids: got booleans, want a flat list of 64-bit integers")
-    try:
-        array = np.asarray(ids)
-    except ValueError as error:  # lists of different lengths
-        raise IdTypeError(f"ids: got no flat list of 64-bit integers: {error}") from error
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise IdTypeError(f"ids: got {_describe(array)}, want a flat list of 64-bit integers")
-    if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
-        raise IdTypeError(f"ids: got {array.max()}, want at most {np.iinfo(np.int64).max}")
-    return np.ascontiguousarray(array, np.int64)
-
-
-def _describe(array: NDArray[Any]) -> str:
-    if array.ndim != 1:
-        return f"an array of shape {array.shape}"
-    return "strings" if array.dtype.kind in "US" else f"values of type {array.dtype}"
 
 
 class IdentityVocabulary:
@@ -294,21 +268,6 @@ class StringVocabulary:
         _check_rows(self.rows_U, num_embeddings)
 
 
-def string_ids(ids: Any) -> Sequence[Any]:
-    """Ids as a list or a tuple; its elements are looked at where they are read.
-
-    Raises:
-        IdTypeError: neither a list, nor a tuple, nor a flat array of strings.
-    """
-    if isinstance(ids, (list, tuple)):
-        return ids
-    if isinstance(ids, np.ndarray) and ids.ndim == 1 and (ids.dtype.kind in "UOT" or not ids.size):
-        held: list[Any] = ids.tolist()
-        return held
-    got = _describe(ids) if isinstance(ids, np.ndarray) else type(ids).__name__
-    raise IdTypeError(f"ids: got {got}, want a flat list of strings")
-
-
 def _utf8(ids: Sequence[Any]) -> list[bytes]:
     wrong = next((at for at, text in enumerate(ids) if not isinstance(text, str)), None)
     if wrong is not None:
@@ -340,12 +299,13 @@ def _entries_of_rows(rows_U: NDArray[np.uint32], start: int, stop: int) -> tuple
 
     Reads the whole list once, in pieces: the memory it takes does not grow with it.
     """
-    entries = [np.empty(0, np.int64)]
+    entries, rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for begin in range(0, len(rows_U), _SCAN_ROWS):
-        piece_N = rows_U[begin : begin + _SCAN_ROWS]
-        entries.append(begin + np.flatnonzero((piece_N >= start) & (piece_N < stop)))
-    entries_N = np.concatenate(entries)
-    rows_N = rows_U[entries_N].astype(np.int64)
+        piece_N = rows_U[begin : begin + _SCAN_ROWS].astype(np.int64)  # a copy: a file may change between two looks
+        (here_P,) = ((piece_N >= start) & (piece_N < stop)).nonzero()
+        entries.append(begin + here_P)
+        rows.append(piece_N[here_P])
+    entries_N, rows_N = np.concatenate(entries), np.concatenate(rows)
     order_N = np.argsort(rows_N, kind="stable")
     return entries_N[order_N], rows_N[order_N]
 
