@@ -29,7 +29,11 @@ def int64_ids(ids: Any) -> NDArray[np.int64]:
     if type(ids) is np.ndarray and ids.dtype is _INT64 and ids.ndim == 1 and ids.flags.c_contiguous:
         return ids
     is_list = isinstance(ids, list | tuple)
-    if is_list and not {int}.issuperset(map(type, ids)):  # numpy would take [True, 2] for integers
+    if is_list and {int}.issuperset(map(type, ids)):
+        array = np.asarray(ids)
+        if array.dtype is _INT64:
+            return array
+    elif is_list:  # numpy would take [True, 2] for integers
         _check_integers(ids, arrays=True)
     array = _flat_array(ids, _INTEGERS)
     if array.dtype.kind == "O" or (array.dtype.kind == "f" and is_list):  # as numpy holds integers beyond 64 bits
