@@ -7,13 +7,14 @@ Read the modules in this order and you have read DPQ:
 3. `nn.tables`      rows -> vectors; on it `nn.embedding` and `nn.collection` stand in for torch's and TorchRec's
 4. `nn.freeze`      every row's query is encoded once; codes and values are all that remain
 5. `codes`          codes <-> bytes (`tiers`: rows that have fewer than others)
-6. `vocabulary`     ids -> rows (`strings` holds many of them in two arrays)
+6. `vocabulary`     ids -> rows (`ids` takes them from lists and arrays of any library; `strings` holds many in two
+                    arrays)
 7. `artifact`       the folder that is published (`manifest` says what may be in it, `contents` writes a table of it,
                     `tensorfile` is one of its files, `files` lets it appear whole, `store` publishes it)
 8. `kernels`        the loops that must be fast, each beside the plain one it equals (`kernels.ids` find ids)
 9. `lookup`         ids -> vectors, from the mapped artifact (`decode`: from rows on; `search`: back to the nearest ids)
 10. `octets`        lookups as they travel, from bytes to bytes (`packed`: codes, far fewer bytes than vectors, for a
-                    `client` that holds the values)
+                    `client` that holds the values; `http_reply` reads what a server says)
 11. `code_use`      how rows use their codes; `report` shows it, and more, as a page
 12. `export`, `cli`, `errors`
 

@@ -1,8 +1,7 @@
 """A client of the embedding server that takes codes and decodes them. In: ids. Out: Lookup, as in process.
 
 Codes are a sixteenth of the bytes of fp32 vectors (16 bytes a row instead of 256), and the vectors are the server's bit
-for bit. The connection is a socket of the client's own: Python's http.client takes longer to read the head of a
-reply than the server takes to answer.
+for bit.
 
 >>> with CodesClient("http://localhost:8080") as client:
 ...     vectors, missing = client.lookup("item_id", [42, 7])
@@ -10,38 +9,39 @@ reply than the server takes to answer.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
+import os
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, get_args
 from urllib.parse import quote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError, ServerError
+from dpq_rec.http_reply import Reply, read_reply
 from dpq_rec.ids import ids_of_any_kind
 from dpq_rec.lookup import Lookup, MissingPolicy
 from dpq_rec.packed import PackedRows, Values, values_of_bytes
 
 CODES = "application/vnd.dpq-rec.codes"
 _HEAD_END = b"\r\n\r\n"
-_PIECE_BYTES = 1 << 16
 _MOST_TRIES = 3  # for codes and values of one version, should a server be replaced by the next between the two
 
 
-class Answer(NamedTuple):
-    """A reply of the server."""
-
-    status: int
-    headers: Mapping[bytes, bytes]
-    body: bytes
+_Idle = collections.deque[socket.socket]
 
 
 class CodesClient:
-    """Lookups over one connection, which is made at the first and made anew where it broke. For one thread.
+    """Lookups over connections that are kept open, and made anew where they broke.
+
+    Safe to share between threads: each lookup under way has a connection of its own. So has each process: one that was
+    forked, or that got the client pickled, makes its own.
 
     Args:
         url: of the server: http://HOST:PORT, with a path where a proxy put one before its own.
@@ -49,18 +49,28 @@ class CodesClient:
         timeout_seconds: of each wait for the server.
 
     Raises:
-        ConfigError: another kind of URL.
+        ConfigError: another kind of URL, or a key that no header can hold.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_seconds: float = 30.0) -> None:
         self._url = urlsplit(url)
         if self._url.scheme not in ("http", "https") or not self._url.hostname:
             raise ConfigError(f"url: got {url!r}, want http://HOST:PORT or https://HOST:PORT")
+        try:
+            self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
+        except ValueError as error:
+            raise ConfigError(f"url: got {url!r}: {error}") from error
+        if api_key and not api_key.isprintable():
+            raise ConfigError("api_key: got line breaks or other characters that no header can hold, want a key")
         self._key = f"X-API-Key: {api_key}\r\n" if api_key else ""
         self._timeout_seconds = timeout_seconds
-        self._socket: socket.socket | None = None
         self._values: dict[str, Values] = {}
         self._heads: dict[tuple[str, MissingPolicy, str], bytes] = {}
+        self._connections: tuple[int, _Idle] = (os.getpid(), collections.deque())  # of a process, those not in use
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without connections, and without values, which are asked for again."""
+        return {**vars(self), "_values": {}, "_connections": (0, collections.deque())}
 
     def lookup(self, table: str, ids: Any, *, missing: MissingPolicy = "zeros") -> Lookup:
         """Vectors of ids (float32), as `EmbeddingStore.lookup` gives them.
@@ -75,7 +85,10 @@ class CodesClient:
             ServerError: what the server refuses, as it says; `error_type` tells it apart. Or something else than codes.
             OSError: the server cannot be reached, or does not answer in time.
             DamagedArtifactError: codes that the values do not know.
+            ConfigError: another policy than those named.
         """
+        if missing not in get_args(MissingPolicy):
+            raise ConfigError(f"missing: got {missing!r}, want zeros or error")
         held = ids_of_any_kind(ids)
         for _ in range(_MOST_TRIES):
             version, rows = self._codes(table, held, missing)
@@ -109,55 +122,69 @@ class CodesClient:
     def _head(self, method: str, path: str, more: str = "") -> bytes:
         """A request's head, but for its last line's end."""
         line = f"{method} {self._url.path.rstrip('/')}/v1/tables/{path} HTTP/1.1\r\n"
-        return f"{line}Host: {self._url.netloc.rpartition('@')[2]}\r\n{self._key}{more}".removesuffix("\r\n").encode()
+        host = f"Host: {self._url.netloc.rpartition('@')[2]}\r\n"
+        return f"{line}{host}Accept-Encoding: identity\r\n{self._key}{more}".removesuffix("\r\n").encode()
 
-    def _ask(self, head: bytes, body: bytes) -> Answer:
-        is_new = self._socket is None
-        try:
-            answer = self._exchange(head + _HEAD_END + body)
-        except ConnectionError:
-            if is_new:
-                raise
-            answer = self._exchange(head + _HEAD_END + body)  # the server had closed a connection that was idle
-        if answer.status != 200:
-            raise _refusal(answer)
-        return answer
+    def _ask(self, head: bytes, body: bytes) -> Reply:
+        request, idle = head + _HEAD_END + body, self._idle()
+        reply = self._reply_of_idle(request, idle) or self._reply(request, self._connect(), idle)
+        if reply.status != 200:
+            raise _refusal(reply)
+        return reply
 
-    def _exchange(self, request: bytes) -> Answer:
+    def _idle(self) -> _Idle:
+        """The connections of this process that no lookup uses; a child of the one that made them has none of them."""
+        pid, idle = self._connections
+        if pid != os.getpid():
+            for inherited in idle:
+                inherited.close()  # which the parent does not notice
+            idle = collections.deque()
+            self._connections = os.getpid(), idle
+        return idle
+
+    def _reply_of_idle(self, request: bytes, idle: _Idle) -> Reply | None:
+        """A reply over a connection that is there already; None where there is none, or it was closed meanwhile."""
         try:
-            return self._answer_to(request, self._socket or self._connect())
+            connection = idle.pop()
+        except IndexError:  # another thread may have taken the last
+            return None
+        try:
+            return self._reply(request, connection, idle)
+        except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            self.close()  # the others will be no better
+            return None
+
+    def _reply(self, request: bytes, connection: socket.socket, idle: _Idle) -> Reply:
+        try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who refuses may not read to the end
+                connection.sendall(request)
+            reply = read_reply(connection)
         except BaseException:  # what is still to come on this connection would be taken for the next reply
-            self.close()
+            connection.close()
             raise
-
-    def _answer_to(self, request: bytes, connection: socket.socket) -> Answer:
-        connection.sendall(request)
-        received = bytearray()
-        while (at := received.find(_HEAD_END)) < 0:
-            received += _some(connection)
-        status, *lines = bytes(received[:at]).split(b"\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(b": ") for line in lines)}
-        if not headers.get(b"content-length", b"").isdigit():
-            raise ServerError(0, "reply", f"got {status!r} without a Content-Length, which this client needs")
-        num_bytes = int(headers[b"content-length"])
-        while len(received) < at + len(_HEAD_END) + num_bytes:
-            received += _some(connection)
-        if headers.get(b"connection", b"").lower() == b"close":
-            self.close()
-        return Answer(int(status.split()[1]), headers, bytes(received[at + len(_HEAD_END) :]))
+        if reply.keeps_open and idle is self._connections[1]:
+            idle.append(connection)
+        else:
+            connection.close()
+        return reply
 
     def _connect(self) -> socket.socket:
-        host, is_tls = self._url.hostname or "", self._url.scheme == "https"
-        made = socket.create_connection((host, self._url.port or (443 if is_tls else 80)), self._timeout_seconds)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket = ssl.create_default_context().wrap_socket(made, server_hostname=host) if is_tls else made
-        return self._socket
+        host = self._url.hostname or ""
+        made = socket.create_connection((host, self._port), self._timeout_seconds)
+        try:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._url.scheme == "https":
+                return ssl.create_default_context().wrap_socket(made, server_hostname=host)
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     def close(self) -> None:
-        """Close the connection."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        """Close the connections; those that other threads use, when their lookups are done."""
+        idle, self._connections = self._idle(), (os.getpid(), collections.deque())
+        for connection in idle:
+            connection.close()
 
     def __enter__(self) -> CodesClient:
         return self
@@ -168,7 +195,7 @@ class CodesClient:
         self.close()
 
 
-def _rows_of(answer: Answer) -> PackedRows:
+def _rows_of(answer: Reply) -> PackedRows:
     """Raises KeyError or ValueError where it is another reply."""
     headers, content = answer.headers, answer.body
     num_rows, row_bytes = int(headers[b"x-num-rows"]), int(headers[b"x-row-bytes"])
@@ -186,14 +213,7 @@ def _body_of(ids: NDArray[np.int64] | Sequence[str]) -> tuple[str, bytes]:
     return "application/json", json.dumps({"ids": list(map(str, ids))}).encode()
 
 
-def _some(connection: socket.socket) -> bytes:
-    piece = connection.recv(_PIECE_BYTES)
-    if not piece:
-        raise ConnectionError("the server closed the connection before its reply was complete")
-    return piece
-
-
-def _refusal(answer: Answer) -> ServerError:
+def _refusal(answer: Reply) -> ServerError:
     try:
         said = json.loads(answer.body)
         return ServerError(answer.status, said["error_type"], said["error"])

@@ -1,0 +1,189 @@
+"""Replies of an HTTP/1.1 server, off a socket. In: a connection on which one was asked for. Out: Reply.
+
+RFC 9112, as far as a client needs it that asks by GET and POST: interim replies (1xx) are skipped, bodies end by their
+length, their chunks or the connection, and gzip and deflate of a proxy are undone. Python's http.client takes longer to
+read a head than the server takes to answer.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import zlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from dpq_rec.errors import ServerError
+
+_PIECE_BYTES = 1 << 16
+_MOST_HEAD_BYTES = 1 << 16
+_MOST_INTERIM = 20  # replies before the one that counts
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_FOLD = re.compile(rb"\r?\n[ \t]+")  # a header's value that goes on in the next line
+_STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: .*)?")
+_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
+_WITHOUT_BODY = (204, 304)
+
+
+class Reply(NamedTuple):
+    """A reply.
+
+    Attributes:
+        status: 200 and so on.
+        headers: names in small letters; the values of a name that stands there several times, with commas between them.
+        body: as it was before a proxy compressed it.
+        keeps_open: whether the next request may be sent on this connection.
+    """
+
+    status: int
+    headers: Mapping[bytes, bytes]
+    body: bytes
+    keeps_open: bool
+
+
+def read_reply(connection: socket.socket) -> Reply:
+    """The next reply.
+
+    Raises:
+        ServerError: it is no HTTP, or of an encoding that is not read.
+        ConnectionError: the connection ended before the reply did.
+        OSError: as the socket raises.
+    """
+    incoming = _Incoming(connection)
+    for _ in range(_MOST_INTERIM):
+        version, status, headers = _head(incoming.head())
+        if status >= 200 or status == 101:
+            break
+    if status < 200 or status == 101:
+        raise _bad(f"status {status} that was not asked for")
+    body, ends_with_connection = _body(incoming, status, headers)
+    said = {token.strip().lower() for token in headers.get(b"connection", b"").split(b",")}
+    keeps_open = b"close" not in said if version == b"1" else b"keep-alive" in said
+    keeps_open = keeps_open and not ends_with_connection and not incoming.held  # what was not asked for is no reply
+    return Reply(status, headers, _decoded(body, headers), keeps_open)
+
+
+class _Incoming:
+    """Bytes of a connection; `held` has come and was not taken yet."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self.held = connection, bytearray()
+
+    def head(self) -> bytes:
+        """Up to the next empty line; empty ones before it are none of its."""
+        while True:
+            if self.held.startswith((b"\r", b"\n")):
+                self.held = self.held.lstrip(b"\r\n")
+            if found := _HEAD_END.search(self.held):
+                return self._take(found.start(), found.end())
+            if len(self.held) > _MOST_HEAD_BYTES:
+                raise _bad(f"a head of more than {_MOST_HEAD_BYTES} bytes")
+            self._receive()
+
+    def line(self) -> bytes:
+        """Up to the end of the line."""
+        while (at := self.held.find(b"\n")) < 0:
+            if len(self.held) > _MOST_HEAD_BYTES:
+                raise _bad(f"a line of more than {_MOST_HEAD_BYTES} bytes in a chunked body")
+            self._receive()
+        return self._take(at, at + 1).rstrip(b"\r")
+
+    def take(self, num_bytes: int) -> bytes:
+        """As many as that."""
+        while len(self.held) < num_bytes:
+            self._receive()
+        return self._take(num_bytes, num_bytes)
+
+    def rest(self) -> bytes:
+        """All up to the end of the connection."""
+        while piece := self._connection.recv(_PIECE_BYTES):
+            self.held += piece
+        return self._take(len(self.held), len(self.held))
+
+    def _take(self, end: int, next_begin: int) -> bytes:
+        taken = bytes(self.held[:end])
+        del self.held[:next_begin]
+        return taken
+
+    def _receive(self) -> None:
+        piece = self._connection.recv(_PIECE_BYTES)
+        if not piece:
+            raise ConnectionError("the server closed the connection before its reply was complete")
+        self.held += piece
+
+
+def _head(head: bytes) -> tuple[bytes, int, dict[bytes, bytes]]:
+    """Version (b"0", b"1"), status and headers."""
+    first, *lines = (_FOLD.sub(b" ", head) if b"\n " in head or b"\n\t" in head else head).split(b"\n")
+    status = _STATUS.fullmatch(first.rstrip(b"\r"))
+    if status is None:
+        raise _bad(f"{first[:80]!r}")
+    headers: dict[bytes, bytes] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon:
+            raise _bad(f"the header {line[:80]!r}")
+        name, value = name.strip().lower(), value.strip()
+        headers[name] = b"%b, %b" % (headers[name], value) if name in headers else value
+    return status[1], int(status[2]), headers
+
+
+def _body(incoming: _Incoming, status: int, headers: Mapping[bytes, bytes]) -> tuple[bytes, bool]:
+    """A body as it came, and whether it ended with the connection."""
+    if status in _WITHOUT_BODY:
+        return b"", False
+    coding = headers.get(b"transfer-encoding", b"").lower()
+    if coding:
+        if coding != b"chunked":
+            raise _bad(f"Transfer-Encoding {coding!r}")
+        return _chunks(incoming), b"content-length" in headers
+    if b"content-length" not in headers:
+        return incoming.rest(), True
+    sizes = {size.strip() for size in headers[b"content-length"].split(b",")}
+    if len(sizes) != 1 or not (size := sizes.pop()).isdigit() or len(size) > 15:
+        raise _bad(f"Content-Length {headers[b'content-length']!r}")
+    return incoming.take(int(size)), False
+
+
+def _chunks(incoming: _Incoming) -> bytes:
+    body = bytearray()
+    while True:
+        line = incoming.line()
+        size = _SIZE.fullmatch(line.partition(b";")[0].strip())
+        if size is None:
+            raise _bad(f"the size of a chunk {line[:80]!r}")
+        if not (num_bytes := int(size[0], 16)):
+            break
+        body += incoming.take(num_bytes)
+        if incoming.line():
+            raise _bad("a chunk that is longer than its size")
+    while incoming.line():  # trailers
+        pass
+    return bytes(body)
+
+
+def _decoded(body: bytes, headers: Mapping[bytes, bytes]) -> bytes:
+    codings = [coding.strip().lower() for coding in headers.get(b"content-encoding", b"").split(b",")]
+    for coding in reversed([coding for coding in codings if coding not in (b"", b"identity")]):
+        if coding not in (b"gzip", b"x-gzip", b"deflate"):
+            text = coding.decode("latin-1")
+            raise _bad(f"a body in Content-Encoding {text}, which a proxy must have added; turn it off there")
+        body = _inflated(body)
+    return body
+
+
+def _inflated(body: bytes) -> bytes:
+    """Out of gzip or zlib; or out of deflate alone, as some servers send it."""
+    for window_bits in (zlib.MAX_WBITS | 32, -zlib.MAX_WBITS):
+        inflater = zlib.decompressobj(window_bits)
+        try:
+            inflated = inflater.decompress(body)
+        except zlib.error:
+            continue
+        if inflater.eof:  # of gzip there may be several, one behind the other
+            return inflated + (_inflated(inflater.unused_data) if inflater.unused_data else b"")
+    raise _bad("a compressed body that is damaged")
+
+
+def _bad(got: str) -> ServerError:
+    return ServerError(0, "reply", f"got {got}, want a reply of an HTTP/1.1 server")
