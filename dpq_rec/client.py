@@ -10,7 +10,6 @@ for bit.
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 import os
 import socket
@@ -31,6 +30,7 @@ from dpq_rec.packed import PackedRows, Values, values_of_bytes
 
 CODES = "application/vnd.dpq-rec.codes"
 _HEAD_END = b"\r\n\r\n"
+_POLICIES = get_args(MissingPolicy)
 _MOST_TRIES = 3  # for codes and values of one version, should a server be replaced by the next between the two
 
 
@@ -87,7 +87,7 @@ class CodesClient:
             DamagedArtifactError: codes that the values do not know.
             ConfigError: another policy than those named.
         """
-        if missing not in get_args(MissingPolicy):
+        if missing not in _POLICIES:
             raise ConfigError(f"missing: got {missing!r}, want zeros or error")
         held = ids_of_any_kind(ids)
         for _ in range(_MOST_TRIES):
@@ -156,8 +156,10 @@ class CodesClient:
 
     def _reply(self, request: bytes, connection: socket.socket, idle: _Idle) -> Reply:
         try:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who refuses may not read to the end
+            try:
                 connection.sendall(request)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # who refuses may not read to the end
             reply = read_reply(connection)
         except BaseException:  # what is still to come on this connection would be taken for the next reply
             connection.close()

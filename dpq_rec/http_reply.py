@@ -7,6 +7,7 @@ read a head than the server takes to answer.
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 import zlib
@@ -17,9 +18,11 @@ from dpq_rec.errors import ServerError
 
 _PIECE_BYTES = 1 << 16
 _MOST_HEAD_BYTES = 1 << 16
+_HEADS_KEPT = 64
 _MOST_INTERIM = 20  # replies before the one that counts
-_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_HEAD_END = re.compile(rb"\n\r?\n")
 _FOLD = re.compile(rb"\r?\n[ \t]+")  # a header's value that goes on in the next line
+_HEADER = re.compile(rb"\n([^\s:]+)[ \t]*:[ \t]*([^\r\n]*)")
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: .*)?")
 _SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
 _WITHOUT_BODY = (204, 304)
@@ -57,10 +60,14 @@ def read_reply(connection: socket.socket) -> Reply:
     if status < 200 or status == 101:
         raise _bad(f"status {status} that was not asked for")
     body, ends_with_connection = _body(incoming, status, headers)
-    said = {token.strip().lower() for token in headers.get(b"connection", b"").split(b",")}
-    keeps_open = b"close" not in said if version == b"1" else b"keep-alive" in said
+    keeps_open = version == b"1"
+    if b"connection" in headers:
+        said = {token.strip() for token in headers[b"connection"].lower().split(b",")}
+        keeps_open = b"close" not in said and (keeps_open or b"keep-alive" in said)
     keeps_open = keeps_open and not ends_with_connection and not incoming.held  # what was not asked for is no reply
-    return Reply(status, headers, _decoded(body, headers), keeps_open)
+    if b"content-encoding" in headers:
+        body = _decoded(body, headers[b"content-encoding"])
+    return Reply(status, headers, body, keeps_open)
 
 
 class _Incoming:
@@ -112,18 +119,20 @@ class _Incoming:
         self.held += piece
 
 
-def _head(head: bytes) -> tuple[bytes, int, dict[bytes, bytes]]:
+@functools.lru_cache(_HEADS_KEPT)  # a server says the same again and again
+def _head(head: bytes) -> tuple[bytes, int, Mapping[bytes, bytes]]:
     """Version (b"0", b"1"), status and headers."""
-    first, *lines = (_FOLD.sub(b" ", head) if b"\n " in head or b"\n\t" in head else head).split(b"\n")
-    status = _STATUS.fullmatch(first.rstrip(b"\r"))
+    if b"\n " in head or b"\n\t" in head:
+        head = _FOLD.sub(b" ", head)
+    first = head.partition(b"\n")[0].rstrip(b"\r")
+    status, fields = _STATUS.fullmatch(first), _HEADER.findall(head)
     if status is None:
         raise _bad(f"{first[:80]!r}")
+    if len(fields) != head.count(b"\n"):
+        raise _bad(f"a line that is no header in {head[:200]!r}")
     headers: dict[bytes, bytes] = {}
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon:
-            raise _bad(f"the header {line[:80]!r}")
-        name, value = name.strip().lower(), value.strip()
+    for name, value in fields:
+        name, value = name.lower(), value.rstrip()
         headers[name] = b"%b, %b" % (headers[name], value) if name in headers else value
     return status[1], int(status[2]), headers
 
@@ -132,15 +141,14 @@ def _body(incoming: _Incoming, status: int, headers: Mapping[bytes, bytes]) -> t
     """A body as it came, and whether it ended with the connection."""
     if status in _WITHOUT_BODY:
         return b"", False
-    coding = headers.get(b"transfer-encoding", b"").lower()
-    if coding:
-        if coding != b"chunked":
-            raise _bad(f"Transfer-Encoding {coding!r}")
+    if b"transfer-encoding" in headers:
+        if headers[b"transfer-encoding"].lower() != b"chunked":
+            raise _bad(f"Transfer-Encoding {headers[b'transfer-encoding']!r}")
         return _chunks(incoming), b"content-length" in headers
     if b"content-length" not in headers:
         return incoming.rest(), True
-    sizes = {size.strip() for size in headers[b"content-length"].split(b",")}
-    if len(sizes) != 1 or not (size := sizes.pop()).isdigit() or len(size) > 15:
+    size, *others = headers[b"content-length"].split(b", ")
+    if not size.isdigit() or len(size) > 15 or any(other != size for other in others):
         raise _bad(f"Content-Length {headers[b'content-length']!r}")
     return incoming.take(int(size)), False
 
@@ -162,9 +170,10 @@ def _chunks(incoming: _Incoming) -> bytes:
     return bytes(body)
 
 
-def _decoded(body: bytes, headers: Mapping[bytes, bytes]) -> bytes:
-    codings = [coding.strip().lower() for coding in headers.get(b"content-encoding", b"").split(b",")]
-    for coding in reversed([coding for coding in codings if coding not in (b"", b"identity")]):
+def _decoded(body: bytes, codings: bytes) -> bytes:
+    for coding in reversed([coding.strip() for coding in codings.lower().split(b",")]):
+        if coding in (b"", b"identity"):
+            continue
         if coding not in (b"gzip", b"x-gzip", b"deflate"):
             text = coding.decode("latin-1")
             raise _bad(f"a body in Content-Encoding {text}, which a proxy must have added; turn it off there")

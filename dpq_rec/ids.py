@@ -74,6 +74,8 @@ def ids_of_any_kind(ids: Any) -> NDArray[np.int64] | Sequence[str]:
         IdTypeError: neither strings nor a flat list of 64-bit integers.
     """
     is_list = isinstance(ids, list | tuple)
+    if not is_list and getattr(ids, "dtype", None) is _INT64:
+        return int64_ids(ids)
     if not is_list and _flat_array(ids, f"{_INTEGERS} or {_STRINGS}").dtype.kind not in "UOT":
         return int64_ids(ids)
     held = string_ids(ids)

@@ -5,6 +5,7 @@ A row of a tier of fewer levels has fewer bytes: it is filled up with zeros, and
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -72,17 +73,26 @@ class Values:
         at_N = np.arange(len(rows.packed_NW))
         at_N[rows.missing] = kernels.MISSING_ROW
         if rows.tiers_N is None:
-            return kernels.decode(Coded.of(rows.packed_NW, self.values_MKS, self.layouts[0]), at_N)
+            return kernels.decode(self._coded[0].with_codes(rows.packed_NW), at_N)
         dim = self.layouts[0].num_subspaces * self.values_MKS.shape[2]
         vectors_NE = np.zeros((len(at_N), dim), np.float32)
-        per_level = len(self.values_MKS) // self.layouts[0].num_levels
         for tier, layout in enumerate(self.layouts):
             (here_P,) = (rows.tiers_N == tier).nonzero()
             packed_PW = np.ascontiguousarray(rows.packed_NW[here_P, : layout.row_bytes])
             there_P = np.where(at_N[here_P] == kernels.MISSING_ROW, kernels.MISSING_ROW, np.arange(len(here_P)))
-            of_levels = self.values_MKS[: layout.num_levels * per_level]
-            vectors_NE[here_P] = kernels.decode(Coded.of(packed_PW, of_levels, layout), there_P)
+            vectors_NE[here_P] = kernels.decode(self._coded[tier].with_codes(packed_PW), there_P)
         return vectors_NE
+
+    @functools.cached_property
+    def _coded(self) -> list[Coded]:
+        """The values of each tier, which are the first of all, and no rows."""
+        per_level = len(self.values_MKS) // self.layouts[0].num_levels
+        return [
+            Coded.of(
+                np.empty((0, layout.row_bytes), np.uint8), self.values_MKS[: layout.num_levels * per_level], layout
+            )
+            for layout in self.layouts
+        ]
 
     def _check(self, rows: PackedRows) -> None:
         """They come from elsewhere, and the kernels trust shapes."""

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import ConfigError, DamagedArtifactError
-from dpq_rec.kernels.arguments import call, check_array, new_array, shown
+from dpq_rec.kernels.arguments import MadeAnew, call, check_array, new_array, shown
 from dpq_rec.tiers import PackedTier
 
 try:
@@ -29,7 +29,7 @@ MISSING_ROW = -1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Coded:
+class Coded(MadeAnew):
     """Vectors that are stored as codes.
 
     Attributes:
@@ -49,6 +49,13 @@ class Coded:
     def of(cls, packed_VW: NDArray[np.uint8], values_MKS: NDArray[np.float32], layout: CodeLayout) -> Coded:
         """Of one tier."""
         return cls((PackedTier(0, layout, packed_VW),), values_MKS)
+
+    def with_codes(self, packed_VW: NDArray[np.uint8]) -> Coded:
+        """The same values, of other rows, which are all of the first tier."""
+        layout = self.tiers[0].layout
+        other = Coded.of(packed_VW, self.values_MKS, layout)
+        vars(other)["native"] = call(_native.Vectors, self.native, [(packed_VW, layout.num_levels)])
+        return other
 
     @property
     def shared(self) -> bool:
@@ -381,18 +388,8 @@ def scan_top(
     rows_T[: len(rows_B)], scores_T[: len(rows_B)] = rows_B, scores_B
     by_code = np.full((layout.codes_per_row, 1 << layout.code_bits), np.nan, np.float32)  # also those there are not
     by_code[:, : layout.num_codes] = scores_MK
-    num_found, bad_row_at = call(
-        _native.scan_top,
-        packed_VW,
-        by_code,
-        scales_V,
-        layout.num_codes,
-        layout.code_bits,
-        first_row,
-        rows_T,
-        scores_T,
-        len(rows_B),
-    )
+    best, sizes = (rows_T, scores_T, len(rows_B)), (layout.num_codes, layout.code_bits)
+    num_found, bad_row_at = call(_native.scan_top, packed_VW, by_code, scales_V, *sizes, first_row, *best)
     if bad_row_at >= 0:
         row = first_row + bad_row_at
         raise DamagedArtifactError(f"row {row} holds a code of {layout.num_codes} or more, or values that are none")

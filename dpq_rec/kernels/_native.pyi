@@ -9,6 +9,8 @@ class Vectors:
     @overload
     def __init__(self, dense: NDArray[np.float32]) -> None: ...
     @overload
+    def __init__(self, others: Vectors, packed: list[tuple[NDArray[np.uint8], int]]) -> None: ...
+    @overload
     def __init__(
         self,
         packed: list[tuple[NDArray[np.uint8], int]],

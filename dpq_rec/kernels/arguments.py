@@ -13,6 +13,13 @@ from dpq_rec.errors import ConfigError
 T = TypeVar("T")
 
 
+class MadeAnew:
+    """What has a `native`, as the C++ takes it: a copy, or another process that it is sent to, makes its own."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "native"}
+
+
 def call(function: Callable[..., T], *arguments: Any) -> T:
     """What a function of the C++ returns. It looks at its arguments itself, which costs nothing where they are right.
 

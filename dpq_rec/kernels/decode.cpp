@@ -89,9 +89,8 @@ void dpq::decode_rows(const DecodeArgs& args) { decode_by_lanes(args); }
 void define_decode(nb::module_& m) {
   nb::class_<dpq::Vectors>(m, "Vectors")
       .def(nb::init<dpq::Array<const float, 2>>(), dpq::array("dense"))
-      .def(nb::init<std::vector<std::pair<dpq::Array<const uint8_t, 2>, int64_t>>, dpq::Array<const float, 3>, int64_t,
-                    int64_t, bool>(),
-           dpq::array("packed"), dpq::array("values"), nb::arg("num_subspaces"), nb::arg("code_bits"),
+      .def(nb::init<const dpq::Vectors&, dpq::Vectors::Packed>(), nb::arg("others"), dpq::array("packed"))
+      .def(nb::init<dpq::Vectors::Packed, dpq::Array<const float, 3>, int64_t, int64_t, bool>(), dpq::array("packed"), dpq::array("values"), nb::arg("num_subspaces"), nb::arg("code_bits"),
            nb::arg("shared"))
       .def_prop_ro("dim", &dpq::Vectors::dim);
   m.def("decode", &decode, nb::arg("vectors"), dpq::array("rows"), dpq::array("out"), nb::arg("num_threads"));

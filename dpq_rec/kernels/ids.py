@@ -15,11 +15,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.errors import ConfigError, DamagedArtifactError, IdTypeError
 from dpq_rec.kernels import Stored, _native, check_damage, native_of
-from dpq_rec.kernels.arguments import call, new_array
+from dpq_rec.kernels.arguments import MadeAnew, call, new_array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SortedIntegers:
+class SortedIntegers(MadeAnew):
     """A sorted list of integers, and the row of each.
 
     Attributes:
@@ -32,10 +32,6 @@ class SortedIntegers:
     ids_U: NDArray[np.int64]
     rows_U: NDArray[np.uint32]
     tree_T: NDArray[np.int64] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what the C++ takes, which is made anew: a vocabulary may be copied, and sent to other processes."""
-        return {name: value for name, value in vars(self).items() if name != "native"}
 
     @functools.cached_property
     def native(self) -> _native.Integers:

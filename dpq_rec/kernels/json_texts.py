@@ -14,11 +14,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.kernels import Coded, _native, check_coded, check_damage
-from dpq_rec.kernels.arguments import call
+from dpq_rec.kernels.arguments import MadeAnew, call
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class JsonTexts:
+class JsonTexts(MadeAnew):
     """What the JSON of the vectors of a Coded is made of.
 
     Attributes:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -23,29 +24,19 @@ class Vectors {
     source_.dim = static_cast<int64_t>(dense_.shape(1));
   }
 
+  using Packed = std::vector<std::pair<Array<const uint8_t, 2>, int64_t>>;
+
   // Packed codes and levels of each tier, in the order of rows.
-  Vectors(std::vector<std::pair<Array<const uint8_t, 2>, int64_t>> packed, Array<const float, 3> values,
-          int64_t num_subspaces, int64_t code_bits, bool shared)
+  Vectors(Packed packed, Array<const float, 3> values, int64_t num_subspaces, int64_t code_bits, bool shared)
       : packed_(std::move(packed)), values_(std::move(values)) {
-    check_codes(num_subspaces, code_bits, shared);
-    int64_t first_row = 0;
-    for (const auto& [codes, num_levels] : packed_) {
-      const int64_t end_row = first_row + static_cast<int64_t>(codes.shape(0));
-      tiers_.push_back(Tier{codes.data(), first_row, end_row, static_cast<int64_t>(codes.shape(1)), num_levels});
-      source_.max_row_bytes = std::max(source_.max_row_bytes, tiers_.back().row_bytes);
-      source_.max_levels = std::max(source_.max_levels, num_levels);
-      first_row = end_row;
-    }
-    source_.tiers = tiers_.data();
-    source_.num_tiers = static_cast<int64_t>(tiers_.size());
-    source_.values = values_up_to(int64_t{1} << code_bits);
-    source_.num_rows = first_row;
-    source_.num_subspaces = num_subspaces;
-    source_.num_codes = static_cast<int64_t>(values_.shape(1));
-    source_.subspace_dim = static_cast<int64_t>(values_.shape(2));
-    source_.dim = num_subspaces * source_.subspace_dim;
-    source_.code_bits = code_bits;
-    source_.shared = shared;
+    point_into_arrays(num_subspaces, code_bits, shared);
+  }
+
+  // Other codes of the same values.
+  Vectors(const Vectors& others, Packed packed)
+      : packed_(std::move(packed)), values_(others.values_), padded_(others.padded_) {
+    if (others.source_.tiers == nullptr) refuse("vectors", "dense ones", "codes");
+    point_into_arrays(others.source_.num_subspaces, others.source_.code_bits, others.source_.shared);
   }
 
   Vectors(const Vectors&) = delete;
@@ -55,6 +46,28 @@ class Vectors {
   int64_t dim() const { return source_.dim; }
 
  private:
+  void point_into_arrays(int64_t num_subspaces, int64_t code_bits, bool shared) {
+    check_codes(num_subspaces, code_bits, shared);
+    int64_t first_row = 0;
+    for (const auto& [codes, num_levels] : packed_) {
+      const int64_t end_row = first_row + size_of(codes);
+      tiers_.push_back(Tier{codes.data(), first_row, end_row, size_of(codes, 1), num_levels});
+      source_.max_row_bytes = std::max(source_.max_row_bytes, tiers_.back().row_bytes);
+      source_.max_levels = std::max(source_.max_levels, num_levels);
+      first_row = end_row;
+    }
+    source_.tiers = tiers_.data();
+    source_.num_tiers = static_cast<int64_t>(tiers_.size());
+    source_.values = values_up_to(int64_t{1} << code_bits);
+    source_.num_rows = first_row;
+    source_.num_subspaces = num_subspaces;
+    source_.num_codes = size_of(values_, 1);
+    source_.subspace_dim = size_of(values_, 2);
+    source_.dim = num_subspaces * source_.subspace_dim;
+    source_.code_bits = code_bits;
+    source_.shared = shared;
+  }
+
   // The arrays have the sizes that a walk over rows trusts.
   void check_codes(int64_t num_subspaces, int64_t code_bits, bool shared) const {
     check_range("code_bits", code_bits, 1, kMostCodeBits);
@@ -75,18 +88,19 @@ class Vectors {
   const float* values_up_to(int64_t num_codes) {
     const int64_t num_beyond = (num_codes - size_of(values_, 1)) * size_of(values_, 2);
     if (num_beyond == 0) return values_.data();
-    padded_.reserve(values_.size() + num_beyond);
-    padded_.assign(values_.data(), values_.data() + values_.size());
-    padded_.resize(values_.size() + num_beyond);
-    return padded_.data();
+    if (!padded_) {
+      padded_ = std::make_shared<std::vector<float>>(values_.size() + num_beyond);
+      std::copy_n(values_.data(), values_.size(), padded_->data());
+    }
+    return padded_->data();
   }
 
   static constexpr int64_t kMostCodeBits = 16;
 
   Array<const float, 2> dense_;
-  std::vector<std::pair<Array<const uint8_t, 2>, int64_t>> packed_;
+  Packed packed_;
   Array<const float, 3> values_;
-  std::vector<float> padded_;  // values and zeros, where there are fewer codes than their bits can name
+  std::shared_ptr<std::vector<float>> padded_;  // values and zeros, where there are fewer codes than their bits can name
   std::vector<Tier> tiers_;
   Source source_{};
 };

@@ -251,7 +251,7 @@ def test_client_makes_a_new_connection_where_the_reply_ends_it(store, head):
         (b"HTTP/1.1 103 Early\r\n\r\n" * 30, "status 103"),
         (b"SSH-2.0-OpenSSH\r\n\r\n", "SSH-2.0"),
         (b"HTTP/1.1 OK\r\n\r\n", "HTTP/1.1 OK"),
-        (OK + b"no colon\r\n\r\n", "header b'no colon'"),
+        (OK + b"no colon\r\n\r\n", "no header in .*no colon"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000, "head of more than 65536 bytes"),
     ],
 )
