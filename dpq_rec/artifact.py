@@ -49,6 +49,7 @@ from dpq_rec.manifest import (
     fault_of_name,
     parse_manifest,
 )
+from dpq_rec.reopen import Reopened
 from dpq_rec.tensorfile import map_tensors, sha256_of, shorten
 from dpq_rec.tiers import PackedTier, codes_name
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
@@ -62,7 +63,7 @@ VALUES_FP32 = "values_fp32"  # of a table's tensors: in memory alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(Reopened):
     """One table of an opened artifact; the tensors are mapped from the file, values are in memory as float32."""
 
     name: str
@@ -125,14 +126,21 @@ def sizes(tables: Collection[Table]) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Artifact:
-    """An opened artifact."""
+class Artifact(Reopened):
+    """An opened artifact. It, its tables and their vocabularies are pickled as path and version, and mapped again."""
 
     path: Path
     version: str
     created_at: str
     producer: str
     tables: Mapping[str, Table]
+
+    def __post_init__(self) -> None:
+        which = str(self.path.resolve()), self.version  # a folder that a relative path or a link may not lead to later
+        vars(self)["opened_as"] = which
+        for name, table in self.tables.items():
+            vars(table)["opened_as"] = *which, name
+            vars(table.vocabulary)["opened_as"] = *which, name, "vocabulary"
 
 
 # Writing

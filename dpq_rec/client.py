@@ -156,7 +156,7 @@ class CodesClient:
 
     def _reply(self, request: bytes, connection: socket.socket, idle: _Idle) -> Reply:
         try:
-            try:
+            try:  # noqa: SIM105 - a context manager takes a microsecond
                 connection.sendall(request)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # who refuses may not read to the end

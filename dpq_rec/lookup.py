@@ -55,13 +55,24 @@ class Rows(NamedTuple):
 class EmbeddingStore:
     """The tables of an artifact, ready for lookups. Safe to share between threads; the files are mapped, not read.
 
+    It may be sent to other processes, by fork, by pickle and as part of a DataLoader's dataset: it is pickled as the
+    artifact's path and version, and there mapped again.
+
     >>> store = EmbeddingStore.open("run/artifact")
     >>> vectors, missing = store.lookup("item_id", [42, 7])
     """
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
-        self._searches = {name: TableSearch(table) for name, table in artifact.tables.items()}
+        self._searches = _searches_of(artifact)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As the artifact is pickled, by path and version; whatever a subclass has comes with it."""
+        return {name: value for name, value in vars(self).items() if name != "_searches"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._searches = _searches_of(self.artifact)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> EmbeddingStore:
@@ -254,6 +265,10 @@ class EmbeddingStore:
             DamagedArtifactError: a row's codes are not what was published.
         """
         return self._searches[self.table(table).name](queries, k, similarity)
+
+
+def _searches_of(artifact: Artifact) -> dict[str, TableSearch]:
+    return {name: TableSearch(table) for name, table in artifact.tables.items()}
 
 
 def _find_rows(table: Table, ids: Any, missing: MissingPolicy) -> Rows:

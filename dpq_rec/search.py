@@ -76,6 +76,10 @@ class TableSearch:
     def __init__(self, table: Table) -> None:
         self.table = table
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made when it is asked for."""
+        return {"table": self.table}
+
     def __call__(self, queries: Any, k: int, similarity: Similarity) -> Neighbours:
         """See `EmbeddingStore.search`."""
         if similarity not in ("dot", "cosine"):

@@ -25,6 +25,7 @@ from dpq_rec.id_index import MOST_SLOTTED, build_slots, build_tree, num_slots, n
 from dpq_rec.ids import int64_ids, string_ids
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.kernels.ids import SortedIntegers, find_integer_rows, find_rows
+from dpq_rec.reopen import Reopened
 from dpq_rec.strings import LazyStrings, PackedStrings
 
 _SCAN_ROWS = 1 << 22  # ids looked through at a time by ids_of_rows and check
@@ -68,7 +69,7 @@ class Vocabulary(Protocol):
         """
 
 
-class IdentityVocabulary:
+class IdentityVocabulary(Reopened):
     """Ids are rows."""
 
     kind = "identity"
@@ -117,7 +118,7 @@ class ModuloVocabulary(IdentityVocabulary):
         return int64_ids(ids) % self.num_embeddings
 
 
-class Int64Vocabulary:
+class Int64Vocabulary(Reopened):
     """A sorted list of ids, and the row of each.
 
     Args:
@@ -194,7 +195,7 @@ class Int64Vocabulary:
         _check_rows(self.rows_U, num_embeddings)
 
 
-class StringVocabulary:
+class StringVocabulary(Reopened):
     """A sorted list of strings, and the row of each.
 
     Args:

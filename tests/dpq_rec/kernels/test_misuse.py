@@ -25,7 +25,7 @@ layout = CodeLayout(num_subspaces=8, num_codes=num_codes)
 packed, rows = np.zeros((9, layout.row_bytes), np.uint8), np.zeros(2_000, np.int64)  # the last are read from a copy
 stored = Coded.of(packed, at_the_end(np.full((8, num_codes, 4), 7, np.float32)), layout)
 texts = JsonTexts.of(stored, np.float32, lambda numbers: b",".join([b"7.0"] * len(numbers)))
-stop = time.monotonic() + 0.4
+stop = time.monotonic() + 0.2
 
 def change():
     while time.monotonic() < stop:
@@ -58,7 +58,7 @@ def ran(*arguments):
 
 
 @pytest.mark.parametrize("use", ["decode", "bags", "json", "scan"])
-@pytest.mark.parametrize("num_codes", [5, 129, 2_049])
+@pytest.mark.parametrize("num_codes", [5, 129])
 def test_codes_that_change_between_check_and_use_read_nothing_outside_the_values(num_codes, use):
     ran("-c", CHANGING_CODES, str(num_codes), use)
 
