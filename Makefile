@@ -37,8 +37,9 @@ check: venv  ## ruff, ruff format, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: venv  ## the decode kernel beside torch.index_select and FBGEMM
+bench: venv  ## decoding beside torch.index_select and FBGEMM; lookups, as their caller pays for them
 	$(BIN)/python -m dpq_rec.bench decode
+	$(BIN)/python -m dpq_rec.bench lookup
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
