@@ -300,8 +300,8 @@ def _check_options(
         raise ConfigError(f"dtype: got {dtype!r}, want float32 or float16")
     if pooling not in _POOLINGS:
         raise ConfigError(f"pooling: got {pooling!r}, want sum or mean")
-    if num_threads < 1:
-        raise ConfigError(f"num_threads: got {num_threads}, want 1 or more")
+    if not isinstance(num_threads, int | np.integer) or num_threads < 1:
+        raise ConfigError(f"num_threads: got {num_threads!r}, want 1 or more")
 
 
 def _bag_lengths(bag_lengths: Any, num_ids: int) -> NDArray[np.int64]:

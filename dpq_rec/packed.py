@@ -73,7 +73,7 @@ class Values:
         at_N = np.arange(len(rows.packed_NW))
         at_N[rows.missing] = kernels.MISSING_ROW
         if rows.tiers_N is None:
-            return kernels.decode(self._coded[0].with_codes(rows.packed_NW), at_N)
+            return kernels.decode(self._coded[0].with_codes(np.ascontiguousarray(rows.packed_NW)), at_N)
         dim = self.layouts[0].num_subspaces * self.values_MKS.shape[2]
         vectors_NE = np.zeros((len(at_N), dim), np.float32)
         for tier, layout in enumerate(self.layouts):
@@ -97,7 +97,10 @@ class Values:
     def _check(self, rows: PackedRows) -> None:
         """They come from elsewhere, and the kernels trust shapes."""
         packed_NW, missing, tiers_N = rows
-        got, want = packed_NW.shape[1], self.layouts[0].row_bytes
+        for what, array, num_dims in (("codes", packed_NW, 2), ("missing", missing, 1), ("tiers", tiers_N, 1)):
+            if array is not None and (array.dtype.kind != "u" or array.ndim != num_dims):
+                raise DamagedArtifactError(f"{what}: got {array.dtype} {array.shape}, want those of `PackedRows`")
+        got, want = packed_NW.shape[1] * packed_NW.itemsize, self.layouts[0].row_bytes
         if got != want:
             raise DamagedArtifactError(f"codes: got {got} bytes a row, want {want}")
         if len(missing) and missing.max() >= len(packed_NW):

@@ -29,7 +29,8 @@ def call(function: Callable[..., T], *arguments: Any) -> T:
     try:
         return function(*arguments)
     except TypeError as error:
-        wanted = str(function.__doc__ or function.__init__.__doc__).partition(" -> ")[0]
+        signatures = str(function.__doc__ or function.__init__.__doc__).splitlines()
+        wanted = "; or ".join(signature.partition(" -> ")[0] for signature in signatures if "(" in signature)
         raise ConfigError(f"got {', '.join(map(shown, arguments))}; want {wanted}") from error
     except ValueError as error:
         raise ConfigError(f"{function.__name__}: {error}; got {', '.join(map(shown, arguments))}") from error
@@ -41,6 +42,8 @@ def shown(argument: Any) -> str:
         flags = argument.flags
         notes = ["not contiguous"] * (not flags.c_contiguous) + ["read-only"] * (not flags.writeable)
         return " ".join([str(argument.dtype), str(list(argument.shape)), *notes])
+    if isinstance(argument, list | tuple):
+        return f"[{', '.join(map(shown, argument[:3]))}{', ...' if len(argument) > 3 else ''}]"
     return repr(argument) if isinstance(argument, int | None) else type(argument).__name__
 
 

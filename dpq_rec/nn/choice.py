@@ -97,7 +97,7 @@ class _SoftmaxChoice(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_NDS: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        arrays = (tensor.detach().contiguous().numpy() for tensor in (*ctx.saved_tensors, gradient_NDS))
+        arrays = (tensor.detach().float().contiguous().numpy() for tensor in (*ctx.saved_tensors, gradient_NDS))
         queries_NDS, keys_DKS, values_DKS, scale_K, shift_K, gradients_NDS = arrays
         gradients = kernels.softmax_gradients(
             queries_NDS, keys_DKS, values_DKS, (scale_K, shift_K), gradients_NDS, euclidean=ctx.score == "euclidean"

@@ -157,7 +157,7 @@ class _CentralMoments(torch.autograd.Function):
 
 
 def _arrays(*tensors: torch.Tensor) -> tuple[NDArray[np.float32], ...]:
-    return tuple(tensor.detach().contiguous().numpy() for tensor in tensors)
+    return tuple(tensor.detach().float().contiguous().numpy() for tensor in tensors)
 
 
 class ScoreNorm(nn.Module):

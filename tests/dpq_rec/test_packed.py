@@ -75,6 +75,10 @@ def test_values_decode_packed_rows_to_the_vectors_of_the_store(
     [
         ({"packed_NW": np.zeros((3, 1), np.uint8)}, "got 1 bytes a row, want 6"),
         ({"missing": np.array([3], np.uint32)}, "position 3 of 3 rows"),
+        ({"missing": np.array([-1])}, "missing: got int64"),
+        ({"missing": np.array([[1]], np.uint32)}, "missing: got uint32"),
+        ({"packed_NW": np.zeros((3, 6))}, "codes: got float64"),
+        ({"packed_NW": np.zeros(6, np.uint8)}, "codes: got uint8"),
         ({"tiers_N": None}, "tiers: want those of a table that has 2"),
         ({"tiers_N": np.array([0, 2, 0], np.uint8)}, "tiers: want 3 of 2"),
         ({"tiers_N": np.array([0], np.uint8)}, "tiers: want 3 of 2"),
