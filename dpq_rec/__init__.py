@@ -10,7 +10,8 @@ Read the modules in this order and you have read DPQ:
 6. `vocabulary`     ids -> rows (`ids` takes them from lists and arrays of any library; `strings` holds many in two
                     arrays)
 7. `artifact`       the folder that is published (`manifest` says what may be in it, `contents` writes a table of it,
-                    `tensorfile` is one of its files, `files` lets it appear whole, `store` publishes it)
+                    `tensorfile` is one of its files, `files` lets it appear whole, `store` publishes it,
+                    `reopen` maps it again where it is sent)
 8. `kernels`        the loops that must be fast, each beside the plain one it equals (`kernels.ids` find ids)
 9. `lookup`         ids -> vectors, from the mapped artifact (`decode`: from rows on; `search`: back to the nearest ids)
 10. `octets`        lookups as they travel, from bytes to bytes (`packed`: codes, far fewer bytes than vectors, for a
