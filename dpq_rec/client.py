@@ -10,6 +10,7 @@ for bit.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import socket
@@ -126,8 +127,8 @@ class CodesClient:
         return f"{line}{host}Accept-Encoding: identity\r\n{self._key}{more}".removesuffix("\r\n").encode()
 
     def _ask(self, head: bytes, body: bytes) -> Reply:
-        request, idle = head + _HEAD_END + body, self._idle()
-        reply = self._reply_of_idle(request, idle) or self._reply(request, self._connect(), idle)
+        request = head + _HEAD_END + body
+        reply = self._reply_of_idle(request) or self._reply(request, self._connect())
         if reply.status != 200:
             raise _refusal(reply)
         return reply
@@ -136,25 +137,25 @@ class CodesClient:
         """The connections of this process that no lookup uses; a child of the one that made them has none of them."""
         pid, idle = self._connections
         if pid != os.getpid():
-            for inherited in idle:
-                inherited.close()  # which the parent does not notice
+            _close_all(idle)  # which the parent does not notice
             idle = collections.deque()
             self._connections = os.getpid(), idle
         return idle
 
-    def _reply_of_idle(self, request: bytes, idle: _Idle) -> Reply | None:
+    def _reply_of_idle(self, request: bytes) -> Reply | None:
         """A reply over a connection that is there already; None where there is none, or it was closed meanwhile."""
         try:
-            connection = idle.pop()
+            connection = self._idle().pop()
         except IndexError:  # another thread may have taken the last
             return None
         try:
-            return self._reply(request, connection, idle)
+            return self._reply(request, connection)
         except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
             self.close()  # the others will be no better
             return None
 
-    def _reply(self, request: bytes, connection: socket.socket, idle: _Idle) -> Reply:
+    def _reply(self, request: bytes, connection: socket.socket) -> Reply:
+        idle = self._idle()  # which `close` replaces
         try:
             try:  # noqa: SIM105 - a context manager takes a microsecond
                 connection.sendall(request)
@@ -185,8 +186,7 @@ class CodesClient:
     def close(self) -> None:
         """Close the connections; those that other threads use, when their lookups are done."""
         idle, self._connections = self._idle(), (os.getpid(), collections.deque())
-        for connection in idle:
-            connection.close()
+        _close_all(idle)
 
     def __enter__(self) -> CodesClient:
         return self
@@ -195,6 +195,13 @@ class CodesClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _close_all(idle: _Idle) -> None:
+    """Also where other threads take some meanwhile."""
+    with contextlib.suppress(IndexError):
+        while True:
+            idle.pop().close()
 
 
 def _rows_of(answer: Reply) -> PackedRows:

@@ -136,6 +136,14 @@ def test_client_connects_anew_where_an_idle_connection_was_closed(store):
         assert client.lookup("t", [2**53 + 1, 5]).missing.tolist() == [1]
 
 
+def test_client_keeps_the_connection_that_it_made_where_an_idle_one_was_closed(store):
+    peer = Peer(codes(store), values(store), None, codes(store), codes(store), codes(store))
+    with CodesClient(peer.url) as client:
+        for _ in range(4):
+            assert client.lookup("t", [2**53 + 1, 5]).missing.tolist() == [1]
+    assert peer.num_connections == 2
+
+
 def test_client_says_when_a_server_closes_a_new_connection(store):
     with CodesClient(Peer(None).url) as client, pytest.raises(ConnectionError, match="before its reply"):
         client.lookup("t", [1])
