@@ -171,6 +171,8 @@ def find_rows(
         IdTypeError: something that is no str, or that holds half a surrogate pair, which UTF-8 cannot.
         DamagedArtifactError: offsets outside the bytes, or slots that name no id: nothing is read there.
     """
+    if not isinstance(ids, list | tuple):  # a string would be taken for a list of its characters
+        raise IdTypeError(f"ids: got {type(ids).__name__}, want a list or a tuple of strings")
     held = tuple(ids)
     out_N = np.empty(len(held), np.int64)
     bad_id_at, bad_entry = call(_native.find_rows, held, id_bytes_T, id_offsets_U1, rows_U, slots_H, out_N)

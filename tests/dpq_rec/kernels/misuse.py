@@ -196,6 +196,7 @@ def wrong_of(right):
         yield from (("float64", True), (None, True), ("", True))
     elif isinstance(right, list):
         yield from (([1], True), ([None], True), (["\ud800"], True), ([b"x"], True), ([], False))
+        yield from (("abc", True), (5, True), ({"a"}, True), (None, True))
     elif isinstance(right, tuple):
         yield from ((("a",), False), ((1, 2), False), (None, True))
 
