@@ -28,9 +28,9 @@ from service.settings import Settings
 
 T = TypeVar("T")
 _MOST_REPLY_BYTES = (1 << 31) - 1  # what a gRPC message can hold
-# Values (ids x dim, 8 bytes an id) that are found, decoded and written as JSON in about a millisecond, which is the
-# slowest that a lookup is: less than that is not worth a thread, more would keep the worker's other requests waiting.
-_INLINE_VALUES = 1 << 15
+# Values (ids x dim) that are found, decoded and copied in much less than a millisecond: less than that is not worth a
+# thread, more would keep the worker's other requests waiting.
+INLINE_VALUES = 1 << 15
 _MOST_SEARCHES = 8  # of a worker at a time: one is done, the others wait
 
 
@@ -62,29 +62,77 @@ def _max_dim(store: EmbeddingStore) -> int:
     return max((table.manifest.embedding_dim for table in store.tables.values()), default=1)
 
 
-class Slot:
-    """Room for one request, taken and left by `with`; a generator's context manager would take twice the time.
+class Admission:
+    """One request, from its head to the end of its reply: entered and left by `with`.
+
+    What a body holds while it arrives is limited for all of them together; a slot is taken when it has arrived, so that
+    callers who send nothing keep nobody waiting.
+
+    Raises:
+        NotReadyError: on entering; the worker is starting or stopping.
+    """
+
+    __slots__ = ("_has_slot", "_num_bytes", "engine")
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._has_slot, self._num_bytes = False, 0
+
+    def __enter__(self) -> Admission:
+        if self.engine.state in (State.STARTING, State.STOPPING):
+            self.engine.check_ready()
+        self.engine.count_requests(1)
+        return self
+
+    def receive(self, num_bytes: int) -> None:
+        """Hold so many more bytes of the body.
+
+        Raises:
+            OverloadedError: bodies that are arriving hold as much as those of `max_in_flight` requests may.
+        """
+        engine, settings = self.engine, self.engine.settings
+        if engine.num_bytes_arriving + num_bytes > settings.max_in_flight * settings.body_limit_bytes:
+            raise OverloadedError("the bodies that are arriving are too many bytes; try again later")
+        engine.num_bytes_arriving += num_bytes
+        self._num_bytes += num_bytes
+
+    def take_slot(self) -> None:
+        """Take the room that `max_in_flight` limits; the body has arrived.
+
+        Raises:
+            OverloadedError: there is none.
+        """
+        engine, limit = self.engine, self.engine.settings.max_in_flight
+        if engine.num_in_flight >= limit:
+            raise OverloadedError(f"{limit} requests are in flight, as many as --max-in-flight allows; try again later")
+        engine.num_in_flight += 1
+        engine.num_bytes_arriving -= self._num_bytes
+        self._has_slot, self._num_bytes = True, 0
+
+    def __exit__(self, *error: object) -> None:
+        self.engine.num_in_flight -= self._has_slot
+        self.engine.num_bytes_arriving -= self._num_bytes
+        self.engine.count_requests(-1)
+
+
+class Slot(Admission):
+    """An admission of what has arrived whole; a generator's context manager would take twice the time.
 
     Raises:
         NotReadyError: the worker is starting or stopping.
         OverloadedError: it holds `max_in_flight` requests already.
     """
 
-    __slots__ = ("_engine",)
+    __slots__ = ()
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        engine, limit = self._engine, self._engine.settings.max_in_flight
-        if not engine.has_room:
-            if engine.state in (State.STARTING, State.STOPPING):
-                engine.check_ready()
-            raise OverloadedError(f"{limit} requests are in flight, as many as --max-in-flight allows; try again later")
-        engine.count_in_flight(1)
-
-    def __exit__(self, *error: object) -> None:
-        self._engine.count_in_flight(-1)
+    def __enter__(self) -> Slot:
+        super().__enter__()
+        try:
+            self.take_slot()
+        except OverloadedError:
+            self.__exit__()
+            raise
+        return self
 
 
 class Engine:
@@ -94,7 +142,9 @@ class Engine:
         self.store = store
         self.settings = settings
         self.metrics = metrics
+        self.num_requests = 0  # that have begun; those that have arrived whole are in flight
         self.num_in_flight = 0
+        self.num_bytes_arriving = 0
         self.state = State.STARTING
         self.damage: dict[str, str] = {}  # tables whose files changed while they were served, and how
         self.max_dim = _max_dim(store)
@@ -131,19 +181,23 @@ class Engine:
 
     # Limits
 
-    def count_in_flight(self, change: int) -> None:
+    def count_requests(self, change: int) -> None:
         """Note that a request has begun, or ended."""
-        self.num_in_flight += change
-        self.metrics.set_in_flight(self.num_in_flight)
+        self.num_requests += change
+        self.metrics.set_in_flight(self.num_requests)
+
+    def admission(self) -> Admission:
+        """Of a request whose body is still to arrive; entering it raises what `Admission` says."""
+        return Admission(self)
 
     def slot(self) -> Slot:
-        """Room for one request, from its first byte to its reply; entering it raises what `Slot` says."""
+        """Room for one request that has arrived, until its reply is sent; entering it raises what `Slot` says."""
         return Slot(self)
 
     @property
     def has_room(self) -> bool:
-        """Whether a slot would be given."""
-        return self.state not in (State.STARTING, State.STOPPING) and self.num_in_flight < self.settings.max_in_flight
+        """Whether there is a slot, and no reason to say more in a reply than what was asked for."""
+        return self.state is State.READY and self.num_in_flight < self.settings.max_in_flight
 
     def check_num_ids(self, num_ids: int, what: str = "ids") -> None:
         """Keep to the limit of ids.
@@ -159,10 +213,6 @@ class Engine:
 
     # Lookups
 
-    def is_small(self, num_bytes: int) -> bool:
-        """Whether a request of so many bytes may be answered on the event loop."""
-        return num_bytes // 8 * self.max_dim <= _INLINE_VALUES
-
     async def run(self, work: Callable[[], T], num_bytes: int) -> T:
         """The result of work(): at once where the request is small, in a thread where it is large.
 
@@ -170,7 +220,11 @@ class Engine:
             work: parse, look up and render; it must not touch the event loop.
             num_bytes: of the request.
         """
-        if self.is_small(num_bytes):
+        return await self.run_values(work, num_bytes // 8 * self.max_dim)
+
+    async def run_values(self, work: Callable[[], T], num_values: int) -> T:
+        """As `run`, of a request whose reply takes as long as so many values of binary vectors."""
+        if num_values <= INLINE_VALUES:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 

@@ -1,7 +1,7 @@
 """What can be wrong with a request, apart from what `dpq_rec.errors` names already.
 
 RequestError
-├── MalformedError              bytes that are no JSON, or no whole number of ids
+├── MalformedError              bytes that are no JSON, or no whole number of ids, or do not arrive
 ├── UnauthorizedError           no API key, or a wrong one
 ├── NotAcceptableError          a reply type that is not offered
 ├── UnsupportedMediaTypeError   a body type that is not read
@@ -26,7 +26,7 @@ class RequestError(Exception):
 
 
 class MalformedError(RequestError):
-    """Bytes that are no JSON, or no whole number of ids."""
+    """Bytes that are no JSON, or no whole number of ids, or do not arrive."""
 
     error_type = "malformed"
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import hmac
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Annotated, Any
@@ -19,11 +18,13 @@ from starlette.types import Receive, Scope, Send
 
 from dpq_rec import ConfigError
 from dpq_rec.lookup import MissingPolicy, VectorType
+from dpq_rec.octets import ID_BYTES
 from dpq_rec.packed import values_to_bytes
 from service import http_schema
-from service.engine import Engine
-from service.errors import InvalidRequestError, MalformedError, TooManyBytesError, UnauthorizedError
-from service.http_errors import CLIENT_LEFT, Observed, add_error_handlers, note_client_left, refusal
+from service.engine import INLINE_VALUES, Engine
+from service.errors import InvalidRequestError, OverloadedError, UnauthorizedError
+from service.http_body import read_body
+from service.http_errors import CLIENT_LEFT, HELD, Observed, add_error_handlers, note_client_left, refusal
 from service.http_format import (
     JSON,
     OCTETS,
@@ -35,10 +36,19 @@ from service.http_format import (
     tables_from_json,
 )
 from service.http_json import JsonLookups
-from service.http_lookup import ROUTE, Asked, LookupPlans, holds_key, types_of
+from service.http_lookup import (
+    ROUTE,
+    WRITTEN_VALUE,
+    Asked,
+    LookupPlans,
+    check_encoding,
+    check_key,
+    path_of,
+    types_of,
+    values_of_json,
+)
 from service.messages import Pooling, SearchRequest, TableRequest
 
-_BODY_SECONDS = 30.0
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 NumBags = Annotated[
     int | None, Query(ge=0, lt=10**9, description=f"With pooling, how many lengths follow the ids in {OCTETS}")
@@ -62,7 +72,7 @@ class App(FastAPI):
         """Answer a request."""
         asked = self.api.asked_of(scope)
         if asked is None:
-            await super().__call__(scope, receive, send)
+            await super().__call__({**scope, "path": path_of(scope)} if "path" in scope else scope, receive, send)
         else:
             await self._answer(asked, scope, receive, send)
 
@@ -70,10 +80,11 @@ class App(FastAPI):
         """As `Observed` and the error handlers would."""
         started, code = time.perf_counter(), CLIENT_LEFT
         try:
-            reply = await self.api.reply(asked, scope["headers"], receive)
-            code = "200"
-            await send({"type": "http.response.start", "status": 200, "headers": reply.headers.raw})
-            await send({"type": "http.response.body", "body": reply.body})
+            with contextlib.ExitStack() as held:
+                reply = await self.api.reply(asked, scope["headers"], receive, held)
+                code = "200"
+                await send({"type": "http.response.start", "status": 200, "headers": reply.headers.raw})
+                await send({"type": "http.response.body", "body": reply.body})
         except ClientDisconnect:
             note_client_left(_LOOKUP)
         except Exception as error:
@@ -187,19 +198,14 @@ def _guards(api: HttpApi) -> list[Any]:
 
 
 def _key_check(api_key: str) -> Callable[..., Awaitable[None]]:
-    wanted = api_key.encode()
-
-    async def check_key(
+    async def check(
+        request: Request,
         bearer: Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))],
         header: Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))],
     ) -> None:
-        given = bearer.credentials if bearer else header
-        if given is None:
-            raise UnauthorizedError("got no API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
-        if not hmac.compare_digest(given.encode(), wanted):
-            raise UnauthorizedError("got an API key that is not this server's")
+        check_key(request.scope["headers"], api_key.encode())  # what FastAPI finds is only for its documentation
 
-    return check_key
+    return check
 
 
 async def _docs(request: Request) -> Response:
@@ -210,38 +216,6 @@ async def _docs(request: Request) -> Response:
         swagger_css_url=f"{_ASSETS}/swagger-ui.css",
         swagger_favicon_url=f"{_ASSETS}/favicon-32x32.png",
     )
-
-
-async def read_body(headers: Iterable[tuple[bytes, bytes]], receive: Receive, limit_bytes: int) -> bytes:
-    """The body, read no further than the limit whatever its length is said to be.
-
-    Raises:
-        TooManyBytesError: it is longer.
-        MalformedError: it does not arrive in time.
-        ClientDisconnect: the client left.
-    """
-    declared = dict(headers).get(b"content-length", b"")
-    if declared.isdigit() and int(declared) > limit_bytes:
-        raise _too_many_bytes(limit_bytes)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                piece: bytes = message.get("body", b"")
-                if len(body) + len(piece) > limit_bytes:
-                    raise _too_many_bytes(limit_bytes)
-                if not message.get("more_body", False):
-                    return bytes(body + piece) if body else piece
-                body += piece
-    except TimeoutError:
-        raise MalformedError(f"body: it was not complete after {_BODY_SECONDS:.0f} s") from None
-
-
-def _too_many_bytes(limit_bytes: int) -> TooManyBytesError:
-    return TooManyBytesError(f"body: got more than {limit_bytes} bytes; send several, or raise --max-body-bytes")
 
 
 class HttpApi:
@@ -289,10 +263,10 @@ class HttpApi:
         order of the ids in 32 bits. Missing ids add nothing and do not count in a mean; an empty bag is zeros.
         """
         asked = Asked(table, dtype, missing, pooling, num_bags)
-        reply = await self.reply(asked, request.scope["headers"], request.receive)
+        reply = await self.reply(asked, request.scope["headers"], request.receive, request.scope[HELD])
         return Response(bytes(reply.body), headers=reply.headers, media_type=reply.headers.media_type)
 
-    async def values(self, table: str) -> Response:
+    async def values(self, request: Request, table: str) -> Response:
         """What decodes a table's codes: a safetensors file, the same as long as the version is.
 
         The tensor `values` (F32 or F16) is [M, K, S], or [L, K, S] where the subspaces share them: M = L x D codes of a
@@ -307,28 +281,39 @@ class HttpApi:
             except ConfigError as error:
                 raise InvalidRequestError(str(error)) from error
 
-        with self.engine.slot():
-            return await self.engine.run(answer, found.artifact_bytes)
+        request.scope[HELD].enter_context(self.engine.slot())
+        return await self.engine.run(answer, found.artifact_bytes)
 
     def asked_of(self, scope: Scope) -> Asked | None:
         """What a lookup of one table asks for; None for what FastAPI is to answer."""
         if scope["type"] != "http" or scope["method"] != "POST" or scope.get("root_path"):
             return None
-        key = self.settings.api_key
-        if key is not None and not holds_key(dict(reversed(scope["headers"])), key.encode()):
-            return None
-        return self._plans.asked_of(scope["path"], scope["query_string"])
+        if self.settings.api_key is not None:
+            try:
+                check_key(scope["headers"], self.settings.api_key.encode())
+            except UnauthorizedError:
+                return None
+        return self._plans.asked_of(path_of(scope), scope["query_string"])
 
-    def plan_at_once(
-        self, asked: Asked, headers: Iterable[tuple[bytes, bytes]], num_bytes: int
-    ) -> Callable[[bytes], Reply] | None:
+    def plan_at_once(self, scope: Scope, num_bytes: int) -> Callable[[bytes], Reply] | None:
         """How to answer a body of so many bytes on the event loop; None where it is to wait, or to be refused."""
-        if num_bytes > self.settings.body_limit_bytes or not self.engine.is_small(num_bytes):
+        asked = self.asked_of(scope)
+        if asked is None or num_bytes > self.settings.body_limit_bytes:
             return None
         try:
-            return self._plans.plan(asked, *types_of(headers))
+            check_encoding(scope["headers"])
+            plan = self._plans.plan(asked, *types_of(scope["headers"]))
         except Exception:  # the general way finds the same, and says so
             return None
+        if not plan.is_json:
+            return plan.answer if num_bytes // ID_BYTES * plan.values_per_id <= INLINE_VALUES else None
+
+        def answer_if_small(body: bytes) -> Reply:
+            if plan.num_values(body) > INLINE_VALUES:
+                raise OverloadedError("the event loop has no time for so many values")  # a thread has
+            return plan.answer(body)
+
+        return answer_if_small
 
     def reply_at_once(self, plan: Callable[[bytes], Reply], body: bytes) -> Reply | None:
         """The reply to a request that has arrived whole, which is counted; None where it is to wait, or to be refused.
@@ -345,12 +330,22 @@ class HttpApi:
         engine.metrics.answered("http", _LOOKUP, "200", time.perf_counter() - started)
         return reply
 
-    async def reply(self, asked: Asked, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> Reply:
-        """The reply to a lookup of one table; raises what `http_errors` knows."""
-        engine, plan = self.engine, self._plans.plan(asked, *types_of(headers))
-        with engine.slot():
-            body = await read_body(headers, receive, self.settings.body_limit_bytes)
-            return await engine.run(lambda: plan(body), len(body))
+    async def reply(
+        self, asked: Asked, headers: Iterable[tuple[bytes, bytes]], receive: Receive, held: contextlib.ExitStack
+    ) -> Reply:
+        """The reply to a lookup of one table; raises what `http_errors` knows. `held` is left when it has been sent."""
+        plan = self._plans.plan(asked, *types_of(headers))
+        body = await self._receive(headers, receive, held)
+        return await self.engine.run_values(lambda: plan.answer(body), plan.num_values(body))
+
+    async def _receive(
+        self, headers: Iterable[tuple[bytes, bytes]], receive: Receive, held: contextlib.ExitStack
+    ) -> bytes:
+        """The body; a slot is held from then on."""
+        admission = held.enter_context(self.engine.admission())
+        body = await read_body(headers, receive, admission)
+        admission.take_slot()
+        return body
 
     async def search(self, request: Request, table: str, missing: MissingPolicy = "zeros") -> Response:
         """The ids whose vectors are most similar to queries, exactly: every row of the table is scored.
@@ -363,14 +358,13 @@ class HttpApi:
         reply_type(types_of(request.scope["headers"])[1], (JSON,))
         engine = self.engine
         engine.table(table)
-        with engine.slot():
-            body = await read_body(request.scope["headers"], request.receive, self.settings.body_limit_bytes)
+        body = await self._receive(request.scope["headers"], request.receive, request.scope[HELD])
 
-            def answer() -> Response:
-                asked = SearchRequest(table=table, missing=missing, **search_from_json(body))
-                return Response(search_to_json(table, engine.search(asked)), media_type=JSON)
+        def answer() -> Response:
+            asked = SearchRequest(table=table, missing=missing, **search_from_json(body))
+            return Response(search_to_json(table, engine.search(asked)), media_type=JSON)
 
-            return await engine.run_search(answer)
+        return await engine.run_search(answer)
 
     async def lookup_tables(
         self, request: Request, dtype: VectorType = "float32", missing: MissingPolicy = "zeros"
@@ -378,16 +372,14 @@ class HttpApi:
         """Vectors of several tables in one request: all from one version, with one limit on their ids together."""
         body_type(request.headers.get("content-type"), (JSON,))
         reply_type(types_of(request.scope["headers"])[1], (JSON,))
-        engine = self.engine
-        with engine.slot():
-            body = await read_body(request.scope["headers"], request.receive, self.settings.body_limit_bytes)
+        body = await self._receive(request.scope["headers"], request.receive, request.scope[HELD])
 
-            def answer() -> Response:
-                tables = tables_from_json(body)
-                asked = [TableRequest(table=t, ids=ids, dtype=dtype, missing=missing) for t, ids in tables.items()]
-                return Response(self._json_lookups.of_several(asked), media_type=JSON)
+        def answer() -> Response:
+            tables = tables_from_json(body)
+            asked = [TableRequest(table=t, ids=ids, dtype=dtype, missing=missing) for t, ids in tables.items()]
+            return Response(self._json_lookups.of_several(asked), media_type=JSON)
 
-            return await engine.run(answer, len(body))
+        return await self.engine.run_values(answer, values_of_json(body, self.engine.max_dim * WRITTEN_VALUE))
 
 
 def _json(value: object) -> Response:

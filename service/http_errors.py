@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -46,6 +47,7 @@ _HEADERS: dict[type[Exception], dict[str, str]] = {
     # What is left of the body is not worth reading.
     errors.TooManyBytesError: {"Connection": "close"},
 }
+HELD = "dpq_rec.held"
 CLIENT_LEFT = "499"  # the status that is counted, and never sent, where the client did not wait for one
 
 
@@ -104,7 +106,10 @@ def note_client_left(method: str) -> None:
 
 
 class Observed:
-    """ASGI middleware: counts every request, and turns what nobody expected into a 500 and a line in the log."""
+    """ASGI middleware: counts every request, and turns what nobody expected into a 500 and a line in the log.
+
+    What a handler puts on the stack scope[HELD] is held until its reply has been sent.
+    """
 
     def __init__(self, app: ASGIApp, engine: Engine) -> None:
         self.app = app
@@ -124,7 +129,9 @@ class Observed:
             await send(message)
 
         try:
-            await self.app(scope, receive, note_status)
+            with contextlib.ExitStack() as held:
+                scope[HELD] = held
+                await self.app(scope, receive, note_status)
         except ClientDisconnect:
             note_client_left(_route(scope))
         except Exception as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,10 @@ class JsonLookups:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._texts = functools.cache(self._write_texts)  # two threads may write the same ones: either's will do
+
+    def has_texts(self, table: str) -> bool:
+        """Whether a table's vectors are copied together from texts; else every number is written."""
+        return _has_texts(self._engine.table(table).stored)
 
     def of_one(self, request: TableRequest) -> bytes:
         """The body of one request's reply.
@@ -77,9 +81,11 @@ class JsonLookups:
     def _write_texts(self, name: str, dtype: VectorType) -> JsonTexts | None:
         """The texts of a table's values; None where its vectors are not made of them, or they are too many."""
         stored = self._engine.table(name).stored
-        if not isinstance(stored, Coded) or stored.num_levels > 1 or stored.values_MKS.size > _MOST_TEXT_VALUES:
-            return None
-        return JsonTexts.of(stored, dtype, _to_items)
+        return JsonTexts.of(stored, dtype, _to_items) if _has_texts(stored) else None
+
+
+def _has_texts(stored: object) -> TypeGuard[Coded]:
+    return isinstance(stored, Coded) and stored.num_levels == 1 and stored.values_MKS.size <= _MOST_TEXT_VALUES
 
 
 def lookup_to_json(table: str, version: str, lookup: Lookup) -> bytes:

@@ -14,13 +14,14 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 from numpy.typing import NDArray
+from starlette.types import Scope
 
 from dpq_rec.artifact import Table
 from dpq_rec.client import CODES
 from dpq_rec.lookup import MissingPolicy, VectorType
 from dpq_rec.octets import ID_BYTES
 from service.engine import Engine
-from service.errors import InvalidRequestError, NotAcceptableError, UnsupportedMediaTypeError
+from service.errors import InvalidRequestError, NotAcceptableError, UnauthorizedError, UnsupportedMediaTypeError
 from service.http_arrow import load_pyarrow, lookup_to_arrow
 from service.http_format import (
     ARROW,
@@ -52,6 +53,10 @@ _CHOICES = {
     "pooling": ("none", get_args(Pooling)),
 }
 _COUNT = re.compile(r"[0-9]{1,9}")
+_NOT_UNESCAPED = re.compile(rb"%(?:2F|[01][0-9A-F]|7F)", re.IGNORECASE)
+# A number that is written as JSON takes as long as so many that are decoded and copied.
+WRITTEN_VALUE = 8
+_READ_ID = 32  # and as many, to read an id of JSON
 _PATH = re.compile(r"/v1/tables/([^/]+)/lookup", re.DOTALL)
 _MOST_KEPT, _LONGEST_KEPT = 256, 512  # plans, and characters of what one is made from
 
@@ -66,7 +71,24 @@ class Asked(NamedTuple):
     num_bags: int | None = None
 
 
-Plan = Callable[[bytes], Reply]  # from a body to its reply
+class Plan(NamedTuple):
+    """How a body is answered.
+
+    Attributes:
+        answer: from a body to its reply.
+        values_per_id: what an id takes, in values of binary vectors that take as long.
+        is_json: whether the body is; else it is bytes.
+    """
+
+    answer: Callable[[bytes], Reply]
+    values_per_id: int
+    is_json: bool
+
+    def num_values(self, body: bytes) -> int:
+        """What the reply to a body takes at most, in values of binary vectors."""
+        if self.is_json:
+            return values_of_json(body, self.values_per_id)
+        return len(body) // ID_BYTES * self.values_per_id
 
 
 class LookupPlans:
@@ -110,6 +132,9 @@ class LookupPlans:
         if wanted == CODES and dtype != "float32":
             raise InvalidRequestError(f"dtype: got {dtype} with codes, which have none; cast what they decode to")
         read = _reader(asked, given)
+        dim = table.manifest.embedding_dim
+        if wanted == JSON and (pooling != "none" or not self._json_lookups.has_texts(name)):
+            dim *= WRITTEN_VALUE
         row_bytes = table.manifest.layout.row_bytes if wanted == CODES else 0
         has_tiers = wanted == CODES and len(table.tiers) > 1
 
@@ -144,8 +169,14 @@ class LookupPlans:
             return lookup_to_arrow(pa, (name, version), request.ids, found, are_strings=are_strings)
 
         if wanted in (OCTETS, CODES) and given == OCTETS and pooling == "none":
-            return from_octets_to_octets
-        return {JSON: to_json, OCTETS: to_octets, CODES: to_codes, ARROW: to_arrow}[wanted]
+            return Plan(from_octets_to_octets, dim, is_json=False)
+        answer = {JSON: to_json, OCTETS: to_octets, CODES: to_codes, ARROW: to_arrow}[wanted]
+        return Plan(answer, dim, is_json=given == JSON)
+
+
+def values_of_json(body: bytes, values_per_id: int) -> int:
+    """As `Plan.num_values`, of JSON: its ids may be of a digit each, and its commas tell how many there are at most."""
+    return (body.count(b",") + 1) * (values_per_id + _READ_ID) + len(body)
 
 
 def _reply_type(accept: str, table: Table, pooling: Pooling) -> str:
@@ -198,11 +229,49 @@ def asked_of(path: str, query: bytes) -> Asked | None:
     return Asked(found[1], *chosen, None if num_bags is None else int(num_bags))  # type: ignore[arg-type, call-arg]
 
 
-def holds_key(headers: dict[bytes, bytes], key: bytes) -> bool:
-    """Whether a request has the key for sure."""
-    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-    given = bearer if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-    return hmac.compare_digest(given, key)
+def check_key(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> None:
+    """See that a request has the key, and no other: which of several counts would be a matter of taste.
+
+    Raises:
+        UnauthorizedError: it has not.
+    """
+    given = set()
+    for name, value in headers:
+        scheme, _, bearer = value.partition(b" ")
+        if name == b"x-api-key":
+            given.add(value)
+        elif name == b"authorization" and scheme.lower() == b"bearer":
+            given.add(bearer.strip(b" "))
+    if not given:
+        raise UnauthorizedError("got no API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+    if len(given) > 1:
+        raise UnauthorizedError(f"got {len(given)} API keys that differ; send one")
+    if not hmac.compare_digest(given.pop(), wanted):
+        raise UnauthorizedError("got an API key that is not this server's")
+
+
+def check_encoding(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """See that a body is sent as it is.
+
+    Raises:
+        UnsupportedMediaTypeError: it is compressed, or encoded otherwise.
+    """
+    for name, value in headers:
+        if name == b"content-encoding":
+            for encoding in value.decode("latin-1").split(","):
+                if encoding.strip().lower() not in ("", "identity"):
+                    got = encoding.strip()
+                    raise UnsupportedMediaTypeError(f"Content-Encoding: got {got!r}, want identity: the body as it is")
+
+
+def path_of(scope: Scope) -> str:
+    """The path by which a route is found, without what is escaped in it.
+
+    A slash or a control character that is escaped stays so: it is no part of any route, and must not become one.
+    """
+    path: str = scope["path"]
+    raw: bytes = scope.get("raw_path") or b""
+    return raw.decode("latin-1") if b"%" in raw and _NOT_UNESCAPED.search(raw) else path
 
 
 def types_of(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, str]:

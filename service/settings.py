@@ -18,6 +18,9 @@ _MAX_BODY_HELP = (
     "most bytes in one HTTP body or gRPC message; if not set, "
     f"{_BODY_BYTES_PER_ID} for each of --max-ids, at least {_LEAST_BODY_BYTES}"
 )
+_MAX_IN_FLIGHT_HELP = (
+    "requests that a worker holds at a time, from the end of the body until the reply is sent; more are refused (429)"
+)
 _API_KEY_HELP = (
     "key that /v1, /metrics and the gRPC service ask for; better set in the environment, which ps does not show; "
     "if not set, none is asked for"
@@ -57,7 +60,10 @@ class Settings:
     max_ids: int = _option(int, "N", "most ids in one request, all of its tables together", 65_536)
     max_queries: int = _option(int, "N", "most queries in one search, each of which looks at every row", 64)
     max_body_bytes: int | None = _option(int, "N", _MAX_BODY_HELP, None)
-    max_in_flight: int = _option(int, "N", "requests that a worker holds at a time; more are refused (429)", 256)
+    max_in_flight: int = _option(int, "N", _MAX_IN_FLIGHT_HELP, 256)
+    max_connections: int = _option(
+        int, "N", "HTTP connections of a worker; one more takes the place of an idle one, or gets 503", 1000
+    )
     api_key: str | None = _option(str, "KEY", _API_KEY_HELP, None)
     drain_seconds: float = _option(
         float, "S", "time from SIGTERM, when readiness starts to fail, until connections are refused", 5.0
@@ -73,7 +79,7 @@ class Settings:
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 65_535, "0 to 65535")
         if self.http_port and self.http_port == self.grpc_port:
             raise ConfigError(f"grpc_port: got {self.grpc_port}, the HTTP port; want another")
-        for name in ("workers", "threads", "max_ids", "max_queries", "max_in_flight"):
+        for name in ("workers", "threads", "max_ids", "max_queries", "max_in_flight", "max_connections"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         if self.max_body_bytes is not None:
             _check("max_body_bytes", self.max_body_bytes, self.max_body_bytes >= 1, "1 or more")

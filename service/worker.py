@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import uvicorn
 import uvloop
@@ -22,7 +22,8 @@ import uvloop
 from dpq_rec import EmbeddingStore
 from service.engine import Engine
 from service.http_api import create_app
-from service.http_protocol import Heads, LookupProtocol
+from service.http_head import Heads
+from service.http_protocol import LAST_SECONDS, LookupProtocol
 from service.metrics import Metrics, SharedCounts
 from service.served_files import ServedFiles, watch_descriptors
 from service.settings import Settings
@@ -36,6 +37,8 @@ BEAT_SECONDS = 1.0
 CHECK_FILES = signal.SIGUSR1  # the parent asks a worker to look at the files at once
 _WATCH_SECONDS = 5.0
 _POLL_SECONDS = 0.01
+_CHECK_SECONDS = 0.5
+_LAST_SECONDS = LAST_SECONDS + 0.2  # that uvicorn takes, at most, to refuse connections and close the idle ones
 _KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep a connection: they should be the ones who close it
 
 
@@ -85,20 +88,22 @@ async def serve(store: EmbeddingStore, settings: Settings, wiring: Wiring) -> in
     watch = asyncio.create_task(_watch(engine, grpc_server, wiring.files))
     # Last: the socket is every worker's, and the first connection that this one accepts is to be answered.
     http = asyncio.create_task(http_server.serve(sockets=[wiring.http_socket]))
+    check = asyncio.create_task(http_server.check())
     while not http_server.started:
         await asyncio.wait([http], timeout=_POLL_SECONDS)
         if http.done():
             raise http.exception() or RuntimeError("the HTTP server ended before it started")
     beat = asyncio.create_task(_beat(wiring.ready_fd))
     stop = asyncio.create_task(signals.get())
-    await asyncio.wait([stop, http, watch, beat], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([stop, http, watch, check, beat], return_when=asyncio.FIRST_COMPLETED)
     failed = not stop.done()
     logger.info("draining for %s s", settings.drain_seconds)
     await _drain(engine, grpc_server, signals)
-    engine.stop()
     http_server.should_exit = True
+    await asyncio.wait([http], timeout=_LAST_SECONDS)
+    engine.stop()
     await asyncio.gather(http, grpc_server.stop(settings.stop_seconds))
-    for task in (watch, beat):
+    for task in (watch, check, beat):
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task  # what it failed of, if it did
@@ -182,6 +187,31 @@ def http_config(engine: Engine) -> uvicorn.Config:
 
 class HttpServer(uvicorn.Server):
     """uvicorn, without hands on the signals: it would refuse connections before readiness has failed."""
+
+    async def check(self) -> None:
+        """End what takes too long on any connection."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            for connection in [*self.server_state.connections]:
+                cast(LookupProtocol, connection).check(loop.time())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn does, but answer who has connected already: whoever closes the socket last would reset them."""
+        loop = asyncio.get_running_loop()
+        for listening in sockets or []:
+            listening.setblocking(False)
+            with contextlib.suppress(OSError):  # none is left, or another worker has taken it
+                while True:
+                    accepted, _ = listening.accept()
+                    accepted.setblocking(False)
+                    await loop.connect_accepted_socket(self._connection, accepted)
+        await super().shutdown(sockets)
+
+    def _connection(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state={}
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -124,44 +124,71 @@ def test_lookup_stops_reading_a_body_of_unknown_length_at_the_limit(call, make_e
     assert len(sent) == 6
 
 
-def test_lookup_gives_up_a_body_that_does_not_arrive(call, monkeypatch):
-    async def stuck():
-        yield b"{"
-        await asyncio.sleep(60)
-
-    monkeypatch.setattr("service.http_api._BODY_SECONDS", 0.05)
-    answer = call("POST", ITEMS, content=stuck(), headers={"Content-Type": JSON})
-    assert (answer.status_code, answer.json()["error_type"]) == (400, "malformed")
+MORE = {
+    "lookup": ("POST", USERS, {"json": {"ids": [1]}}),
+    "tables": ("POST", "/v1/lookup", {"json": {"tables": {}}}),
+    "search": ("POST", "/v1/tables/user_id/search", {"json": {"ids": [1]}}),
+    "values": ("GET", "/v1/tables/item_id/values", {}),
+}
 
 
-def test_lookup_refuses_more_requests_than_may_be_in_flight(make_engine):
+@pytest.mark.parametrize("name", MORE)
+def test_api_refuses_more_requests_than_may_be_in_flight(call, make_engine, name):
+    engine = make_engine(max_in_flight=1)
+    with engine.slot():
+        answer = call(MORE[name][0], MORE[name][1], engine, **MORE[name][2])
+        assert (answer.status_code, answer.json()["error_type"]) == (429, "overloaded")
+        assert answer.headers["retry-after"] == "1"
+        assert call("GET", "/readyz", engine).status_code == 200
+    assert call(MORE[name][0], MORE[name][1], engine, **MORE[name][2]).status_code == 200
+    assert engine.num_in_flight == 0
+
+
+def test_a_slot_is_taken_when_the_body_has_arrived(make_engine):
     engine = make_engine(max_in_flight=1)
 
     async def scenario():
         arrived, go_on = asyncio.Event(), asyncio.Event()
 
         async def slow():
+            yield b'{"ids": '
             arrived.set()
             await go_on.wait()
-            yield b'{"ids": [1]}'
+            yield b"[1]}"
 
         transport = httpx.ASGITransport(create_app(engine))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            first = asyncio.create_task(client.post(USERS, content=slow(), headers={"Content-Type": JSON}))
+            slow_ones = [client.post(USERS, content=slow(), headers={"Content-Type": JSON}) for _ in range(2)]
+            first, second = map(asyncio.create_task, slow_ones)
             await arrived.wait()
-            refused = [
-                await client.post(USERS, json={"ids": [1]}),
-                await client.post("/v1/lookup", json={"tables": {}}),
-            ]
-            healthy = await client.get("/readyz")
+            meanwhile = await client.post(USERS, json={"ids": [1]})
+            in_flight = engine.metrics.render()
             go_on.set()
-            return refused, healthy, await first, await client.post(USERS, json={"ids": [1]})
+            return [meanwhile, await first, await second], in_flight
 
-    refused, healthy, first, later = asyncio.run(scenario())
-    for answer in refused:
-        assert (answer.status_code, answer.json()["error_type"]) == (429, "overloaded")
-        assert answer.headers["retry-after"] == "1"
-    assert [healthy.status_code, first.status_code, later.status_code] == [200, 200, 200]
+    answers, in_flight = asyncio.run(scenario())
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert b"dpq_in_flight_requests 2.0" in in_flight
+    assert (engine.num_in_flight, engine.num_bytes_arriving) == (0, 0)
+
+
+def test_bodies_that_arrive_hold_no_more_than_those_in_flight_may(make_engine):
+    engine = make_engine(max_in_flight=1, max_body_bytes=100)
+    with engine.admission() as other:
+        other.receive(60)
+
+        async def scenario():
+            async def pieces():
+                for _ in range(10):
+                    yield b" " * 10
+
+            transport = httpx.ASGITransport(create_app(engine))
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await client.post(USERS, content=pieces(), headers={"Content-Type": JSON})
+
+        answer = asyncio.run(scenario())
+    assert (answer.status_code, answer.json()["error_type"]) == (429, "overloaded")
+    assert engine.num_bytes_arriving == 0
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ def test_read_settings_has_the_contracts_defaults():
 def test_read_settings_takes_every_setting_from_the_environment():
     values = {
         "artifact": "a", "host": "::", "http_port": "1", "grpc_port": "2", "workers": "3", "threads": "4",
-        "max_ids": "5", "max_queries": "8", "max_body_bytes": "6", "max_in_flight": "7", "api_key": "k",
-        "drain_seconds": "0.5", "stop_seconds": "9", "hang_seconds": "40",
+        "max_ids": "5", "max_queries": "8", "max_body_bytes": "6", "max_in_flight": "7", "max_connections": "10",
+        "api_key": "k", "drain_seconds": "0.5", "stop_seconds": "9", "hang_seconds": "40",
         "log_level": "debug",
     }  # fmt: skip
     settings = read_settings([], {f"DPQ_{name.upper()}": text for name, text in values.items()})
