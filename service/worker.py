@@ -200,8 +200,8 @@ class HttpServer(uvicorn.Server):
         """As uvicorn does, but answer who has connected already: whoever closes the socket last would reset them."""
         loop = asyncio.get_running_loop()
         for listening in sockets or []:
-            listening.setblocking(False)
-            with contextlib.suppress(OSError):  # none is left, or another worker has taken it
+            with contextlib.suppress(OSError):  # none is left
+                listening.setblocking(False)
                 while True:
                     accepted, _ = listening.accept()
                     accepted.setblocking(False)
