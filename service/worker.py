@@ -185,6 +185,18 @@ def http_config(engine: Engine) -> uvicorn.Config:
     )
 
 
+def _accept_all(listening: socket.socket) -> list[socket.socket]:
+    """The connections that nobody has accepted yet; the socket is closed before another may come."""
+    accepted = []
+    listening.setblocking(False)
+    with listening, contextlib.suppress(BlockingIOError):
+        while True:
+            accepted.append(listening.accept()[0])
+    for connection in accepted:
+        connection.setblocking(False)
+    return accepted
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn, without hands on the signals: it would refuse connections before readiness has failed."""
 
@@ -198,14 +210,13 @@ class HttpServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn does, but answer who has connected already: whoever closes the socket last would reset them."""
-        loop = asyncio.get_running_loop()
-        for listening in sockets or []:
-            with contextlib.suppress(OSError):  # none is left
-                listening.setblocking(False)
-                while True:
-                    accepted, _ = listening.accept()
-                    accepted.setblocking(False)
-                    await loop.connect_accepted_socket(self._connection, accepted)
+        own = [listening.dup() for listening in sockets or []]
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_POLL_SECONDS)  # until the loop has closed its own
+        for listening in own:
+            for connection in _accept_all(listening):
+                await asyncio.get_running_loop().connect_accepted_socket(self._connection, connection)
         await super().shutdown(sockets)
 
     def _connection(self) -> asyncio.Protocol:

@@ -1,5 +1,6 @@
 """`python -m service` as its users meet it: processes, ports, signals, exit codes."""
 
+import http.client
 import os
 import re
 import shutil
@@ -244,6 +245,82 @@ def test_a_second_signal_ends_the_drain(start_server):
     server.process.send_signal(signal.SIGINT)
     until(lambda: server.web.get("/readyz").status_code == 503)
     assert server.end(timeout=60)[0] == 0
+
+
+class PooledClients:
+    """Threads that ask one of several servers again and again, on connections that they keep; what fails is kept, too.
+
+    Nothing is lost where no server listens any more: the request was never sent, and the next server is asked.
+    """
+
+    def __init__(self, servers):
+        self.servers, self.failures, self.num_answered, self._is_done = servers, [], 0, False
+        clients = [(HttpxPool, 0.0), (HttpxPool, 0.05), (RawPool, 0.0), (RawPool, 0.02)]
+        self._threads = [threading.Thread(target=self._ask, args=client) for client in clients]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, pool, pause_seconds):
+        ask = pool()
+        while not self._is_done:
+            for server in [*self.servers]:
+                try:
+                    assert ask(server.http) == 200
+                    self.num_answered += 1
+                    break
+                except (httpx.ConnectError, ConnectionRefusedError):
+                    continue
+                except Exception as error:
+                    self.failures.append(repr(error))
+            time.sleep(pause_seconds)
+
+    def end(self):
+        self._is_done = True
+        for thread in self._threads:
+            thread.join()
+
+
+class HttpxPool:
+    def __init__(self):
+        self.client = httpx.Client()
+
+    def __call__(self, url):
+        return self.client.post(f"{url}/v1/tables/user_id/lookup", json={"ids": [1]}).status_code
+
+
+class RawPool:
+    def __init__(self):
+        self.connections = {}
+
+    def __call__(self, url):
+        connection = self.connections.setdefault(url, http.client.HTTPConnection(url.removeprefix("http://")))
+        headers = dict.fromkeys(("Content-Type", "Accept"), "application/octet-stream")
+        try:
+            connection.request("POST", "/v1/tables/user_id/lookup", bytes(8), headers)
+            answer = connection.getresponse()
+            answer.read()
+        except Exception:
+            connection.close()
+            raise
+        return answer.status
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_pooled_clients_lose_no_request_in_a_rolling_restart(start_server, num_workers):
+    flags = (f"--workers={num_workers}", "--drain-seconds=0.3")
+    servers = [start_server(*flags).wait_until_ready() for _ in range(2)]
+    clients = PooledClients(servers)
+    try:
+        for old in [*servers]:
+            until(lambda: clients.num_answered > 50)
+            clients.num_answered = 0
+            servers.append(start_server(*flags).wait_until_ready())
+            assert old.end()[0] == 0
+            servers.remove(old)
+        until(lambda: clients.num_answered > 50)
+    finally:
+        clients.end()
+    assert clients.failures == []
 
 
 # What keeps it from serving
