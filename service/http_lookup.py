@@ -235,18 +235,19 @@ def check_key(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> None:
     Raises:
         UnauthorizedError: it has not.
     """
-    given = set()
-    for name, value in headers:
+    given = {(name, value) for name, value in headers if name in (b"authorization", b"x-api-key")}
+    keys = set()
+    for name, value in given:
         scheme, _, bearer = value.partition(b" ")
         if name == b"x-api-key":
-            given.add(value)
-        elif name == b"authorization" and scheme.lower() == b"bearer":
-            given.add(bearer.strip(b" "))
-    if not given:
+            keys.add(value)
+        elif scheme.lower() == b"bearer":
+            keys.add(bearer.strip(b" "))
+    if not keys:
         raise UnauthorizedError("got no API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
-    if len(given) > 1:
-        raise UnauthorizedError(f"got {len(given)} API keys that differ; send one")
-    if not hmac.compare_digest(given.pop(), wanted):
+    if len(keys) > 1 or len(given) > len({name for name, _ in given}):
+        raise UnauthorizedError("got several API keys, which differ; send one")
+    if not hmac.compare_digest(keys.pop(), wanted):
         raise UnauthorizedError("got an API key that is not this server's")
 
 

@@ -349,7 +349,7 @@ class LookupProtocol(HttpToolsProtocol):
 
     def check(self, now: float) -> None:
         """End what has taken too long; to be called again and again."""
-        if now < self._deadline:
+        if now < self._deadline or (self.transport.is_closing() and self.phase is not Phase.WRITE):
             return
         if self.phase is Phase.WRITE and self._count_unsent() < self._num_unsent:
             self._num_unsent = self._count_unsent()

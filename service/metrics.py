@@ -165,7 +165,7 @@ class Metrics(Collector):
         yield from _counters(_added_up(self._counts.blocks))
         alive = [block.numbers for block in self._counts.blocks if block.numbers[_PID]]
         for name, text, at in (
-            ("dpq_in_flight_requests", "Requests being answered.", _IN_FLIGHT),
+            ("dpq_in_flight_requests", "Requests being received or answered.", _IN_FLIGHT),
             ("dpq_ready_workers", "Workers that are ready.", _READY),
         ):
             yield GaugeMetricFamily(name, text, value=sum(numbers[at] for numbers in alive))

@@ -403,11 +403,11 @@ def test_a_server_that_ends_answers_who_has_connected_but_was_not_accepted(serve
     assert serve(scenario).startswith(b"HTTP/1.1 200 OK")
 
 
-# Clients that close their side
+# Clients that close their side: who left looks like who only sends no more, and a search is done for neither
 
 
 @pytest.mark.parametrize("num_requests", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["at once", "ASGI", "livez"])
 def test_a_client_that_sends_no_more_gets_its_replies(serve, kind, num_requests):
     async def scenario(served):
         done = await served.connect(KINDS[kind] * num_requests)

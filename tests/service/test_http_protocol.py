@@ -214,6 +214,37 @@ def test_a_reply_waits_for_the_one_before_it(exchange, make_engine, monkeypatch)
     assert [len(body) for _, _, body in replies(written)] == [50_000 * 4 + (50_000 - 40) * 4, 3 * 4 + 4]
 
 
+SHORT, LONG = b'{"ids": [%b]}' % b",".join([b"1"] * 50), b'{"ids": [%b]}' % b",".join([b"1"] * 2000)
+SPACES = b'{"ids": [1]}' + b" " * 100_000
+WORK = {  # a body, and whether it may be answered on the event loop: 4 KB of JSON are 2,000 ids
+    "few ids": (request(USERS, SHORT, JSON, JSON), True),
+    "few ids, of codes": (request(ITEMS, SHORT, JSON, JSON), True),
+    "few ids, in pieces": (request(USERS, SHORT, JSON, JSON), True),
+    "many ids": (request(USERS, LONG, JSON, JSON), False),
+    "many ids, of codes": (request(ITEMS, LONG, JSON, JSON), False),
+    "many ids, to bytes": (request(ITEMS, LONG, JSON, OCTETS), False),
+    "many ids, in bags": (
+        request(f"{USERS}?pooling=sum", LONG[:-1] + b', "bag_lengths": [2000]}', JSON, JSON), False,
+    ),
+    "many ids, of several": (request("/v1/lookup", b'{"tables": {"item_id": %b}}' % LONG, JSON, JSON), False),
+    "many spaces": (request(USERS, SPACES, JSON, JSON), False),
+    "many ids, in bytes": (request(ITEMS, octets([1] * 2000), OCTETS, JSON), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_what_a_reply_takes_decides_where_it_is_made(exchange, make_engine, monkeypatch, name):
+    asked, is_small = WORK[name]
+    engine, threads = make_engine(), set()
+    looked_up = engine.metrics.looked_up
+    monkeypatch.setattr(
+        engine.metrics, "looked_up", lambda *found: (threads.add(threading.current_thread()), looked_up(*found))
+    )
+    written, _ = exchange([asked[:50], asked[50:]] if "pieces" in name else [asked], engine)
+    assert replies(written)[0][0] == b"HTTP/1.1 200 OK"
+    assert (threads == {threading.main_thread()}) == is_small
+
+
 @pytest.mark.parametrize(("limits", "status"), [({"max_in_flight": 1}, b"429"), ({"max_ids": 2}, b"413")])
 def test_limits_hold_for_what_is_answered_at_once(exchange, make_engine, limits, status):
     engine = make_engine(**limits)
@@ -235,10 +266,27 @@ def test_an_engine_that_stops_answers_503(exchange, make_engine):
         (["X-API-Key: secret"], b"200"),
         (["Authorization: Bearer secret"], b"200"),
         (["X-API-Key: s"], b"401"),
+        (["X-API-Key: secret \t"], b"200"),
+        (["Authorization: bearer  secret"], b"200"),
+        (["Authorization: Basic eDp5"], b"401"),
+        (["Authorization: Basic eDp5", "X-API-Key: secret"], b"200"),
+        (["Authorization: Bearer secret", "X-API-Key: secret"], b"200"),
+        (["X-API-Key: secret", "X-API-Key: secret"], b"200"),
+        (["X-API-Key: secret", "X-API-Key: s"], b"401"),
+        (["X-API-Key: s", "X-API-Key: secret"], b"401"),
+        (["Authorization: Bearer secret", "Authorization: Bearer s"], b"401"),
+        (["Authorization: Bearer s", "Authorization: Bearer secret"], b"401"),
+        (["Authorization: Bearer secret", "Authorization: Basic eDp5"], b"401"),
+        (["Authorization: Bearer secret", "X-API-Key: s"], b"401"),
+        (["Authorization: Bearer s", "X-API-Key: secret"], b"401"),
+        (["Authorization: Bearer secret", "X-API-Key:"], b"401"),
     ],
 )
-def test_a_key_is_asked_for(exchange, make_engine, headers, status):
-    written, _ = exchange([request(USERS, KNOWN, headers=headers)], make_engine(api_key="secret"))
+@pytest.mark.parametrize("path", [USERS, "/v1/tables"])
+def test_a_key_is_asked_for(exchange, make_engine, headers, status, path):
+    """One alone: which of several counts would be a matter of taste."""
+    method = "POST" if path == USERS else "GET"
+    written, _ = exchange([request(path, KNOWN, headers=headers, method=method)], make_engine(api_key="secret"))
     assert replies(written)[0][0].split()[1] == status
 
 
