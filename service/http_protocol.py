@@ -8,7 +8,7 @@ beyond a little nothing more is read. Whatever a client may keep waiting, or mak
     HEAD      a part of a head          408 after 5 s; 431 beyond 64 KiB
     BODY      a part of a body          400 after 30 s; 413 beyond the settings' limit, by who reads it
     ANSWER    a request is answered
-    WRITE     a reply waits for room    cut off when the client took nothing for 10 s
+    WRITE     a reply waits for room    cut off when the client took less than 64 KiB of it in 10 s
     CLOSING   the last reply is sent    what still arrives is thrown away, so that the reply is not; closed after 2 s
 """
 
@@ -34,9 +34,8 @@ from service.http_errors import error_reply
 from service.http_exchange import Exchange
 from service.http_head import HEAD_END, LONGEST_KEPT, MAX_HEAD_BYTES, Head, HeadError, Heads, find_fault
 
-_HEAD_SECONDS, BODY_SECONDS, _STALL_SECONDS, _CLOSING_SECONDS = 5.0, 30.0, 10.0, 2.0
 LAST_SECONDS = 0.5  # that an idle connection stays open when the server ends: a request may be on its way
-_MOST_WAITING = 1 << 16  # bytes that are read ahead
+_LEAST_TAKEN = 1 << 16  # bytes of a reply, for its client to be worth waiting for
 _MOST_THROWN_AWAY = 1 << 20
 _IDLE_SECONDS = 1.0  # after which a connection is closed to make room for another
 
@@ -52,6 +51,9 @@ class Phase(enum.Enum):
     CLOSING = "closing"
 
 
+_SECONDS = {Phase.HEAD: 5.0, Phase.BODY: 30.0, Phase.ANSWER: math.inf, Phase.WRITE: 10.0, Phase.CLOSING: 2.0}
+
+
 class LookupProtocol(HttpToolsProtocol):
     """See the module.
 
@@ -65,14 +67,7 @@ class LookupProtocol(HttpToolsProtocol):
     def __init__(self, heads: Heads, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
         self._heads, self._engine = heads, heads.api.engine
-        self._seconds = {
-            Phase.IDLE: self.timeout_keep_alive,
-            Phase.HEAD: _HEAD_SECONDS,
-            Phase.BODY: BODY_SECONDS,
-            Phase.ANSWER: math.inf,
-            Phase.WRITE: _STALL_SECONDS,
-            Phase.CLOSING: _CLOSING_SECONDS,
-        }
+        self._seconds = {Phase.IDLE: self.timeout_keep_alive, **_SECONDS}
         self._buffer = bytearray()
         self._num_seen = 0  # bytes of the buffer's head that are known to hold no end of it
         self._partial: Any = None  # what reads a head before it has arrived whole
@@ -274,7 +269,7 @@ class LookupProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         num_waiting = 0 if self.cycle is None or self.cycle.response_complete else len(self.cycle.body)
-        if max(num_waiting, len(self._buffer)) > (HIGH_WATER_LIMIT if num_waiting else _MOST_WAITING):
+        if max(num_waiting, len(self._buffer)) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
         else:
             self.flow.resume_reading()
@@ -351,15 +346,15 @@ class LookupProtocol(HttpToolsProtocol):
         """End what has taken too long; to be called again and again."""
         if now < self._deadline or (self.transport.is_closing() and self.phase is not Phase.WRITE):
             return
-        if self.phase is Phase.WRITE and self._count_unsent() < self._num_unsent:
+        if self.phase is Phase.WRITE and self._num_unsent - self._count_unsent() >= _LEAST_TAKEN:
             self._num_unsent = self._count_unsent()
             self._enter(Phase.WRITE)
         elif self.phase is Phase.IDLE:
             self.transport.close()
         elif self.phase is Phase.HEAD:
-            self._refuse(HeadError(408, f"head: it was not complete after {_HEAD_SECONDS:.0f} s"))
+            self._refuse(HeadError(408, f"head: it was not complete after {_SECONDS[Phase.HEAD]:.0f} s"))
         elif self.phase is Phase.BODY and self.cycle is not None:
-            self._fail(self.cycle, MalformedError(f"body: it was not complete after {BODY_SECONDS:.0f} s"))
+            self._fail(self.cycle, MalformedError(f"body: it was not complete after {_SECONDS[Phase.BODY]:.0f} s"))
         else:
             self.transport.abort()
 
