@@ -8,7 +8,6 @@ alone, and bodies are read by `service.http_body`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import urllib.parse
@@ -24,8 +23,9 @@ HEAD_END = b"\r\n\r\n"
 MAX_HEAD_BYTES = 1 << 16
 LONGEST_KEPT = 4096  # bytes of a head
 _MOST_KEPT = 1024  # heads
-_FIRST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-\"$-~]+ HTTP/(\d\.\d)")
-_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+_OTHER_VERSION = re.compile(rb" HTTP/(?!1\.[01])\d\.\d\Z")
+_OF_HOSTS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._~!$&'()*+,;=%:[]-"
+_ONCE = (b"host", b"transfer-encoding", b"expect")
 _OK = b"HTTP/1.1 200 OK\r\n"
 _ERROR_TYPES = {
     400: "malformed",
@@ -96,7 +96,7 @@ class Heads:
     def parse(self, head: bytes) -> Head:
         """As `read`, which keeps the short ones."""
         found = _parse(head)
-        headers = dict(reversed(found.headers))
+        headers = found.by_name
         num_bytes = None if b"transfer-encoding" in headers else int(headers.get(b"content-length", b"0"))
         scope = {
             "type": "http",
@@ -121,6 +121,7 @@ class _Parsed:
     def __init__(self) -> None:
         self.url, self.path, self.query, self.method, self.version = b"", b"", b"", "", ""
         self.headers: list[tuple[bytes, bytes]] = []
+        self.by_name: dict[bytes, bytes] = {}
         self.keeps_alive = False
         self.parser = httptools.HttpRequestParser(self)
 
@@ -137,11 +138,10 @@ class _Parsed:
 
 
 def _parse(head: bytes) -> _Parsed:
-    first_line = _FIRST_LINE.fullmatch(head, 0, max(head.find(b"\r\n"), 0) or len(head))
-    if first_line is None:
-        raise HeadError(400, "first line: want METHOD TARGET HTTP/1.1")
-    if first_line[1] not in (b"1.1", b"1.0"):
-        raise HeadError(505, f"HTTP/{first_line[1].decode()}: want HTTP/1.1")
+    first_line = head[: head.find(b"\r\n")] if b"\r\n" in head else head
+    if not first_line.endswith((b" HTTP/1.1", b" HTTP/1.0")) or first_line.count(b" ") != 2 or b"#" in first_line:
+        is_other = _OTHER_VERSION.search(first_line)
+        raise HeadError(505 if is_other else 400, "first line: want METHOD TARGET HTTP/1.1")
     parsed = _Parsed()
     try:
         parsed.parser.feed_data(head + HEAD_END)
@@ -149,32 +149,40 @@ def _parse(head: bytes) -> _Parsed:
         pass  # it was all that was given
     except httptools.HttpParserError as error:
         raise HeadError(400, f"head: {error}") from None
+    del parsed.parser  # they know each other, and would be there until the garbage is collected
     _check_headers(parsed)
-    with contextlib.suppress(httptools.HttpParserError):
-        url = httptools.parse_url(parsed.url)
-        parsed.path, parsed.query = url.path or b"", url.query or b""
-    if not parsed.path.startswith(b"/"):
-        raise HeadError(400, f"target: got {parsed.url.decode('latin-1')!r}, want a path")
+    _find_path(parsed)
     return parsed
 
 
+def _find_path(parsed: _Parsed) -> None:
+    try:
+        url = httptools.parse_url(parsed.url)
+        parsed.path, parsed.query = url.path or b"", url.query or b""
+    except httptools.HttpParserError:
+        pass  # it has none
+    if not parsed.path.startswith(b"/"):
+        raise HeadError(400, f"target: got {parsed.url.decode('latin-1')!r}, want a path")
+
+
 def _check_headers(parsed: _Parsed) -> None:
-    values: dict[bytes, list[bytes]] = {}
-    for name, value in parsed.headers:
-        values.setdefault(name, []).append(value)
-    hosts = values.get(b"host", [])
-    if len(hosts) != 1 and (hosts or parsed.version == "1.1"):
-        raise HeadError(400, f"Host: got {len(hosts) or 'none'}, want one")
-    if hosts and not _HOST.fullmatch(hosts[0]):
-        raise HeadError(400, f"Host: got {hosts[0].decode('latin-1')!r}, want NAME or NAME:PORT")
-    codings = b",".join(values.get(b"transfer-encoding", []))
-    if codings and parsed.version == "1.0":
-        raise HeadError(400, "Transfer-Encoding: HTTP/1.0 has none")
-    if b"transfer-encoding" in values and codings.lower() != b"chunked":
-        raise HeadError(501, f"Transfer-Encoding: got {codings.decode('latin-1')!r}, want chunked alone")
-    expected = b",".join(values.get(b"expect", []))
-    if expected and expected.lower() != b"100-continue" and parsed.version == "1.1":
-        raise HeadError(417, f"Expect: got {expected.decode('latin-1')!r}, want 100-continue")
+    headers = parsed.by_name = dict(parsed.headers)
+    if len(headers) < len(parsed.headers):
+        names = [name for name, _ in parsed.headers]
+        for name in _ONCE:
+            if names.count(name) > 1:
+                raise HeadError(400, f"{name.decode().title()}: got {names.count(name)}, want one")
+    host = headers.get(b"host", None if parsed.version == "1.1" else b"")
+    if host is None or host.translate(None, _OF_HOSTS):
+        got = "none" if host is None else repr(host.decode("latin-1"))
+        raise HeadError(400, f"Host: got {got}, want NAME or NAME:PORT")
+    if b"transfer-encoding" in headers:
+        if parsed.version == "1.0":
+            raise HeadError(400, "Transfer-Encoding: HTTP/1.0 has none")
+        if (coding := headers[b"transfer-encoding"]).lower() != b"chunked":
+            raise HeadError(501, f"Transfer-Encoding: got {coding.decode('latin-1')!r}, want chunked alone")
+    if b"expect" in headers and headers[b"expect"].lower() != b"100-continue" and parsed.version == "1.1":
+        raise HeadError(417, f"Expect: got {headers[b'expect'].decode('latin-1')!r}, want 100-continue")
 
 
 def find_fault(parser: Any, piece: bytes) -> None:
