@@ -342,6 +342,9 @@ class LookupProtocol(HttpToolsProtocol):
     def _enter(self, phase: Phase) -> None:
         self.phase, self._deadline = phase, self.loop.time() + self._seconds[phase]
 
+    def _since(self) -> float:
+        return self._deadline - self._seconds[self.phase]
+
     def check(self, now: float) -> None:
         """End what has taken too long; to be called again and again."""
         if now < self._deadline or (self.transport.is_closing() and self.phase is not Phase.WRITE):
@@ -372,11 +375,11 @@ class LookupProtocol(HttpToolsProtocol):
             self._held = None
 
     def _make_room(self) -> bool:
-        """Close the connection that has been idle for longest; whether there was one."""
+        """Close the connection that has waited for a request for longest; whether there was one."""
         others = cast("set[LookupProtocol]", self.connections) - {self}
-        idle = [other for other in others if other.phase is Phase.IDLE]
-        oldest = min(idle, key=lambda other: other._deadline, default=None)
-        if oldest is None or oldest._deadline - self.timeout_keep_alive > self.loop.time() - _IDLE_SECONDS:
+        waiting = [other for other in others if other.phase in (Phase.IDLE, Phase.HEAD, Phase.CLOSING)]
+        oldest = min(waiting, key=lambda other: other._since(), default=None)
+        if oldest is None or oldest._since() > self.loop.time() - _IDLE_SECONDS:
             return False
         oldest._is_closing = True
         oldest.transport.close()

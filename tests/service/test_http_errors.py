@@ -48,6 +48,14 @@ ERRORS = {
         "POST", "/v1/lookup", {"content": b" " * 5001, "headers": {"Content-Type": JSON}}, 413, "too_many_bytes", "5000"
     ),
     "content type": ("POST", ITEMS, {"data": {"ids": "1"}}, 415, "unsupported_media_type", "x-www-form-urlencoded"),
+    "gzip": (
+        "POST", ITEMS, {"content": bytes(8), "headers": {"Content-Type": OCTETS, "Content-Encoding": "gzip"}},
+        415, "unsupported_media_type", "got 'gzip', want identity",
+    ),
+    "gzip of several": (
+        "POST", "/v1/lookup", {"json": {"tables": {}}, "headers": {"Content-Encoding": "identity, br"}},
+        415, "unsupported_media_type", "got 'br', want identity",
+    ),
     "no content type": ("POST", ITEMS, {"content": b"{}"}, 415, "unsupported_media_type", "got none"),
     "bytes for several": (
         "POST", "/v1/lookup", {"content": b"", "headers": {"Content-Type": OCTETS}},
@@ -211,6 +219,10 @@ def test_api_answers_503_until_it_has_started(call, make_engine, method, path, s
         ("GET", "/nope", 404, "not_found"),
         ("GET", "/v1/tables/", 404, "not_found"),
         ("GET", "/docs/assets/nope.js", 404, "not_found"),
+        ("POST", f"{ITEMS}%0A", 404, "not_found"),
+        ("POST", f"{ITEMS}%2F", 404, "not_found"),
+        ("POST", "/v1/tables/item_id%2Flookup", 404, "not_found"),
+        ("GET", "/readyz%0A", 404, "not_found"),
         ("GET", "/docs/assets/../../__init__.py", 404, "not_found"),
         ("GET", "/v1/lookup", 405, "method_not_allowed"),
         ("PUT", ITEMS, 405, "method_not_allowed"),

@@ -317,11 +317,15 @@ def test_one_client_that_sends_many_requests_does_not_keep_another_waiting(serve
 # Connections
 
 
-def test_a_connection_too_many_takes_the_place_of_an_idle_one(serve, monkeypatch):
+@pytest.mark.parametrize("sent", [b"", b"GET"])
+def test_a_connection_too_many_takes_the_place_of_an_idle_one(serve, monkeypatch, sent):
+    """Or of one that has begun with a head and does not go on."""
     monkeypatch.setattr(http_protocol, "_IDLE_SECONDS", 0)
 
     async def scenario(served):
-        first, second = await served.connect(), await served.connect(AT_ONCE)
+        first = await served.connect(sent)
+        await served.until(lambda: (first.protocol.phase is http_protocol.Phase.HEAD) == bool(sent))
+        second = await served.connect(AT_ONCE)
         await second.reply()
         first.protocol._deadline -= 1  # it has been idle for longer
         third = await served.connect()
