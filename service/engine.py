@@ -213,6 +213,10 @@ class Engine:
 
     # Lookups
 
+    def is_small(self, num_bytes: int) -> bool:
+        """Whether a binary request of so many bytes may be answered on the event loop."""
+        return num_bytes // 8 * self.max_dim <= INLINE_VALUES
+
     async def run(self, work: Callable[[], T], num_bytes: int) -> T:
         """The result of work(): at once where the request is small, in a thread where it is large.
 
