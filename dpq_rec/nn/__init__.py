@@ -17,7 +17,7 @@ except ImportError as error:
 
 from dpq_rec.nn.bypass import bypass
 from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection
-from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
+from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag, TiedLinear
 from dpq_rec.nn.find import subspace_constraints
 from dpq_rec.nn.freeze import freeze
 from dpq_rec.nn.quantizer import Quantized, Quantizer
@@ -31,6 +31,7 @@ __all__ = [
     "DPQEmbeddingCollection",
     "Quantized",
     "Quantizer",
+    "TiedLinear",
     "bypass",
     "freeze",
     "replace_embeddings",

@@ -5,21 +5,40 @@ Their queries are a stock EmbeddingCollection too, so that DistributedModelParal
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.fx import Proxy
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import functional
+from torchrec import EmbeddingCollection
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError, IdTypeError
+from dpq_rec.nn.collectives import world_size
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.tables import Distinct, DPQTables, Looked
 
 Mode = Literal["sum", "mean", "max"]
 
 
-class _OneTable(DPQTables):
+class _DecodedWeight(nn.Module):
+    """A module whose `weight` is decoded each time it is read, and cannot be set."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise ConfigError(
+                "weight: got another one, but that of a DPQ table is decoded from its queries. To share a table, use "
+                "its module twice, or TiedLinear(embedding) as output layer; to begin with trained weights, "
+                "replace_embeddings(..., from_weights=True)"
+            )
+        super().__setattr__(name, value)
+
+
+class _OneTable(_DecodedWeight, DPQTables):
     """What the two modules share: one table, which may have a padding row.
 
     Args:
@@ -49,7 +68,7 @@ class _OneTable(DPQTables):
         key = (name or "table").replace(".", "_")  # a plan's names, and a module's, have no dots
         table = EmbeddingConfig(name=key, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         super().__init__([table], {key: config}, device)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.embedding_dim = embedding_dim
         self.name: str | None = name
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
 
@@ -58,19 +77,91 @@ class _OneTable(DPQTables):
         """Keys and values."""
         return self.quantizer(self.quantized_tables[0].name)
 
+    @property
+    def num_embeddings(self) -> int:
+        """V; setting it is `resize`, which is how transformers' `resize_token_embeddings` ends."""
+        return self.quantized_tables[0].num_embeddings
+
+    @num_embeddings.setter
+    def num_embeddings(self, num_embeddings: int) -> None:
+        self.resize(num_embeddings)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The vectors [V, E] of all rows, decoded: the bits of `forward`, and its gradients.
+
+        For output layers: `F.linear(hidden, embedding.weight)`, or a `TiedLinear`. Each read decodes the whole table
+        anew and, in training, is a forward of all rows: it moves statistics and running means, and has a codebook loss
+        of its own. On several ranks each rank reads it equally often, and one read of all ranks counts as one. What is
+        written into it is lost: queries are what trains.
+        """
+        self._check_readable()
+        values = self.only_quantizer.values_MKS
+        if values.is_meta:
+            return torch.empty(self.num_embeddings, self.embedding_dim, device=values.device)
+        looked = self._vectors_of(torch.arange(self.num_embeddings, device=values.device), share=1 / world_size())
+        weight_VE = looked.vectors_NE.index_select(0, looked.at_T)
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.queries.parameters()):
+            weight_VE.requires_grad_()  # transformers learns from it whether the table is trained, in eval mode too
+        return weight_VE
+
+    def _check_readable(self) -> None:
+        """Refuse to decode a weight that would be a constant of a graph, or of which this rank holds a piece."""
+        if is_fx_symbolic_tracing():
+            got = "torch.fx, which would record the vectors that there are now"
+            raise ConfigError(f"weight: got {got}; use a TiedLinear(embedding), which is a node of its graph")
+        if any(isinstance(queries, DTensor) for queries in self.queries.parameters()):
+            got = "a table that FSDP holds in pieces"
+            raise ConfigError(
+                f"weight: got {got}; read it in the forward of a module that fully_shard takes as a whole"
+            )
+
+    @torch.no_grad()
+    def resize(self, num_embeddings: int) -> None:
+        """Cut off rows at the end, or add some; rows that stay keep their vectors.
+
+        The queries of new rows are the mean of those there are. Tiers keep their rows: new ones are of the last tier,
+        and the quantizer's config says their shares anew. Resize before optimizers are made, and before the model is
+        distributed.
+
+        Args:
+            num_embeddings: the new V.
+
+        Raises:
+            ConfigError: no rows are left, or the table is sharded.
+        """
+        if num_embeddings < 1:
+            raise ConfigError(f"num_embeddings: got {num_embeddings}, want 1 or more")
+        (table,), (collection,) = self.quantized_tables, self.queries.values()
+        if not isinstance(collection, EmbeddingCollection):
+            raise ConfigError(f"table {table.name!r}: got a sharded one to resize; resize it before it is distributed")
+        queries: Any = collection.embeddings[table.name]
+        rows_NQ = queries.weight.data[:num_embeddings]
+        new_NQ = rows_NQ.mean(0, keepdim=True).expand(num_embeddings - len(rows_NQ), -1)
+        resized_VQ = torch.cat([rows_NQ, new_NQ])
+        # The same parameter, as transformers does it. Another dtype in between makes torch forget its former shape, to
+        # which a graph that is still alive would hold it.
+        queries.weight.data = resized_VQ.double()
+        queries.weight.data, queries.weight.grad = resized_VQ, None
+        self.only_quantizer.resize(num_embeddings)
+        for config in (table, queries, *collection.embedding_configs()):
+            config.num_embeddings = num_embeddings
+        if self.padding_idx is not None and self.padding_idx >= num_embeddings:
+            self.padding_idx = None
+
     def _whose(self, table: str) -> str:
         return super()._whose(self.name or table)
 
-    def _vectors_of(self, ids_T: torch.Tensor) -> Looked:
-        """Vectors of ids; the last one is zeros, for the padding, where there is such an id."""
+    def _vectors_of(self, ids_T: torch.Tensor, share: float = 1.0) -> Looked:
+        """Vectors of ids; the last one is zeros, for the padding, where there is such an id. See `_look_up`."""
         if ids_T.dtype not in (torch.int64, torch.int32):
             raise IdTypeError(f"ids: got {ids_T.dtype}, want torch.int64 or torch.int32")
         (key,) = self.quantizers
         rows_T = ids_T.long()
         if self.padding_idx is None or self.keeps_padding:
-            return self._look_up({key: rows_T})[key]
+            return self._look_up({key: rows_T}, share)[key]
         kept_T = rows_T != self.padding_idx
-        vectors_NE, at_kept = self._look_up({key: rows_T[kept_T]})[key]
+        vectors_NE, at_kept = self._look_up({key: rows_T[kept_T]}, share)[key]
         at_T = torch.full_like(rows_T, len(vectors_NE))
         at_T[kept_T] = at_kept
         return Looked(torch.cat([vectors_NE, vectors_NE.new_zeros(1, self.embedding_dim)]), at_T)
@@ -81,7 +172,7 @@ class _OneTable(DPQTables):
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}"
 
 
-class DPQEmbedding(_OneTable):
+class DPQEmbedding(_OneTable, nn.Embedding):  # type: ignore[override]
     """torch's nn.Embedding with a table that is trained to be frozen to a few bytes a row.
 
     >>> embedding = DPQEmbedding(50_000, 512, DPQConfig(num_subspaces=64), padding_idx=0)
@@ -94,6 +185,8 @@ class DPQEmbedding(_OneTable):
     Attributes:
         keeps_padding: whether the padding id has a vector; see `keep_padding`.
     """
+
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False  # torch's defaults, for who reads them
 
     def keep_padding(self) -> None:
         """Give the padding id a vector, not zeros: its row's, as any id has, which trains nothing all the same.
@@ -192,3 +285,35 @@ class DPQEmbeddingBag(_OneTable):
         """As torch's."""
         size, dim, *padding = super().extra_repr().split(", ")
         return ", ".join([size, dim, f"mode={self.mode!r}", *padding])
+
+
+class TiedLinear(_DecodedWeight, nn.Linear):
+    """torch's nn.Linear whose weight is an embedding's: an output layer that scores every row of a DPQ table.
+
+    >>> embedding = DPQEmbedding(50_000, 512, DPQConfig(num_subspaces=64))
+    >>> logits = TiedLinear(embedding)(hidden)        # [..., 512] -> [..., 50_000]
+
+    The table is trained, moved and saved where the embedding itself stands; see `DPQEmbedding.weight`.
+
+    Args:
+        embedding: whose rows are the outputs.
+        bias: of the outputs, or None.
+    """
+
+    def __init__(self, embedding: DPQEmbedding | DPQEmbeddingBag, bias: nn.Parameter | None = None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self._embeddings = (embedding,)  # in a tuple torch does not see it: it is a part of the model elsewhere
+        self.register_parameter("bias", bias)
+
+    def forward(self, hidden: Any) -> Any:
+        """Scores [..., V] of what comes before, [..., E]; to torch.fx one node, as torch's own layers are."""
+        if isinstance(hidden, Proxy):
+            tracer: Any = hidden.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (hidden,), {})
+        return super().forward(hidden)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The table's, see `DPQEmbedding.weight`."""
+        return self._embeddings[0].weight

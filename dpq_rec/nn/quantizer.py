@@ -13,6 +13,7 @@ different ones in its place:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +102,14 @@ class Quantizer(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
         self._forget()
+
+    def resize(self, num_embeddings: int) -> None:
+        """Tell it that its table has so many rows now: tiers keep theirs, and rows that are new are of the last one."""
+        kept = [(tier.first_row, tier.layout.num_levels) for tier in self.tiers[1:] if tier.first_row < num_embeddings]
+        # A hundredth of a row more for each: shares rise, and come to the same rows, where tiers have none too.
+        shares = tuple(((row + at / 100) / num_embeddings, levels) for at, (row, levels) in enumerate(kept, 1))
+        self.config = replace(self.config, tiers=shares)
+        self.tiers = self.config.tiers_of(num_embeddings)
 
     def _forget(self) -> None:
         """Statistics anew; keys and values stay."""

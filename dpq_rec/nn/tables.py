@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ class DPQTables(nn.Module):
     def __init__(
         self, tables: Sequence[BaseEmbeddingConfig], configs: Mapping[str, DPQConfig], device: torch.device | None
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # by name: a subclass that is an nn.Embedding too must not become a plain one
         self.quantized_tables = list(tables)
         self.penalties: dict[str, torch.Tensor] = {}  # table -> penalty of the last forward in training, to be logged
         self.quantizers = _InFP32()
@@ -122,6 +122,14 @@ class DPQTables(nn.Module):
         """Where the parameters were made."""
         return self._device
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As torch's, but for values that are running means: no gradient moves them."""
+        super().requires_grad_(requires_grad)
+        for name in self.quantizers:
+            if self.quantizer(name).running_means is not None:
+                self.quantizer(name).values_MKS.requires_grad = False
+        return self
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start anew, as after construction: for a module built on meta, after `to_empty`."""
@@ -136,8 +144,10 @@ class DPQTables(nn.Module):
                 sharded: Any = collection
                 sharded.reset_parameters()
 
-    def _look_up(self, rows: Mapping[str, torch.Tensor]) -> dict[str, Looked]:
+    def _look_up(self, rows: Mapping[str, torch.Tensor], share: float = 1.0) -> dict[str, Looked]:
         """Vectors of the rows [T] (int64) that each table is asked for; every table is asked.
+
+        An occurrence counts as `share` of one: as 1 / ranks where all ranks ask for the same, which is to count once.
 
         Raises:
             IndexError: a row outside its table.
@@ -149,6 +159,8 @@ class DPQTables(nn.Module):
                 check_cuts(name, weight, self.quantizer(name).config)
             self._cuts_checked = True
         distinct = {table.name: _distinct(rows[table.name], table) for table in self.quantized_tables}
+        if share != 1:
+            distinct = {name: asked._replace(counts_N=asked.counts_N * share) for name, asked in distinct.items()}
         self._check_dtypes()
         queries = self._look_up_queries(distinct)
         if self.training:
