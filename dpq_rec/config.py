@@ -60,6 +60,8 @@ class DPQConfig:
         value_gradient: "vq" only: values are moved by the task's gradient too, not by the penalty alone.
         revive_after: batches after which a code that no row of them chose is placed on one of the batch's queries.
         values_dtype: how values are stored; "float16" halves their bytes. Training rounds them the same way.
+        quantize_small: quantize tables of so few rows, too, that codes and values take as many bytes as their vectors,
+            or more. Else they stay plain, which is said; but a DPQEmbedding that is built by itself always quantizes.
     """
 
     method: Literal["sx", "vq"] = "sx"
@@ -80,6 +82,7 @@ class DPQConfig:
     value_gradient: bool = False
     revive_after: int | None = None
     values_dtype: ValuesDtype = "float32"
+    quantize_small: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -158,6 +161,20 @@ class DPQConfig:
     def tiers_of(self, num_embeddings: int) -> tuple[Tier, ...]:
         """The tiers of a table of V rows, with the layout of each one's codes; one of all rows without `tiers`."""
         return cut_into_tiers(self.layout, num_embeddings, self.tiers)
+
+    def artifact_bytes(self, num_embeddings: int, embedding_dim: int) -> int:
+        """Packed codes and values of a table of V rows of E numbers, as an artifact holds them."""
+        tiers = self.tiers_of(num_embeddings)
+        no_rows, value_bytes = (0, embedding_dim), 2 if self.values_dtype == "float16" else 4
+        values = self.layout.table_bytes(no_rows, value_bytes, share_subspaces=self.share_subspaces)
+        return values + sum(tier.num_rows * tier.layout.row_bytes for tier in tiers)
+
+    def why_plain(self, num_embeddings: int, embedding_dim: int) -> str | None:
+        """Why a table of V rows of E numbers stays plain; None where it is to be quantized."""
+        full, small = 4 * num_embeddings * embedding_dim, self.artifact_bytes(num_embeddings, embedding_dim)
+        if self.quantize_small or small < full:
+            return None
+        return f"its codes and values would take {small:,} bytes, its {num_embeddings:,} rows take {full:,}"
 
     @property
     def resolved_metric(self) -> Metric:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from dpq_rec.errors import ConfigError
-from dpq_rec.nn.find import find_tables
+from dpq_rec.nn.find import quantized_tables
 
 
 def bypass(model: nn.Module, *, enabled: bool = True) -> None:
@@ -26,9 +26,7 @@ def bypass(model: nn.Module, *, enabled: bool = True) -> None:
     Raises:
         ConfigError: the model holds no DPQ module, or a table whose queries are not as wide as its vectors.
     """
-    found = {name: table for name, table in find_tables(model).items() if table.quantizer is not None}
-    if not found:
-        raise ConfigError("bypass: the model holds no DPQ module; replace_embeddings makes some")
+    found = quantized_tables(model, "bypass")
     for name, table in found.items():
         assert table.quantizer is not None, "the others were left out"
         if enabled and table.quantizer.query_dim != table.embedding_dim:

@@ -6,6 +6,7 @@ Out: KeyedTensor (DPQEmbeddingBagCollection, pooled), or feature -> JaggedTensor
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from torchrec.modules.embedding_modules import (
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
+from dpq_rec.nn.collectives import rank
 from dpq_rec.nn.tables import DPQTables, Looked
 
 TableConfig = TypeVar("TableConfig", bound=BaseEmbeddingConfig)
@@ -39,7 +41,8 @@ class DPQEmbeddingBagCollection(DPQTables, EmbeddingBagCollectionInterface):
 
     Args:
         tables: TorchRec's configs; SUM or MEAN pooling; tables of any embedding_dim.
-        config: how tables are quantized: one for all, or one for each by name, None for a table that stays as it is.
+        config: how tables are quantized: one for all, or one for each by name, None for a table that stays as it is;
+            as does one that it would make no smaller, with a warning (`DPQConfig.quantize_small`).
         is_weighted: bags are sums weighted by the features' weights, which get gradients too; SUM pooling only.
         device: of the parameters.
 
@@ -206,7 +209,7 @@ class DPQEmbeddingCollection(DPQTables, EmbeddingCollectionInterface):
 
 
 def configs_by_table(tables: Sequence[BaseEmbeddingConfig], config: Configs) -> dict[str, DPQConfig]:
-    """The config of each table that is to be quantized.
+    """The config of each table that is to be quantized: of those that are named, the ones that become smaller.
 
     Raises:
         ConfigError: two tables of a name, a table that the mapping does not name or the reverse, or none to quantize.
@@ -223,7 +226,20 @@ def configs_by_table(tables: Sequence[BaseEmbeddingConfig], config: Configs) -> 
     configs = {name: chosen for name, chosen in given.items() if chosen is not None}
     if not configs:
         raise ConfigError("config: got no table to quantize; TorchRec's own collection does that")
-    return configs
+    return without_small(configs, {table.name: (table.num_embeddings, table.embedding_dim) for table in tables})
+
+
+def without_small(configs: Mapping[str, DPQConfig], shapes: Mapping[str, tuple[int, int]]) -> dict[str, DPQConfig]:
+    """The configs of tables that they make smaller; a warning for each other table, which stays plain.
+
+    Args:
+        configs: table -> how it is to be quantized.
+        shapes: table -> V and E.
+    """
+    small = {name: why for name, config in configs.items() if (why := config.why_plain(*shapes[name]))}
+    for name, why in small.items() if rank() == 0 else ():
+        warnings.warn(f"table {name!r} stays plain: {why}; quantize_small=True quantizes it", stacklevel=3)
+    return {name: config for name, config in configs.items() if name not in small}
 
 
 def _with_features(tables: Sequence[TableConfig]) -> list[TableConfig]:

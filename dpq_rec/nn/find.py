@@ -6,7 +6,7 @@ A collection's table has the name of its config; a module of one table has its o
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from dpq_rec.nn.tables import DPQTables
 
 _BAGS = (EmbeddingBagCollection, ShardedEmbeddingBagCollection)
 _COLLECTIONS = (*_BAGS, EmbeddingCollection, ShardedEmbeddingCollection)
+_PLAIN = "dpq_stays_plain"
 _CUT_MULTIPLE = 4  # TorchRec cuts columns at multiples of it only
 
 
@@ -50,7 +51,7 @@ class TrainedTable(NamedTuple):
 
 
 def find_tables(model: nn.Module, names: Collection[str] | None = None) -> dict[str, TrainedTable]:
-    """The named tables; without names, all but torch's own nn.Embedding and nn.EmbeddingBag.
+    """The named tables; without names, all but torch's own nn.Embedding and nn.EmbeddingBag that are not marked.
 
     Raises:
         ConfigError: there are none, or not those that were named; or two of a name.
@@ -58,7 +59,7 @@ def find_tables(model: nn.Module, names: Collection[str] | None = None) -> dict[
     tables: dict[str, TrainedTable] = {}
     others: dict[str, TrainedTable] = {}
     for path, module in modules_with_tables(get_unwrapped_module(model)):
-        is_torch = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        is_torch = _is_torchs(module) and not getattr(module, _PLAIN, False)
         for name, table in _tables_of(module, path).items():
             if name in tables or name in others:
                 raise ConfigError(f"two tables of the model are named {name}; give each a name of its own")
@@ -76,6 +77,23 @@ def find_tables(model: nn.Module, names: Collection[str] | None = None) -> dict[
     return {name: table for name, table in everything.items() if name in names}
 
 
+def quantized_tables(model: nn.Module, what: str) -> dict[str, TrainedTable]:
+    """The tables of a model that have a quantizer: none where all are so small that they stay plain.
+
+    Raises:
+        ConfigError: no table was ever to be quantized, for `what` is asked of the model.
+    """
+    found = {name: table for name, table in find_tables(model).items() if table.quantizer is not None}
+    if not found and not any(isinstance(m, DPQTables) or getattr(m, _PLAIN, False) for m in model.modules()):
+        raise ConfigError(f"{what}: the model holds no DPQ module; replace_embeddings makes some")
+    return found
+
+
+def mark_plain(module: nn.Module) -> None:
+    """Let a stock module count among the tables of its model, though it is too small to be quantized."""
+    setattr(module, _PLAIN, True)
+
+
 def modules_with_tables(
     module: nn.Module, path: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -87,15 +105,20 @@ def modules_with_tables(
     if isinstance(module, (DPQTables, nn.Embedding, nn.EmbeddingBag, *_COLLECTIONS)):
         yield path, module
     inner = module.plain if isinstance(module, DPQTables) else module
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, *_COLLECTIONS)):
+    if _is_torchs(module) or isinstance(module, _COLLECTIONS):
         return
     for name, child in inner.named_children():
         child_path = ".".join(filter(None, (path, "plain" if inner is not module else "", name)))
         yield from modules_with_tables(child, child_path, seen)
 
 
+def _is_torchs(module: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:
+    """Whether it is torch's own; a DPQEmbedding is an nn.Embedding too."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and not isinstance(module, DPQTables)
+
+
 def _tables_of(module: nn.Module, path: str) -> dict[str, TrainedTable]:
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+    if _is_torchs(module):
         weight, pooled = module.weight.detach(), isinstance(module, nn.EmbeddingBag) and module.mode != "max"
         # An nn.Embedding returns its padding row as it is; a bag leaves it out.
         padding = module.padding_idx if isinstance(module, nn.EmbeddingBag) else None

@@ -13,11 +13,17 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
-from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection
-from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
-from dpq_rec.nn.find import modules_with_tables
+from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection, without_small
+from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag, TiedLinear
+from dpq_rec.nn.find import mark_plain, modules_with_tables
 from dpq_rec.nn.start import start
 from dpq_rec.nn.tables import DPQTables
+
+_NOT_KEPT = {  # settings of torch's modules, and why a DPQ table does not have them
+    "max_norm": "vectors are sums of values that rows share, and cannot be shortened one by one",
+    "scale_grad_by_freq": "queries get the sum of the gradients of their occurrences",
+    "sparse": "queries have dense gradients; leave it out, or let TorchRec fuse the optimizer into backward",
+}
 
 
 class _Stock(NamedTuple):
@@ -26,6 +32,7 @@ class _Stock(NamedTuple):
     path: str
     module: Any
     weights: dict[str, nn.Parameter]
+    twins: tuple[nn.Embedding, ...] = ()  # other modules that are the same to the bit, with the same weight
 
 
 def replace_embeddings(
@@ -41,14 +48,17 @@ def replace_embeddings(
     >>> model = replace_embeddings(DLRM(EmbeddingBagCollection(tables=[...]), ...), DPQConfig(num_subspaces=16))
 
     Replaced are EmbeddingBagCollection, EmbeddingCollection, nn.Embedding and nn.EmbeddingBag themselves, at any depth,
-    not subclasses, which may do something else. A module that stands in several places stays one. Device, training
-    mode and requires_grad are kept; hooks on a replaced module are not. Do it before optimizers are made and before
-    DistributedModelParallel, which takes the queries over as they are, unless they are on meta.
+    not subclasses, which may do something else. A module that stands in several places stays one, and several
+    nn.Embedding of one weight become one, under the name of the first; an nn.Linear of that weight, a tied output
+    layer, becomes a `TiedLinear`. Device, training mode and requires_grad are kept; hooks on a replaced module are not.
+    Do it before optimizers are made and before DistributedModelParallel, which takes the queries over as they are,
+    unless they are on meta.
 
     Args:
         model: plain, not sharded.
         config: for all tables, or table -> config for those it names. A collection's tables have the names of their
-            configs; an nn.Embedding or nn.EmbeddingBag has its path in the model.
+            configs; an nn.Embedding or nn.EmbeddingBag has its path in the model. A table that its config would make no
+            smaller stays as it is, with a warning (`DPQConfig.quantize_small`), and `freeze` stores it as it is.
         tables: which ones; all, or all that the mapping names, if not given. The others stay as they are.
         from_weights: queries start as the weights, keys and values by `start` from them; afresh if not. An
             nn.Embedding's padding row that is not zeros keeps a vector then (`DPQEmbedding.keep_padding`).
@@ -64,16 +74,28 @@ def replace_embeddings(
     if any(isinstance(module, DistributedModelParallel | DistributedDataParallel) for module in model.modules()):
         raise ConfigError("model: got one that is distributed already; replace its embeddings before it is wrapped")
     stock = list(_stock_modules(model))
-    chosen = _chosen({name for found in stock for name in found.weights}, config, tables)
+    shapes = {name: (len(w), w.shape[1]) for found in stock for name, w in found.weights.items()}
+    asked = _chosen(shapes, config, tables)
+    chosen = without_small(asked, shapes)
+    plain = [found.module for found in stock if asked.keys() - chosen.keys() >= found.weights.keys()]
     stock = [found for found in stock if chosen.keys() & found.weights.keys()]
     for found in stock:
         for name in chosen.keys() & found.weights.keys():
             _check(name, found, chosen[name], from_weights=from_weights)
-    _check_ties(model, stock, chosen)
-    made = {id(found.module): _replacement(found, chosen, from_weights=from_weights) for found in stock}
-    if from_weights:
-        for replacement in made.values():
+    outputs = _tied_outputs(model, stock)
+    _check_ties(model, stock, chosen, outputs)
+    made: dict[int, nn.Module] = {}
+    for found in stock:
+        replacement = _replacement(found, chosen, from_weights=from_weights)
+        if from_weights:
             start(replacement, seed=seed)
+        made |= dict.fromkeys(map(id, (found.module, *found.twins)), replacement)
+        if isinstance(replacement, DPQEmbedding | DPQEmbeddingBag):
+            for linear in outputs.get(id(found.module.weight), ()):
+                made[id(linear)] = TiedLinear(replacement, linear.bias).train(linear.training)
+    for module in plain:
+        mark_plain(module)
+    _leave_ties_to_us(model, made)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if id(child) in made:
@@ -84,13 +106,35 @@ def replace_embeddings(
 def _stock_modules(model: nn.Module) -> Iterator[_Stock]:
     path: str
     module: Any
+    twins: set[int] = set()
     for path, module in modules_with_tables(model):
         kind = type(module)
         if kind is EmbeddingBagCollection or kind is EmbeddingCollection:
             tables = module.embedding_bags if kind is EmbeddingBagCollection else module.embeddings
             yield _Stock(path, module, {name: table.weight for name, table in tables.items()})
+        elif id(module) in twins:
+            continue
         elif kind is nn.Embedding or kind is nn.EmbeddingBag:
-            yield _Stock(path, module, {path or "table": module.weight})
+            others: list[Any] = [each for each in model.modules() if each is not module and _are_twins(module, each)]
+            twins |= set(map(id, others))
+            yield _Stock(path, module, {path or "table": module.weight}, tuple(others))
+
+
+def _are_twins(one: Any, other: Any) -> bool:
+    """Whether two of torch's nn.Embedding share their weight and do the same with it."""
+    if not (type(one) is type(other) is nn.Embedding and one.weight is other.weight):
+        return False
+    return all(getattr(one, name) == getattr(other, name) for name in ("padding_idx", *_NOT_KEPT))
+
+
+def _tied_outputs(model: nn.Module, stock: list[_Stock]) -> dict[int, list[nn.Linear]]:
+    """The nn.Linear that use a table's weight, by the weight's id; of torch's own embeddings alone."""
+    weights = {id(found.module.weight) for found in stock if isinstance(found.module, nn.Embedding | nn.EmbeddingBag)}
+    outputs: dict[int, list[nn.Linear]] = {}
+    for module in model.modules():
+        if type(module) is nn.Linear and id(module.weight) in weights:
+            outputs.setdefault(id(module.weight), []).append(module)
+    return outputs
 
 
 def _chosen(
@@ -117,12 +161,7 @@ def _chosen(
 def _check(name: str, found: _Stock, config: DPQConfig, *, from_weights: bool) -> None:
     """Refuse what a DPQ table would not do as the stock one does."""
     weight, module = found.weights[name], found.module
-    refused = {
-        "max_norm": "vectors are sums of values that rows share, and cannot be shortened one by one",
-        "scale_grad_by_freq": "queries get the sum of the gradients of their occurrences",
-        "sparse": "queries have dense gradients; leave it out, or let TorchRec fuse the optimizer into backward",
-    }
-    for setting, reason in refused.items():
+    for setting, reason in _NOT_KEPT.items():
         if getattr(module, setting, None):
             raise ConfigError(f"table {name!r}: got {setting}={getattr(module, setting)}, which is not kept: {reason}")
     if weight.dtype != torch.float32:
@@ -145,21 +184,57 @@ def _check(name: str, found: _Stock, config: DPQConfig, *, from_weights: bool) -
         raise ConfigError(f"table {name!r}: got from_weights with a model on the meta device, which has no weights")
 
 
-def _check_ties(model: nn.Module, stock: list[_Stock], chosen: Mapping[str, DPQConfig]) -> None:
-    """A weight that another module uses too would silently cease to be the same."""
+def _check_ties(
+    model: nn.Module,
+    stock: list[_Stock],
+    chosen: Mapping[str, DPQConfig],
+    outputs: Mapping[int, list[nn.Linear]],
+) -> None:
+    """A weight that another module uses too, and that cannot be tied anew, would silently cease to be the same."""
     replaced = {id(w): name for found in stock for name, w in found.weights.items() if name in chosen}
     inside = {id(m) for found in stock for m in found.module.modules()}
+    tied = {id(m) for found in stock for m in found.twins} | {id(m) for each in outputs.values() for m in each}
     holders: dict[int, str] = {}
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
-            if id(parameter) not in replaced:
+            if id(parameter) not in replaced or id(module) in tied:
                 continue
             if id(module) not in inside or id(parameter) in holders:
+                got = f"got a weight that {path or 'the model'} uses too"
                 raise ConfigError(
-                    f"table {replaced[id(parameter)]!r}: got a weight that {path or 'the model'} uses too, and a DPQ "
-                    "table has none to share; untie it, or leave the table out"
+                    f"table {replaced[id(parameter)]!r}: {got}; an nn.Embedding can share its own with an nn.Linear "
+                    "or an nn.Embedding of its settings; untie it, or leave the table out"
                 )
             holders[id(parameter)] = path
+
+
+def _leave_ties_to_us(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
+    """Strike replaced weights from the names by which transformers ties weights again, after resizing for example.
+
+    Of modules that became one it is told so: it saves what they share once.
+    """
+    for module in model.modules():
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = getattr(module, attribute, None)
+            if not isinstance(ties, dict):
+                continue
+            kept = {}
+            for names in ties.items():
+                ours = [_replacement_of(module, name, made) for name in names]
+                if ours == [None, None]:
+                    kept[names[0]] = names[1]
+                elif ours[0] is ours[1] and attribute == "_tied_weights_keys":
+                    kept[names[0].removesuffix(".weight")] = names[1].removesuffix(".weight")
+            setattr(module, attribute, kept)
+
+
+def _replacement_of(module: nn.Module, name: str, made: Mapping[int, nn.Module]) -> nn.Module | None:
+    """What the submodule with a weight of this name, if it is a name and no pattern, is about to be replaced by."""
+    path, _, parameter = name.rpartition(".")
+    try:
+        return made.get(id(module.get_submodule(path))) if parameter == "weight" else None
+    except AttributeError:
+        return None
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collectives import world_size
-from dpq_rec.nn.find import TrainedTable, find_tables
+from dpq_rec.nn.find import TrainedTable, quantized_tables
 from dpq_rec.nn.finite import check_tables
 from dpq_rec.nn.shards import check_cuts, rows_of
 
@@ -33,11 +33,9 @@ def start(model: nn.Module, *, num_samples: int = 1 << 16, seed: int = 0) -> Non
     """
     if num_samples < 1:
         raise ConfigError(f"num_samples: got {num_samples}, want 1 or more")
-    found = [(name, table) for name, table in find_tables(model).items() if table.quantizer is not None]
-    if not found:
-        raise ConfigError("start: the model holds no DPQ module; replace_embeddings makes some")
-    check_tables(dict(found), in_training=True)
-    for name, table in found:
+    found = quantized_tables(model, "start")
+    check_tables(found, in_training=True)
+    for name, table in found.items():
         assert table.quantizer is not None, "the others were left out"
         check_cuts(name, table.weight_VQ, table.quantizer.config)
         rows_N = _sample(table, num_samples, seed)

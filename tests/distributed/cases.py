@@ -58,7 +58,7 @@ class Case:
 
 def default_config(method: str, **more) -> DPQConfig:
     """Of a case, but for what is said."""
-    return DPQConfig(method=method, **{"num_subspaces": 4, "num_codes": 8, **more})
+    return DPQConfig(method=method, quantize_small=True, **{"num_subspaces": 4, "num_codes": 8, **more})
 
 
 CASES = {

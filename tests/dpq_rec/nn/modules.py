@@ -14,7 +14,8 @@ NUM_IDS = 20  # of the batch
 
 
 def config(num_subspaces=4, num_codes=5, **options):
-    return DPQConfig(num_subspaces=num_subspaces, num_codes=num_codes, **options)
+    """Of tables that tests make so small that they would stay plain."""
+    return DPQConfig(num_subspaces=num_subspaces, num_codes=num_codes, quantize_small=True, **options)
 
 
 def keyed(lists_by_feature, weights=None, dtype=torch.int64):

@@ -332,7 +332,7 @@ def test_collection_rejects_lengths_that_do_not_fit_the_ids():
 )
 def test_collection_rejects_what_it_cannot_do(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        DPQEmbeddingBagCollection(**{"tables": [table("a")], "config": DPQConfig(num_subspaces=4), **arguments})
+        DPQEmbeddingBagCollection(**{"tables": [table("a")], "config": config(), **arguments})
 
 
 def test_collection_rejects_negative_lengths():

@@ -241,10 +241,15 @@ def test_start_needs_a_dpq_module():
         start(nn.Sequential(nn.Linear(2, 2)))
 
 
-def tied():
-    model = nn.ModuleDict({"words": nn.Embedding(ROWS, DIM), "over": nn.Linear(DIM, ROWS, bias=False)})
+def tied(over):
+    """A table whose weight another module uses too."""
+    model = nn.ModuleDict({"words": nn.Embedding(ROWS, DIM), "over": over})
     model["over"].weight = model["words"].weight
     return model
+
+
+class OwnLinear(nn.Linear):
+    """Which may do something else."""
 
 
 def fused():
@@ -269,10 +274,12 @@ def fused():
         (lambda: nn.Embedding(ROWS, DIM, device="meta"), {"config": SX, "from_weights": True}, "meta device"),
         (
             lambda: nn.Embedding(ROWS, DIM),
-            {"config": DPQConfig(num_subspaces=4, key_dim=3), "from_weights": True},
+            {"config": DPQConfig(num_subspaces=4, num_codes=6, key_dim=3), "from_weights": True},
             "got key_dim 3 with from_weights",
         ),
-        (tied, {"config": SX}, "got a weight that over uses too"),
+        (lambda: tied(OwnLinear(DIM, ROWS)), {"config": SX}, "got a weight that over uses too"),
+        (lambda: tied(nn.EmbeddingBag(ROWS, DIM)), {"config": SX, "tables": ["words"]}, "a weight that over uses too"),
+        (lambda: tied(nn.Embedding(ROWS, DIM, padding_idx=3)), {"config": SX}, "got a weight that over uses too"),
         (fused, {"config": SX}, "apply it after replacing"),
     ],
 )
@@ -304,7 +311,7 @@ def test_queries_from_weights_outlive_sharding(one_rank):
 def test_a_frozen_weight_refuses_what_moves_by_use():
     embedding = nn.Embedding(20, 16).requires_grad_(False)
     with pytest.raises(ConfigError, match="with a frozen weight, which they would move"):
-        replace_embeddings(embedding, DPQConfig(method="vq", num_subspaces=4, ema_decay=0.9))
+        replace_embeddings(embedding, DPQConfig(method="vq", num_subspaces=4, num_codes=6, ema_decay=0.9))
 
 
 def from_pretrained(padding_idx, num_rows=ROWS):
