@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -29,6 +30,7 @@ from training.text_options import (
     TextOptions,
 )
 
+_logger = logging.getLogger(__name__)
 METHODS: dict[str, Literal["sx", "vq"]] = {"dpq-sx": "sx", "dpq-vq": "vq"}
 
 
@@ -49,7 +51,8 @@ class EmbeddingOptions:
         kind: plain tables, or DPQ by softmax (dpq-sx) or by centroids (dpq-vq).
         embedding_dim: E, width of a vector.
         target_ratio: how many times smaller each table becomes, codes and values together: chooses num_subspaces,
-            num_codes and num_levels for each by its rows, and fp16 values; none leaves them as they are.
+            num_codes and num_levels for each by its rows, and fp16 values; none leaves them as they are. A table that
+            is too small for it stays plain.
         dpq: how tables are quantized; None where they are plain.
         per_table: DPQ options that some tables have otherwise, each as its own flag takes it, with blanks between them:
             'item_id.num_levels=44 item_id.tiers=0.05:32,0.2:16'.
@@ -86,7 +89,7 @@ class EmbeddingOptions:
         self._check_full_epochs()
 
     def dpq_of(self, name: str, num_embeddings: int) -> DPQConfig | None:
-        """How a table of so many rows is quantized; None where tables are plain.
+        """How a table of so many rows is quantized, if it is; None where tables are plain.
 
         Raises:
             ConfigError: the table cannot become as small as target_ratio asks.
@@ -102,6 +105,30 @@ class EmbeddingOptions:
         except ConfigError as error:
             raise ConfigError(f"table {name!r}: {error}") from error
         return dataclasses.replace(own, **chosen)
+
+    def dpq_by_table(self, num_embeddings: Mapping[str, int]) -> dict[str, DPQConfig | None]:
+        """How each table of so many rows is quantized; None for one that stays plain, of which the log has the reason.
+
+        Raises:
+            ConfigError: no table can become as small as target_ratio asks; or one cannot, with quantize_small.
+        """
+        found, reasons = dict[str, DPQConfig | None](), dict[str, str]()
+        for name, rows in num_embeddings.items():
+            try:
+                found[name] = config = self.dpq_of(name, rows)
+                why = config and config.why_plain(rows, self.embedding_dim)
+            except ConfigError as error:
+                if with_own(self.dpq, self.per_table.get(name, {})).quantize_small:
+                    raise
+                why = str(error).partition(": ")[2]
+            if why:
+                found[name] = None
+                reasons[name] = why
+        if self.target_ratio is not None and len(reasons) == len(found):
+            raise ConfigError("; ".join(f"table {name!r}: {why}" for name, why in reasons.items()))
+        for name, why in reasons.items():
+            _logger.info("table %r stays plain: %s; --quantize-small quantizes it", name, why)
+        return found
 
     def _check_target_ratio(self) -> None:
         if self.target_ratio is None:

@@ -36,6 +36,8 @@ def make_tables(
 ) -> nn.Module:
     """The tables, plain or DPQ, named by their columns; values of a feature are averaged.
 
+    A table that DPQ makes no smaller stays plain.
+
     On the meta device they take no memory until they are sharded, so that no rank ever holds a whole one.
 
     Args:
@@ -48,7 +50,9 @@ def make_tables(
     if options.dpq is None:
         return EmbeddingBagCollection(tables=tables, device=device)
     check_tables(options.per_table, features)
-    configs = {name: options.dpq_of(name, num_embeddings[name]) for name in features}
+    configs = options.dpq_by_table({name: num_embeddings[name] for name in features})
+    if not any(configs.values()):
+        return EmbeddingBagCollection(tables=tables, device=device)
     return DPQEmbeddingBagCollection(tables, configs, device=device)
 
 

@@ -25,7 +25,7 @@ _LEAST_LENGTH = 1e-12  # of a row: one of zeros stays as it is
 def enter(model: nn.Module, optimizer: KeyedOptimizer, config: RunConfig, epoch: int) -> None:
     """Bring a model to where an epoch begins; every rank calls it, with a model as the epoch before has left it."""
     options = config.embedding
-    if options.dpq is None:
+    if not any(isinstance(module, Quantizer) for module in model.modules()):  # plain tables, or too small to quantize
         return
     full_epochs = config.full_epochs
     if full_epochs:
@@ -42,13 +42,15 @@ def enter(model: nn.Module, optimizer: KeyedOptimizer, config: RunConfig, epoch:
 
 @torch.no_grad()
 def to_unit_length(model: nn.Module, optimizer: KeyedOptimizer) -> None:
-    """Give every query the length one, which a cosine cannot see but k-means can.
+    """Give every query of a table that is quantized the length one, which a cosine cannot see but k-means can.
 
     Cut to 1/n of its length, a row has a gradient n times as large. The squares that Adagrad has added up are
     multiplied by n^4: a step is then 1/n as long as it was too. Of other optimizers the state stays as it is.
     """
     states: dict[str, Any] = optimizer.state_dict()["state"]
     for name, table in find_tables(model).items():
+        if table.quantizer is None:
+            continue
         squares = [
             state[f"{name}.momentum1"]
             for weight, state in states.items()

@@ -81,7 +81,7 @@ class LanguageModelTask:
         """See `Task.model`."""
         num_words, dim = len(self.text.words_V), self.embedding.embedding_dim
         check_tables(self.embedding.per_table, [WORD])
-        dpq = self.embedding.dpq_of(WORD, num_words)
+        dpq = self.embedding.dpq_by_table({WORD: num_words})[WORD]
         word = nn.Embedding(num_words, dim) if dpq is None else DPQEmbedding(num_words, dim, dpq, name=WORD)
         if isinstance(word, DPQEmbedding):
             word.penalty_scale = self.options.num_steps  # the loss is a sum over so many steps
@@ -177,7 +177,7 @@ class TextClassificationTask:
         """See `Task.model`."""
         num_words, dim = len(self.documents.words_V), self.embedding.embedding_dim
         check_tables(self.embedding.per_table, [WORD])
-        dpq = self.embedding.dpq_of(WORD, num_words)
+        dpq = self.embedding.dpq_by_table({WORD: num_words})[WORD]
         if dpq is not None:
             return self._around(DPQEmbeddingBag(num_words, dim, dpq, name=WORD))
         word = nn.EmbeddingBag(num_words, dim, mode="mean")

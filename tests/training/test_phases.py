@@ -195,11 +195,32 @@ def test_target_ratio_is_reached_by_each_table_with_a_layout_of_its_own(tmp_path
         }
 
 
-def test_table_too_small_for_the_target_ratio_is_named_before_training(tmp_path, capsys):
-    assert run(tmp_path / "run", *SMALL, "--target-ratio", "25") == 2
-    assert (
-        "training: table 'item_id': target_ratio: got 25 for a table of 60 rows of 8 numbers" in capsys.readouterr().err
-    )
+TOO_SMALL = "target_ratio: got 25 for a table of 60 rows of 8 numbers, want at most 20.86: it is too small for more"
+
+
+def test_table_too_small_for_the_target_ratio_stays_plain_beside_one_that_is_not(tmp_path, caplog):
+    assert run(tmp_path / "run", *SMALL, "--epochs", "3", "--full-epochs", "1", "--target-ratio", "25") == 0
+    assert caplog.text.count(f"table 'item_id' stays plain: {TOO_SMALL}; --quantize-small quantizes it") == 1
+    metrics = metrics_of(tmp_path / "run")
+    assert (metrics["tables"]["item_id"]["layout"], metrics["tables"]["item_id"]["artifact_bytes"]) == (None, 60 * 32)
+    assert metrics["tables"]["user_id"]["compression_ratio"] >= 25
+    full, stored = (sum(t[name] for t in metrics["tables"].values()) for name in ("full_bytes", "artifact_bytes"))
+    assert metrics["total"]["artifact_bytes"] == stored
+    assert metrics["total"]["compression_ratio"] == full / stored > 1
+    assert [list(epoch["codes"]) for epoch in metrics["history"]] == [[], ["user_id"], ["user_id"]]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--target-ratio", "25", "--quantize-small"], f"table 'item_id': {TOO_SMALL}"),
+        (["--target-ratio", "99"], "table 'user_id': target_ratio: got 99 for a table of 400 rows of 8"),
+    ],
+    ids=["asked for", "all tables"],
+)
+def test_run_that_no_target_ratio_can_serve_is_refused_before_training(tmp_path, capsys, more, message):
+    assert run(tmp_path / "run", *SMALL, *more) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
