@@ -15,6 +15,7 @@ from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError, IdTypeError
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.tables import DPQTables, Looked
+from dpq_rec.nn.tracing import leaf
 
 Mode = Literal["sum", "mean", "max"]
 
@@ -89,6 +90,7 @@ class DPQEmbedding(_OneTable):
     Arguments: see `_OneTable`; training and sharding: see `DPQTables`.
     """
 
+    @leaf
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Vectors [..., E] of ids [...] (int64 or int32).
 
@@ -127,6 +129,7 @@ class DPQEmbeddingBag(_OneTable):
         super().__init__(num_embeddings, embedding_dim, config, padding_idx=padding_idx, name=name, device=device)
         self.mode, self.include_last_offset = mode, include_last_offset
 
+    @leaf
     def forward(
         self,
         ids: torch.Tensor,

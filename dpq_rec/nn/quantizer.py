@@ -25,6 +25,7 @@ from dpq_rec.nn.choice import Compared, choose, softmax_choice
 from dpq_rec.nn.collectives import sum_over_ranks, world_size
 from dpq_rec.nn.kmeans import centroids, check_faiss
 from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
+from dpq_rec.nn.tracing import refuse_scripting, refused_elsewhere
 from dpq_rec.nn.upkeep import Revival, RunningMeans, sums_by_code
 
 NO_CODE = -1
@@ -65,6 +66,7 @@ class Quantizer(nn.Module):
     """
 
     bypassed = False
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -163,6 +165,7 @@ class Quantizer(nn.Module):
         rounded_MKS = values_MKS.detach().half().to(values_MKS.dtype)
         return rounded_MKS + (values_MKS - values_MKS.detach())
 
+    @refused_elsewhere
     def forward(
         self,
         queries_NQ: torch.Tensor,

@@ -19,6 +19,7 @@ from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.shards import check_cuts
+from dpq_rec.nn.tracing import refuse_scripting
 
 
 class Looked(NamedTuple):
@@ -39,6 +40,12 @@ class _Distinct(NamedTuple):
     rows_N: torch.Tensor  # ascending
     counts_N: torch.Tensor  # occurrences of each
     at_T: torch.Tensor  # position in rows_N of each occurrence
+
+
+class _Unscripted(nn.ModuleDict):
+    """Collections of other tables; torch.jit.script, which a train pipeline tries on them, would lose the mapping."""
+
+    __prepare_scriptable__ = refuse_scripting
 
 
 class DPQTables(nn.Module):
@@ -77,7 +84,7 @@ class DPQTables(nn.Module):
         self.quantized_tables = list(tables)
         self.penalties: dict[str, torch.Tensor] = {}  # table -> penalty of the last forward in training, to be logged
         self.quantizers = nn.ModuleDict()
-        self.plain = nn.ModuleDict()  # stock collections of the tables that are not quantized
+        self.plain = _Unscripted()  # stock collections of the tables that are not quantized
         self._cuts_checked = False
         self._device = device or torch.device("cpu")
         by_width: dict[str, list[EmbeddingConfig]] = {}
@@ -102,17 +109,31 @@ class DPQTables(nn.Module):
 
     def query_weights(self) -> dict[str, Any]:
         """Table -> its queries [V, query_dim], as a tensor or, sharded, as a ShardedTensor; they share memory."""
-        states = {width: collection.state_dict() for width, collection in self.queries.items()}
-        return {
-            name: states[width][f"embeddings.{name}.weight"]
-            for width, names in self.names_by_width.items()
-            for name in names
-        }
+        weights: dict[str, Any] = {}
+        for width, names in self.names_by_width.items():
+            collection: Any = self.queries[width]
+            if isinstance(collection, EmbeddingCollection):  # fully_shard's hooks on state_dict would shard it again
+                weights |= {name: collection.embeddings[name].weight.detach() for name in names}
+            else:
+                state = collection.state_dict()
+                weights |= {name: state[f"embeddings.{name}.weight"] for name in names}
+        return weights
 
     @property
     def device(self) -> torch.device:
         """Where the parameters were made."""
         return self._device
+
+    @property
+    def itself(self) -> DPQTables:
+        """This module: the name of its node in an fx graph of it alone."""
+        return self
+
+    def of_node(self, node: Any) -> Any:
+        """What forward returns while torch.fx traces, given the module's node."""
+        return node
+
+    __prepare_scriptable__ = refuse_scripting
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -133,7 +154,12 @@ class DPQTables(nn.Module):
 
         Raises:
             IndexError: a row outside its table.
+            ConfigError: the parameters, or the rows, are on meta.
         """
+        first = self.quantizer(self.quantized_tables[0].name).values_MKS
+        if first.is_meta or any(rows_T.is_meta for rows_T in rows.values()):
+            remedy = "DistributedModelParallel makes them, or module.to_empty(device=...) and module.reset_parameters()"
+            raise ConfigError(f"forward: got parameters or ids on meta, which hold no numbers: {remedy}")
         if not self._cuts_checked:
             for name, weight in self.query_weights().items():
                 check_cuts(name, weight, self.quantizer(name).config)
