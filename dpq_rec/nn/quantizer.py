@@ -24,6 +24,7 @@ from dpq_rec.errors import ConfigError
 from dpq_rec.nn.choice import Compared, choose, softmax_choice
 from dpq_rec.nn.collectives import sum_over_ranks, world_size
 from dpq_rec.nn.kmeans import centroids, check_faiss
+from dpq_rec.nn.recompute import Codebook, FirstRun, FirstRuns, recomputing
 from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
 from dpq_rec.nn.tracing import refuse_scripting, refused_elsewhere
 from dpq_rec.nn.upkeep import Revival, RunningMeans, sums_by_code
@@ -66,6 +67,7 @@ class Quantizer(nn.Module):
     """
 
     bypassed = False
+    _is_fsdp_managed_module = False  # set by torch, where FSDP holds the parameters
     __prepare_scriptable__ = refuse_scripting
 
     def __init__(
@@ -93,6 +95,7 @@ class Quantizer(nn.Module):
         self.score_norms = nn.ModuleList(norms if config.batch_norm else [])
         self.running_means = RunningMeans(value_shape, config.ema_decay, device) if config.ema_decay else None
         self.revival = Revival(value_shape[:2], config.revive_after, device) if config.revive_after else None
+        self.first_runs = FirstRuns() if self.running_means or self.revival else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -142,7 +145,7 @@ class Quantizer(nn.Module):
         found_GKS = centroids(rest_NDS, config.num_codes, shared=config.share_subspaces, spherical=spherical, seed=seed)
         (self.values_MKS if self.own_keys_MKS is None else self.own_keys_MKS).data[groups] = found_GKS
         ones_N = rest_NDS.new_ones(len(rest_NDS))
-        codes_ND = self._compare(number, rest_NDS, ones_N).codes_ND
+        codes_ND = self._compare(number, rest_NDS, ones_N, self._codebook(number)).codes_ND
         values_GKS = self.values_MKS.data[groups]
         if found_GKS.shape != values_GKS.shape:
             return rest_NDS
@@ -184,6 +187,7 @@ class Quantizer(nn.Module):
             return Quantized(codes_NM, self.decode(codes_NM), queries_NQ.new_zeros(()))
         if counts_N is None:
             counts_N = queries_NQ.new_ones(len(queries_NQ))
+        run = self._first_run(queries_NQ.detach() if rows_N is None else rows_N, counts_N)
         rest_NDS, vectors_NDS, penalty = self._grouped(queries_NQ), None, queries_NQ.new_zeros(())
         codes: list[torch.Tensor] = []
         done: list[torch.Tensor] = []  # vectors of rows that have no more levels, the last rows first
@@ -191,9 +195,11 @@ class Quantizer(nn.Module):
             if vectors_NDS is not None and num_rows < len(vectors_NDS):
                 done.append(vectors_NDS[num_rows:])
                 rest_NDS, vectors_NDS = rest_NDS[:num_rows], vectors_NDS[:num_rows]
-            if self.revival is not None:
+            if self.revival is not None and not recomputing():
                 self._revive(number, rest_NDS.detach())
-            level = self._compare(number, rest_NDS, counts_N[:num_rows])
+            codebook = self._codebook(number)
+            codebook = codebook if run is None else run.codebook(number, codebook)
+            level = self._compare(number, rest_NDS, counts_N[:num_rows], codebook)
             if self.config.method == "sx":
                 emitted_NDS = softmax_choice(
                     level,
@@ -231,7 +237,8 @@ class Quantizer(nn.Module):
         subspaces = slice(first_subspace, first_subspace + rest_NDS.shape[1])
         for number, num_rows in enumerate(self._rows_by_level(len(queries_NQ), rows_N)):
             rest_NDS = rest_NDS[:num_rows]
-            level = self._compare(number, rest_NDS, None, subspaces)
+            codebook = Codebook(*(tensor_DKX[subspaces] for tensor_DKX in self._codebook(number)))
+            level = self._compare(number, rest_NDS, None, codebook)
             codes.append(level.codes_ND)
             if number + 1 < self.config.num_levels:
                 rest_NDS = rest_NDS - choose(level.values_DKS, level.codes_ND)
@@ -254,28 +261,43 @@ class Quantizer(nn.Module):
                 vectors_NDS = vectors_NDS + choose(self._of_level(values_MKS, number), codes_ND)
         return vectors_NDS.flatten(1)
 
+    def _first_run(self, like: torch.Tensor, counts_N: torch.Tensor) -> FirstRun | None:
+        """What checkpointing must find again, where keys or values move by use.
+
+        Raises:
+            ConfigError: fully_shard holds them, which would lose what is written in place.
+        """
+        if self.first_runs is None:
+            return None
+        if self._is_fsdp_managed_module:
+            raise ConfigError(
+                "config: got ema_decay or revive_after under FSDP, which drops what moves without gradients; train it "
+                "under DistributedModelParallel or DistributedDataParallel, or leave both out"
+            )
+        return self.first_runs.of(like, counts_N)
+
+    def _codebook(self, number: int) -> Codebook:
+        """A level's values and keys."""
+        groups = self._groups(number)
+        values_GKS: torch.Tensor = self.stored_values()[groups]
+        keys_GKX = values_GKS if self.own_keys_MKS is None else self.own_keys_MKS[groups]
+        # What moves by use may do so before this forward's backward, which must find what was compared; and FSDP frees
+        # its weights, which it cannot while numpy looks at them.
+        if self._is_fsdp_managed_module or (self.training and self.first_runs is not None):
+            values_GKS, keys_GKX = values_GKS.clone(), keys_GKX.clone()
+        num_subspaces = self.config.num_subspaces
+        return Codebook(values_GKS.expand(num_subspaces, -1, -1), keys_GKX.expand(num_subspaces, -1, -1))
+
     def _compare(
-        self,
-        number: int,
-        rest_NDS: torch.Tensor,
-        counts_N: torch.Tensor | None,
-        subspaces: slice = slice(None),
+        self, number: int, rest_NDS: torch.Tensor, counts_N: torch.Tensor | None, codebook: Codebook
     ) -> Compared:
         """Choose the codes of a level; the batch's own statistics count where `counts_N` is given."""
-        values_MKS: torch.Tensor = self.stored_values()
-        own_keys_MKS: torch.Tensor | None = self.own_keys_MKS
-        if self.revival is not None and torch.is_grad_enabled():
-            # Revival writes in place, maybe before this forward's backward: that must find what was compared.
-            values_MKS = values_MKS.clone()
-            own_keys_MKS = None if own_keys_MKS is None else own_keys_MKS.clone()
-        values_DKS = self._of_level(values_MKS, number)[subspaces]
-        keys_DKS = values_DKS if own_keys_MKS is None else self._of_level(own_keys_MKS, number)[subspaces]
-        queries_NDS = rest_NDS
+        queries_NDS, keys_DKS = rest_NDS, codebook.keys_DKX
         if self.config.resolved_metric == "cosine":
             queries_NDS, keys_DKS = directions(queries_NDS), directions(keys_DKS)
         affine = self._affine(number, queries_NDS, keys_DKS, counts_N)
         codes_ND = encode(queries_NDS, keys_DKS, affine, self.score)
-        return Compared(queries_NDS, keys_DKS, values_DKS, affine, codes_ND)
+        return Compared(queries_NDS, keys_DKS, codebook.values_DKS, affine, codes_ND)
 
     def _affine(
         self, number: int, queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor | None
@@ -309,7 +331,9 @@ class Quantizer(nn.Module):
         return world_size() * (counts_N[: len(errors_N)] @ errors_N) / occurrences
 
     def _keep_up(self, number: int, codes_ND: torch.Tensor, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> None:
-        """What moves by use rather than by gradients."""
+        """What moves by use rather than by gradients: once for a forward, however often it runs."""
+        if recomputing():
+            return
         groups = self._groups(number)
         if self.running_means is not None:
             self.running_means.update(self.values_MKS.data[groups], groups, codes_ND, rest_NDS, counts_N)
@@ -331,7 +355,7 @@ class Quantizer(nn.Module):
         if self.own_keys_MKS is None:
             self.values_MKS.data[group_P, code_P] = drawn_PDS[places_P, subspace_P]
         else:  # the query keeps the value that it has, now from a code nearer to it
-            now_P = self._compare(number, drawn_PDS, None).codes_ND[places_P, subspace_P]
+            now_P = self._compare(number, drawn_PDS, None, self._codebook(number)).codes_ND[places_P, subspace_P]
             self.values_MKS.data[group_P, code_P] = self.values_MKS.data[group_P, now_P]
             self.own_keys_MKS.data[group_P, code_P] = drawn_PDS[places_P, subspace_P]
         self.revival.idle_MK[group_P, code_P] = 0
