@@ -16,6 +16,7 @@ from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection
 from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
 from dpq_rec.nn.find import modules_with_tables
+from dpq_rec.nn.shards import is_under_fsdp
 from dpq_rec.nn.start import start
 from dpq_rec.nn.tables import DPQTables
 
@@ -60,7 +61,8 @@ def replace_embeddings(
         ConfigError: a name that the model does not have, or a table that cannot be replaced, with the reason. The model
             is as it was.
     """
-    if any(isinstance(module, DistributedModelParallel | DistributedDataParallel) for module in model.modules()):
+    wrappers = DistributedModelParallel | DistributedDataParallel
+    if is_under_fsdp(model) or any(isinstance(module, wrappers) for module in model.modules()):
         raise ConfigError("model: got one that is distributed already; replace its embeddings before it is wrapped")
     stock = list(_stock_modules(model))
     chosen = _chosen({name for found in stock for name in found.weights}, config, tables)
