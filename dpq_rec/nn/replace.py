@@ -16,6 +16,7 @@ from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection
 from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
 from dpq_rec.nn.find import modules_with_tables
+from dpq_rec.nn.holders import hold_dpq, holders_of
 from dpq_rec.nn.shards import is_under_fsdp
 from dpq_rec.nn.start import start
 from dpq_rec.nn.tables import DPQTables
@@ -42,9 +43,11 @@ def replace_embeddings(
     >>> model = replace_embeddings(DLRM(EmbeddingBagCollection(tables=[...]), ...), DPQConfig(num_subspaces=16))
 
     Replaced are EmbeddingBagCollection, EmbeddingCollection, nn.Embedding and nn.EmbeddingBag themselves, at any depth,
-    not subclasses, which may do something else. A module that stands in several places stays one. Device, training
-    mode and requires_grad are kept; hooks on a replaced module are not. Do it before optimizers are made and before
-    DistributedModelParallel, which takes the queries over as they are, unless they are on meta.
+    not subclasses, which may do something else; TorchRec's modules around them (FeatureProcessedEmbeddingBagCollection,
+    EmbeddingTower) become subclasses that DistributedModelParallel shards from within. A module that stands in several
+    places stays one. Device, training mode and requires_grad are kept; hooks on a replaced module are not. Do it before
+    optimizers are made and before DistributedModelParallel, which takes the queries over as they are, unless they are
+    on meta.
 
     Args:
         model: plain, not sharded.
@@ -58,8 +61,8 @@ def replace_embeddings(
         The model; or what replaces it, where it is a table module itself.
 
     Raises:
-        ConfigError: a name that the model does not have, or a table that cannot be replaced, with the reason. The model
-            is as it was.
+        ConfigError: a name that the model does not have, or a table that cannot be replaced, with the reason, such as
+            managed collisions around it. The model is as it was.
     """
     wrappers = DistributedModelParallel | DistributedDataParallel
     if is_under_fsdp(model) or any(isinstance(module, wrappers) for module in model.modules()):
@@ -71,6 +74,8 @@ def replace_embeddings(
         for name in chosen.keys() & found.weights.keys():
             _check(name, found, chosen[name], from_weights=from_weights)
     _check_ties(model, stock, chosen)
+    first_chosen = {id(found.module): next(name for name in found.weights if name in chosen) for found in stock}
+    holders = holders_of(model, first_chosen)
     made = {id(found.module): _replacement(found, chosen, from_weights=from_weights) for found in stock}
     if from_weights:
         for replacement in made.values():
@@ -79,6 +84,8 @@ def replace_embeddings(
         for name, child in parent._modules.items():
             if id(child) in made:
                 parent._modules[name] = made[id(child)]
+    for holder in holders:
+        hold_dpq(holder)
     return made.get(id(model), model)
 
 
