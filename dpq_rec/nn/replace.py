@@ -65,7 +65,8 @@ def replace_embeddings(
             managed collisions around it. The model is as it was.
     """
     wrappers = DistributedModelParallel | DistributedDataParallel
-    if is_under_fsdp(model) or any(isinstance(module, wrappers) for module in model.modules()):
+    under_fsdp = any(is_under_fsdp(module) for _, module in modules_with_tables(model))
+    if under_fsdp or any(isinstance(module, wrappers) for module in model.modules()):
         raise ConfigError("model: got one that is distributed already; replace its embeddings before it is wrapped")
     stock = list(_stock_modules(model))
     chosen = _chosen({name for found in stock for name in found.weights}, config, tables)

@@ -33,9 +33,9 @@ class Shard(NamedTuple):
     tensor: torch.Tensor | None
 
 
-def is_under_fsdp(model: nn.Module) -> bool:
-    """Whether FSDP, by `fully_shard` or by its wrapper, holds some of a model's weights."""
-    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+def is_under_fsdp(tables: nn.Module) -> bool:
+    """Whether FSDP, by `fully_shard` or by its wrapper, holds weights of a module with tables."""
+    return any(getattr(module, "_is_fsdp_managed_module", False) for module in tables.modules())
 
 
 def with_whole_weights(function: Function) -> Function:
@@ -43,8 +43,6 @@ def with_whole_weights(function: Function) -> Function:
 
     @functools.wraps(function)
     def called(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not is_under_fsdp(model):
-            return function(model, *args, **kwargs)
         held = [module for module in model.modules() if isinstance(module, FSDPModule)]
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             for module in held:

@@ -9,7 +9,7 @@ from torch import nn
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collectives import world_size
-from dpq_rec.nn.find import TrainedTable, find_tables
+from dpq_rec.nn.find import TrainedTable, find_tables, modules_with_tables
 from dpq_rec.nn.shards import check_cuts, is_under_fsdp, rows_of
 
 
@@ -26,13 +26,13 @@ def start(model: nn.Module, *, num_samples: int = 1 << 16, seed: int = 0) -> Non
         seed: of sample and clustering.
 
     Raises:
-        ConfigError: the model holds no DPQ module, or is under FSDP; or column shards that cut through a subspace.
+        ConfigError: the model holds no DPQ module, or tables under FSDP, or column shards that cut through a subspace.
         MissingDependencyError: faiss is not installed.
     """
     if num_samples < 1:
         raise ConfigError(f"num_samples: got {num_samples}, want 1 or more")
-    if is_under_fsdp(model):
-        raise ConfigError("start: got a model under FSDP, whose weights are in pieces; call start before it is wrapped")
+    if any(is_under_fsdp(module) for _, module in modules_with_tables(model)):
+        raise ConfigError("start: got tables under FSDP, whose weights are in pieces; call start before it is wrapped")
     found = [(name, table) for name, table in find_tables(model).items() if table.quantizer is not None]
     if not found:
         raise ConfigError("start: the model holds no DPQ module; replace_embeddings makes some")

@@ -1,4 +1,4 @@
-"""Replaced models in what rewrites, wraps or reruns them, on any number of ranks. In: nothing. Out: losses, by what did it.
+"""Replaced models in what rewrites, wraps or reruns them, on any number of ranks. Out: the losses of each.
 
 Each way of training runs the same steps: plain, by TorchRec's train pipelines, with checkpointed forwards, under FSDP.
 """

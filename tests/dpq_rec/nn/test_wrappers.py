@@ -123,10 +123,17 @@ def test_what_moves_without_gradients_is_refused_under_fully_shard(options):
 
 def test_start_and_replace_are_refused_under_fully_shard():
     model = sharded(replaced())
-    with pytest.raises(ConfigError, match="call start before it is wrapped"):
+    with pytest.raises(ConfigError, match="call start before"):
         start(model)
     with pytest.raises(ConfigError, match="replace its embeddings before it is wrapped"):
         replace_embeddings(model, config())
+
+
+def test_tables_beside_layers_under_fully_shard_are_replaced_started_and_frozen(tmp_path):
+    model = nn.ModuleDict({"word": nn.Embedding(NUM_IDS, 12), "layer": sharded(nn.Linear(12, 12))})
+    start(replace_embeddings(model, config(method="vq", ema_decay=0.9)))
+    model["layer"](model["word"](IDS)).sum().backward()
+    freeze(model, tmp_path / "artifact")
 
 
 def test_bypass_under_fully_shard_hands_out_the_queries():
