@@ -54,7 +54,8 @@ class DPQTables(nn.Module):
     The penalty of DPQ-VQ needs no line in the training loop: whoever differentiates the vectors differentiates it too.
     Sharding and fused optimizers apply to `queries` (`DistributedModelParallel` finds them); keys and values are data
     parallel. Shards of a table on meta start from their rank's own generator: seed ranks apart, or shards begin alike.
-    In training every rank must call forward equally often: batch statistics are summed over ranks. Keep data-parallel
+    In training every rank must call forward equally often: batch statistics are summed over ranks. A forward inside a
+    backward pass is one run again (gradient checkpointing): it moves no statistics. Keep data-parallel
     queries out of plans on CPU, where TorchRec's fail (FBGEMM #4586); stock plans are row-wise.
 
     The penalty cannot see what a loss is multiplied by before `backward`: set `penalty_scale` to that factor, a
