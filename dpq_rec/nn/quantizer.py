@@ -237,8 +237,7 @@ class Quantizer(nn.Module):
         subspaces = slice(first_subspace, first_subspace + rest_NDS.shape[1])
         for number, num_rows in enumerate(self._rows_by_level(len(queries_NQ), rows_N)):
             rest_NDS = rest_NDS[:num_rows]
-            codebook = Codebook(*(tensor_DKX[subspaces] for tensor_DKX in self._codebook(number)))
-            level = self._compare(number, rest_NDS, None, codebook)
+            level = self._compare(number, rest_NDS, None, self._codebook(number, subspaces))
             codes.append(level.codes_ND)
             if number + 1 < self.config.num_levels:
                 rest_NDS = rest_NDS - choose(level.values_DKS, level.codes_ND)
@@ -276,17 +275,18 @@ class Quantizer(nn.Module):
             )
         return self.first_runs.of(like, counts_N)
 
-    def _codebook(self, number: int) -> Codebook:
+    def _codebook(self, number: int, subspaces: slice = slice(None)) -> Codebook:
         """A level's values and keys."""
-        groups = self._groups(number)
-        values_GKS: torch.Tensor = self.stored_values()[groups]
-        keys_GKX = values_GKS if self.own_keys_MKS is None else self.own_keys_MKS[groups]
+        values_MKS: torch.Tensor = self.stored_values()
+        values_DKS = self._of_level(values_MKS, number)[subspaces]
+        keys_DKX = values_DKS
+        if self.own_keys_MKS is not None:
+            keys_DKX = self._of_level(self.own_keys_MKS, number)[subspaces]
         # What moves by use may do so before this forward's backward, which must find what was compared; and FSDP frees
         # its weights, which it cannot while numpy looks at them.
         if self._is_fsdp_managed_module or (self.training and self.first_runs is not None):
-            values_GKS, keys_GKX = values_GKS.clone(), keys_GKX.clone()
-        num_subspaces = self.config.num_subspaces
-        return Codebook(values_GKS.expand(num_subspaces, -1, -1), keys_GKX.expand(num_subspaces, -1, -1))
+            values_DKS, keys_DKX = values_DKS.clone(), keys_DKX.clone()
+        return Codebook(values_DKS, keys_DKX)
 
     def _compare(
         self, number: int, rest_NDS: torch.Tensor, counts_N: torch.Tensor | None, codebook: Codebook

@@ -155,12 +155,8 @@ class DPQTables(nn.Module):
 
         Raises:
             IndexError: a row outside its table.
-            ConfigError: the parameters, or the rows, are on meta.
+            ConfigError: the queries are on meta.
         """
-        first = self.quantizer(self.quantized_tables[0].name).values_MKS
-        if first.is_meta or any(rows_T.is_meta for rows_T in rows.values()):
-            remedy = "DistributedModelParallel makes them, or module.to_empty(device=...) and module.reset_parameters()"
-            raise ConfigError(f"forward: got parameters or ids on meta, which hold no numbers: {remedy}")
         if not self._cuts_checked:
             for name, weight in self.query_weights().items():
                 check_cuts(name, weight, self.quantizer(name).config)
@@ -180,7 +176,11 @@ class DPQTables(nn.Module):
             lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
             keyed = KeyedJaggedTensor(keys=names, values=torch.cat(rows), lengths=lengths)
             asked[width] = collection(keyed)  # sharded collections answer later: ask all, then wait
-        return {name: asked[width][name].values() for width, names in self.names_by_width.items() for name in names}
+        found = {name: asked[width][name].values() for width, names in self.names_by_width.items() for name in names}
+        if any(queries_NQ.is_meta for queries_NQ in found.values()):
+            remedy = "DistributedModelParallel makes them, or module.to_empty(device=...) and module.reset_parameters()"
+            raise ConfigError(f"forward: got queries on meta, which hold no numbers: {remedy}")
+        return found
 
     def _quantize(self, name: str, queries_NQ: torch.Tensor, asked: _Distinct) -> torch.Tensor:
         quantizer = self.quantizer(name)
