@@ -24,7 +24,7 @@ from dpq_rec.errors import ConfigError
 from dpq_rec.nn.choice import Compared, choose, softmax_choice
 from dpq_rec.nn.collectives import sum_over_ranks, world_size
 from dpq_rec.nn.kmeans import centroids, check_faiss
-from dpq_rec.nn.recompute import Codebook, FirstRun, FirstRuns, recomputing
+from dpq_rec.nn.recompute import Codebook, FirstRuns, recomputing
 from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
 from dpq_rec.nn.tracing import refuse_scripting, refused_elsewhere
 from dpq_rec.nn.upkeep import Revival, RunningMeans, sums_by_code
@@ -187,7 +187,8 @@ class Quantizer(nn.Module):
             return Quantized(codes_NM, self.decode(codes_NM), queries_NQ.new_zeros(()))
         if counts_N is None:
             counts_N = queries_NQ.new_ones(len(queries_NQ))
-        run = self._first_run(queries_NQ.detach() if rows_N is None else rows_N, counts_N)
+        like = queries_NQ.detach() if rows_N is None else rows_N
+        run = None if self.first_runs is None else self.first_runs.of(self, like, counts_N)
         rest_NDS, vectors_NDS, penalty = self._grouped(queries_NQ), None, queries_NQ.new_zeros(())
         codes: list[torch.Tensor] = []
         done: list[torch.Tensor] = []  # vectors of rows that have no more levels, the last rows first
@@ -259,21 +260,6 @@ class Quantizer(nn.Module):
             else:
                 vectors_NDS = vectors_NDS + choose(self._of_level(values_MKS, number), codes_ND)
         return vectors_NDS.flatten(1)
-
-    def _first_run(self, like: torch.Tensor, counts_N: torch.Tensor) -> FirstRun | None:
-        """What checkpointing must find again, where keys or values move by use.
-
-        Raises:
-            ConfigError: fully_shard holds them, which would lose what is written in place.
-        """
-        if self.first_runs is None:
-            return None
-        if self._is_fsdp_managed_module:
-            raise ConfigError(
-                "config: got ema_decay or revive_after under FSDP, which drops what moves without gradients; train it "
-                "under DistributedModelParallel or DistributedDataParallel, or leave both out"
-            )
-        return self.first_runs.of(like, counts_N)
 
     def _codebook(self, number: int, subspaces: slice = slice(None)) -> Codebook:
         """A level's values and keys."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+
+from dpq_rec.errors import ConfigError
 
 _MOST_KEPT = 64  # first runs; one that no second follows, as under no_grad in training mode, is dropped in time
 
@@ -58,8 +61,17 @@ class FirstRuns:
     def __reduce__(self) -> Any:
         return FirstRuns, ()
 
-    def of(self, *like: torch.Tensor) -> FirstRun | None:
-        """This run, to be filled; in a second run the first. None where there will be no second, or was no first."""
+    def of(self, quantizer: nn.Module, *like: torch.Tensor) -> FirstRun | None:
+        """This run, to be filled; in a second run the first. None where there will be no second, or was no first.
+
+        Raises:
+            ConfigError: FSDP holds the keys and values, and would lose what is written into them.
+        """
+        if getattr(quantizer, "_is_fsdp_managed_module", False):
+            raise ConfigError(
+                "config: got ema_decay or revive_after under FSDP, which drops what moves without gradients; train it "
+                "under DistributedModelParallel or DistributedDataParallel, or leave both out"
+            )
         if recomputing():
             return self._find(like)
         self._kept = [run for run in self._kept if not run.found][1 - _MOST_KEPT :]
