@@ -130,10 +130,6 @@ class DPQTables(nn.Module):
         """This module: the name of its node in an fx graph of it alone."""
         return self
 
-    def of_node(self, node: Any) -> Any:
-        """What forward returns while torch.fx traces, given the module's node."""
-        return node
-
     __prepare_scriptable__ = refuse_scripting
 
     @torch.no_grad()

@@ -25,8 +25,8 @@ _FROZEN = "freeze(model, path) writes what serving needs; trace or script the la
 def leaf(forward: Forward) -> Forward:
     """Make a module's forward one node of an fx graph, as `refused_elsewhere` says of all other tracers.
 
-    The module needs `of_node`: what its forward returns of such a node; and `itself`, under which name a graph of the
-    module alone keeps it.
+    A module that is traced by itself needs `itself`, the name under which its graph keeps it. One that returns a
+    container needs `of_node`, which makes it of the node.
     """
     checked: Callable[..., Any] = refused_elsewhere(forward)
 
@@ -36,7 +36,8 @@ def leaf(forward: Forward) -> Forward:
             if isinstance(argument, Proxy):
                 tracer: Any = argument.tracer
                 path = tracer.path_of_module(self) or "itself"  # a graph cannot call its own root
-                return self.of_node(tracer.create_proxy("call_module", path, args, kwargs))
+                node = tracer.create_proxy("call_module", path, args, kwargs)
+                return self.of_node(node) if hasattr(self, "of_node") else node
         return checked(self, *args, **kwargs)
 
     return traced  # type: ignore[return-value]
