@@ -54,8 +54,7 @@ def freeze(
     for it, as for any id that is missing.
 
     Args:
-        model: plain, or wrapped in DistributedModelParallel, torch.compile ...; where FSDP cuts weights up, every rank
-            holds whole tables meanwhile.
+        model: plain, or wrapped (DistributedModelParallel, torch.compile ...); under FSDP ranks hold all meanwhile.
         path: the folder to make; it must not exist.
         tables: which ones; all tables of DPQ modules and of TorchRec's collections if not given. A plain nn.Embedding
             or nn.EmbeddingBag is frozen where it is named here, by its path in the model.

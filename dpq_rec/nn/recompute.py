@@ -13,7 +13,7 @@ from torch import nn
 
 from dpq_rec.errors import ConfigError
 
-_MOST_KEPT = 64  # first runs; one that no second follows, as under no_grad in training mode, is dropped in time
+_MOST_KEPT = 32  # first runs; one that no second follows, as under no_grad in training mode, is dropped in time
 
 
 def recomputing() -> bool:
@@ -57,6 +57,7 @@ class FirstRuns:
 
     def __init__(self) -> None:
         self._kept: list[FirstRun] = []
+        self._any_dropped = False
 
     def __reduce__(self) -> Any:
         return FirstRuns, ()
@@ -65,7 +66,8 @@ class FirstRuns:
         """This run, to be filled; in a second run the first. None where there will be no second, or was no first.
 
         Raises:
-            ConfigError: FSDP holds the keys and values, and would lose what is written into them.
+            ConfigError: FSDP holds the keys and values, and would lose what is written into them; or a second run comes
+                so late that its first was dropped.
         """
         if getattr(quantizer, "_is_fsdp_managed_module", False):
             raise ConfigError(
@@ -74,10 +76,11 @@ class FirstRuns:
             )
         if recomputing():
             return self._find(like)
-        self._kept = [run for run in self._kept if not run.found][1 - _MOST_KEPT :]
+        self._kept = [run for run in self._kept if not run.found]
         if not _may_be_recomputed():
             return None
-        self._kept.append(FirstRun(like))
+        self._any_dropped |= len(self._kept) == _MOST_KEPT
+        self._kept = [*self._kept[1 - _MOST_KEPT :], FirstRun(like)]
         return self._kept[-1]
 
     def _find(self, like: tuple[torch.Tensor, ...]) -> FirstRun | None:
@@ -86,6 +89,11 @@ class FirstRuns:
         run = next((run for run in reversed(same) if not run.found), same[-1] if same else None)
         if run is not None:
             run.found = True
+        elif self._any_dropped:
+            raise ConfigError(
+                f"forward: got one to run again of which {_MOST_KEPT} others have run since, with ema_decay or "
+                "revive_after; call backward more often, or leave checkpointing out"
+            )
         return run
 
 

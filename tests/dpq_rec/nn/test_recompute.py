@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from dpq_rec.errors import ConfigError
 from dpq_rec.nn import DPQEmbedding
 from tests.dpq_rec.nn.modules import KINDS, batch, build, config, vectors
 
@@ -74,3 +75,27 @@ def test_every_module_can_be_checkpointed(way, kind):
 @pytest.mark.parametrize("way", ["reentrant", "not reentrant"])
 def test_several_checkpointed_forwards_before_a_backward(way):
     assert_same_training(way, DPQEmbedding, MOVED["revival and ema"], num_forwards=3)
+
+
+def test_more_forwards_than_are_kept_for_their_backward_are_refused():
+    module, anchor = build(DPQEmbedding, config(**MOVED["ema"])), torch.zeros((), requires_grad=True)
+    outputs = [
+        checkpoint(lambda a, i=i: module(torch.tensor([i % 19 + 1, i // 19])) + a, anchor, use_reentrant=False)
+        for i in range(40)
+    ]
+    with pytest.raises(ConfigError, match="call backward more often"):
+        sum(output.sum() for output in outputs).backward()
+
+
+def test_forwards_in_training_mode_without_gradients_leave_checkpointing_as_it_is():
+    def gradients(way):
+        torch.manual_seed(0)
+        module = build(DPQEmbedding, config(**MOVED["revival and ema"]))
+        with torch.no_grad():
+            for i in range(40):
+                module(torch.tensor([i % 19 + 1]))
+        anchor = torch.zeros((), requires_grad=True)
+        WAYS[way](lambda a: module(torch.tensor(IDS[0])) + a, anchor).square().sum().backward()
+        return [parameter.grad for parameter in module.queries.parameters()]
+
+    assert all(map(torch.equal, gradients("plain"), gradients("reentrant")))
