@@ -2,6 +2,8 @@
 
 `quantizer` (with `scores`, `choice`, `upkeep`, `kmeans`, `collectives` below it), `tables` (with `shards` below it),
 `embedding` and `collection`; then `replace`, `bypass`, `start` and `freeze`, which `find` the tables of a model.
+`tracing`, `recompute` and `holders` are for what else is done to a model: graph capture, checkpointing, TorchRec's
+modules around a collection.
 """
 
 try:

@@ -24,6 +24,7 @@ from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collectives import rank
 from dpq_rec.nn.tables import DPQTables, Looked
+from dpq_rec.nn.tracing import leaf
 
 TableConfig = TypeVar("TableConfig", bound=BaseEmbeddingConfig)
 Configs = DPQConfig | Mapping[str, DPQConfig | None]  # for all tables, or by name; None leaves a table as it is
@@ -72,6 +73,7 @@ class DPQEmbeddingBagCollection(DPQTables, EmbeddingBagCollectionInterface):
         if plain:
             self.plain["bags"] = EmbeddingBagCollection(tables=plain, is_weighted=is_weighted, device=device)
 
+    @leaf
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pooled vectors [B, sum of E] of bags of ids.
 
@@ -157,6 +159,7 @@ class DPQEmbeddingCollection(DPQTables, EmbeddingCollectionInterface):
         for dim, group in plain.items():
             self.plain[dim] = EmbeddingCollection(tables=group, device=device)
 
+    @leaf
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Vectors [T, E] of the ids of each feature; `feature@table` where a feature is served by several tables.
 
@@ -183,6 +186,10 @@ class DPQEmbeddingCollection(DPQTables, EmbeddingCollectionInterface):
                 ids = jagged[feature].values() if self._need_indices else None
                 out[name] = JaggedTensor(values=vectors_TE, lengths=jagged[feature].lengths(), weights=ids)
         return out
+
+    def of_node(self, node: Any) -> dict[str, Any]:
+        """A dict, as stock collections return while they are traced, so that callers can go through it."""
+        return {name: node[name] for names in self._embedding_names for name in names}
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The tables' configs."""

@@ -21,6 +21,7 @@ from dpq_rec.errors import ConfigError, IdTypeError
 from dpq_rec.nn.collectives import world_size
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.tables import Distinct, DPQTables, Looked
+from dpq_rec.nn.tracing import leaf
 
 Mode = Literal["sum", "mean", "max"]
 
@@ -95,8 +96,11 @@ class _OneTable(_DecodedWeight, DPQTables):
         of its own. On several ranks each rank reads it equally often, and one read of all ranks counts as one. What is
         written into it is lost: queries are what trains.
         """
+        values: Any = self.only_quantizer.values_MKS
+        if isinstance(values, Proxy):  # torch.fx traces: its graph is to read the weight anew each time
+            values.tracer.graph.erase_node(values.node)
+            return values.tracer.create_proxy("call_module", values.tracer.path_of_module(self), (None,), {})
         self._check_readable()
-        values = self.only_quantizer.values_MKS
         if values.is_meta:
             return torch.empty(self.num_embeddings, self.embedding_dim, device=values.device)
         looked = self._vectors_of(torch.arange(self.num_embeddings, device=values.device), share=1 / world_size())
@@ -215,13 +219,16 @@ class DPQEmbedding(_OneTable, nn.Embedding):  # type: ignore[override]
         at = int((rows_N < self.padding_idx).sum())  # rows ascend
         return torch.cat([vectors_NE[:at], fixed_PE, vectors_NE[at:]])
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Vectors [..., E] of ids [...] (int64 or int32).
+    @leaf
+    def forward(self, ids: torch.Tensor | None) -> torch.Tensor:
+        """Vectors [..., E] of ids [...] (int64 or int32); of None, as an fx graph asks, the `weight`.
 
         Raises:
             IndexError: an id outside the table.
             IdTypeError: ids that are no integers of 32 or 64 bits.
         """
+        if ids is None:
+            return self.weight
         looked = self._vectors_of(ids.reshape(-1))
         return looked.vectors_NE.index_select(0, looked.at_T).view(*ids.shape, self.embedding_dim)
 
@@ -253,9 +260,10 @@ class DPQEmbeddingBag(_OneTable):
         super().__init__(num_embeddings, embedding_dim, config, padding_idx=padding_idx, name=name, device=device)
         self.mode, self.include_last_offset = mode, include_last_offset
 
+    @leaf
     def forward(
         self,
-        ids: torch.Tensor,
+        ids: torch.Tensor | None,
         offsets: torch.Tensor | None = None,
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -270,6 +278,8 @@ class DPQEmbeddingBag(_OneTable):
             IndexError: an id outside the table.
             IdTypeError: ids that are no integers of 32 or 64 bits.
         """
+        if ids is None:
+            return self.weight
         looked = self._vectors_of(ids.reshape(-1))
         return functional.embedding_bag(
             looked.at_T.view(ids.shape),

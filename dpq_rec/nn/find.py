@@ -1,6 +1,7 @@
 """The tables of a model. In: a model, sharded or not. Out: TrainedTable by name.
 
-A collection's table has the name of its config; a module of one table has its own, or its path in the model.
+A collection's table has the name of its config; a module of one table has its own, or its path in the model, in which
+wrappers (torch.compile, DistributedDataParallel, FSDP, checkpoint_wrapper, AveragedModel ...) do not count.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from dpq_rec.errors import ConfigError
@@ -24,6 +30,15 @@ from dpq_rec.nn.tables import DPQTables
 
 _BAGS = (EmbeddingBagCollection, ShardedEmbeddingBagCollection)
 _COLLECTIONS = (*_BAGS, EmbeddingCollection, ShardedEmbeddingCollection)
+_WRAPPED = {  # wrapper -> its attribute that is the module
+    OptimizedModule: "_orig_mod",
+    DistributedModelParallel: "_dmp_wrapped_module",
+    DistributedDataParallel: "module",
+    DataParallel: "module",
+    FullyShardedDataParallel: "_fsdp_wrapped_module",
+    ActivationWrapper: "_checkpoint_wrapped_module",
+    AveragedModel: "module",
+}
 _PLAIN = "dpq_stays_plain"
 _CUT_MULTIPLE = 4  # TorchRec cuts columns at multiples of it only
 
@@ -58,7 +73,7 @@ def find_tables(model: nn.Module, names: Collection[str] | None = None) -> dict[
     """
     tables: dict[str, TrainedTable] = {}
     others: dict[str, TrainedTable] = {}
-    for path, module in modules_with_tables(get_unwrapped_module(model)):
+    for path, module in modules_with_tables(model):
         is_torch = _is_torchs(module) and not getattr(module, _PLAIN, False)
         for name, table in _tables_of(module, path).items():
             if name in tables or name in others:
@@ -98,7 +113,7 @@ def modules_with_tables(
     module: nn.Module, path: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of everything that holds tables, each once; not what these are made of."""
-    seen = set() if seen is None else seen
+    seen, module = set() if seen is None else seen, _unwrapped(module)
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -110,6 +125,12 @@ def modules_with_tables(
     for name, child in inner.named_children():
         child_path = ".".join(filter(None, (path, "plain" if inner is not module else "", name)))
         yield from modules_with_tables(child, child_path, seen)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while names := [name for kind, name in _WRAPPED.items() if isinstance(module, kind)]:
+        module = getattr(module, names[0])
+    return module
 
 
 def _is_torchs(module: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:
@@ -143,20 +164,17 @@ def _tables_of(module: nn.Module, path: str) -> dict[str, TrainedTable]:
 
 def _plain_tables(collection: Any) -> dict[str, TrainedTable]:
     pooled = isinstance(collection, _BAGS)
-    state, prefix = collection.state_dict(), "embedding_bags" if pooled else "embeddings"
-    if isinstance(collection, EmbeddingBagCollection):
-        configs = collection.embedding_bag_configs()
-    elif isinstance(collection, EmbeddingCollection):
-        configs = collection.embedding_configs()
+    if isinstance(collection, EmbeddingBagCollection | EmbeddingCollection):
+        configs = collection.embedding_bag_configs() if pooled else collection.embedding_configs()
+        modules: Any = collection.embedding_bags if pooled else collection.embeddings
+        weights = {name: module.weight.detach() for name, module in modules.items()}
     else:
         configs = collection._embedding_bag_configs if pooled else collection._embedding_configs
+        state, prefix = collection.state_dict(), "embedding_bags" if pooled else "embeddings"
+        weights = {table.name: state[f"{prefix}.{table.name}.weight"] for table in configs}
     return {
         table.name: TrainedTable(
-            table.num_embeddings,
-            table.embedding_dim,
-            tuple(table.feature_names),
-            state[f"{prefix}.{table.name}.weight"],
-            pooled=pooled,
+            table.num_embeddings, table.embedding_dim, tuple(table.feature_names), weights[table.name], pooled=pooled
         )
         for table in configs
     }

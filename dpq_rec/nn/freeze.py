@@ -27,7 +27,7 @@ from dpq_rec.nn.collectives import rank, world_size
 from dpq_rec.nn.find import TrainedTable, find_tables
 from dpq_rec.nn.finite import check_tables
 from dpq_rec.nn.quantizer import Quantizer
-from dpq_rec.nn.shards import Shard, check_cuts, shards_of
+from dpq_rec.nn.shards import Shard, check_cuts, shards_of, with_whole_weights
 from dpq_rec.tiers import Tier
 from dpq_rec.vocabulary import IdentityVocabulary, Int64Vocabulary, Vocabulary
 
@@ -38,6 +38,7 @@ Progress = Callable[[int], object]
 
 
 @torch.no_grad()
+@with_whole_weights
 def freeze(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -54,7 +55,7 @@ def freeze(
     for it, as for any id that is missing.
 
     Args:
-        model: plain, or wrapped in DistributedModelParallel.
+        model: plain, or wrapped (DistributedModelParallel, torch.compile ...); under FSDP ranks hold all meanwhile.
         path: the folder to make; it must not exist.
         tables: which ones; all tables of DPQ modules and of TorchRec's collections if not given. A plain nn.Embedding
             or nn.EmbeddingBag is frozen where it is named here, by its path in the model.
@@ -267,7 +268,8 @@ def _chunks_to_rank_0(shards: list[Shard], stored_from: Mapping[int, _Stored]) -
 def _part_to_rank_0(shard: Shard, rows: slice, stored: _Stored) -> NDArray[Any] | None:
     part = None
     if shard.tensor is not None:
-        part = stored.part(shard, shard.tensor.detach()[rows], shard.first_row + rows.start)
+        rows_NQ = shard.tensor.detach()[rows].clone()  # FSDP could not free what numpy looks at
+        part = stored.part(shard, rows_NQ, shard.first_row + rows.start)
     if shard.owner == 0 or world_size() == 1:
         return part
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

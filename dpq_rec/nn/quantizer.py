@@ -26,7 +26,9 @@ from dpq_rec.nn.choice import Compared, choose, softmax_choice
 from dpq_rec.nn.finite import check_dtype, check_finite, read_by, sample
 from dpq_rec.nn.kmeans import centroids, check_faiss
 from dpq_rec.nn.penalty import codebook_loss
+from dpq_rec.nn.recompute import Codebook, FirstRuns, recomputing
 from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
+from dpq_rec.nn.tracing import refuse_scripting, refused_elsewhere
 from dpq_rec.nn.upkeep import Revival, RunningMeans, sums_by_code
 
 NO_CODE = -1
@@ -67,6 +69,8 @@ class Quantizer(nn.Module):
     """
 
     bypassed = False
+    _is_fsdp_managed_module = False  # set by torch, where FSDP holds the parameters
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -94,6 +98,7 @@ class Quantizer(nn.Module):
         self.score_norms = nn.ModuleList(norms if config.batch_norm else [])
         self.running_means = RunningMeans(value_shape, config.ema_decay, device) if config.ema_decay else None
         self.revival = Revival(value_shape[:2], config.revive_after, device) if config.revive_after else None
+        self.first_runs = FirstRuns() if self.running_means or self.revival else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -154,7 +159,7 @@ class Quantizer(nn.Module):
         found_GKS = centroids(rest_NDS, config.num_codes, shared=config.share_subspaces, spherical=spherical, seed=seed)
         (self.values_MKS if self.own_keys_MKS is None else self.own_keys_MKS).data[groups] = found_GKS
         ones_N = rest_NDS.new_ones(len(rest_NDS))
-        codes_ND = self._compare(number, rest_NDS, ones_N).codes_ND
+        codes_ND = self._compare(number, rest_NDS, ones_N, self._codebook(number)).codes_ND
         values_GKS = self.values_MKS.data[groups]
         if found_GKS.shape != values_GKS.shape:
             return rest_NDS
@@ -177,6 +182,7 @@ class Quantizer(nn.Module):
         rounded_MKS = values_MKS.detach().half().to(values_MKS.dtype)
         return rounded_MKS + (values_MKS - values_MKS.detach())
 
+    @refused_elsewhere
     def forward(
         self,
         queries_NQ: torch.Tensor,
@@ -204,6 +210,8 @@ class Quantizer(nn.Module):
             counts_N = queries_NQ.new_ones(len(queries_NQ))
         if not is_checked:
             check_finite(read_by(self, queries_NQ, rows_N, "quantizer"))
+        like = queries_NQ.detach() if rows_N is None else rows_N
+        run = None if self.first_runs is None else self.first_runs.of(self, like, counts_N)
         rest_NDS, vectors_NDS, penalty = self._grouped(queries_NQ), None, queries_NQ.new_zeros(())
         codes: list[torch.Tensor] = []
         done: list[torch.Tensor] = []  # vectors of rows that have no more levels, the last rows first
@@ -211,9 +219,11 @@ class Quantizer(nn.Module):
             if vectors_NDS is not None and num_rows < len(vectors_NDS):
                 done.append(vectors_NDS[num_rows:])
                 rest_NDS, vectors_NDS = rest_NDS[:num_rows], vectors_NDS[:num_rows]
-            if self.revival is not None:
+            if self.revival is not None and not recomputing():
                 self._revive(number, rest_NDS.detach())
-            level = self._compare(number, rest_NDS, counts_N[:num_rows])
+            codebook = self._codebook(number)
+            codebook = codebook if run is None else run.codebook(number, codebook)
+            level = self._compare(number, rest_NDS, counts_N[:num_rows], codebook)
             if self.config.method == "sx":
                 emitted_NDS = softmax_choice(
                     level,
@@ -251,7 +261,7 @@ class Quantizer(nn.Module):
         subspaces = slice(first_subspace, first_subspace + rest_NDS.shape[1])
         for number, num_rows in enumerate(self._rows_by_level(len(queries_NQ), rows_N)):
             rest_NDS = rest_NDS[:num_rows]
-            level = self._compare(number, rest_NDS, None, subspaces)
+            level = self._compare(number, rest_NDS, None, self._codebook(number, subspaces))
             codes.append(level.codes_ND)
             if number + 1 < self.config.num_levels:
                 rest_NDS = rest_NDS - choose(level.values_DKS, level.codes_ND)
@@ -274,28 +284,29 @@ class Quantizer(nn.Module):
                 vectors_NDS = vectors_NDS + choose(self._of_level(values_MKS, number), codes_ND)
         return vectors_NDS.flatten(1)
 
+    def _codebook(self, number: int, subspaces: slice = slice(None)) -> Codebook:
+        """A level's values and keys."""
+        values_MKS: torch.Tensor = self.stored_values()
+        values_DKS = self._of_level(values_MKS, number)[subspaces]
+        keys_DKX = values_DKS
+        if self.own_keys_MKS is not None:
+            keys_DKX = self._of_level(self.own_keys_MKS, number)[subspaces]
+        # What moves by use may do so before this forward's backward, which must find what was compared; and FSDP frees
+        # its weights, which it cannot while numpy looks at them.
+        if self._is_fsdp_managed_module or (self.training and self.first_runs is not None):
+            values_DKS, keys_DKX = values_DKS.clone(), keys_DKX.clone()
+        return Codebook(values_DKS, keys_DKX)
+
     def _compare(
-        self,
-        number: int,
-        rest_NDS: torch.Tensor,
-        counts_N: torch.Tensor | None,
-        subspaces: slice = slice(None),
+        self, number: int, rest_NDS: torch.Tensor, counts_N: torch.Tensor | None, codebook: Codebook
     ) -> Compared:
         """Choose the codes of a level; the batch's own statistics count where `counts_N` is given."""
-        values_MKS: torch.Tensor = self.stored_values()
-        own_keys_MKS: torch.Tensor | None = self.own_keys_MKS
-        if self.revival is not None and torch.is_grad_enabled():
-            # Revival writes in place, maybe before this forward's backward: that must find what was compared.
-            values_MKS = values_MKS.clone()
-            own_keys_MKS = None if own_keys_MKS is None else own_keys_MKS.clone()
-        values_DKS = self._of_level(values_MKS, number)[subspaces]
-        keys_DKS = values_DKS if own_keys_MKS is None else self._of_level(own_keys_MKS, number)[subspaces]
-        queries_NDS = rest_NDS
+        queries_NDS, keys_DKS = rest_NDS, codebook.keys_DKX
         if self.config.resolved_metric == "cosine":
             queries_NDS, keys_DKS = directions(queries_NDS), directions(keys_DKS)
         affine = self._affine(number, queries_NDS, keys_DKS, counts_N)
         codes_ND = encode(queries_NDS, keys_DKS, affine, self.score)
-        return Compared(queries_NDS, keys_DKS, values_DKS, affine, codes_ND)
+        return Compared(queries_NDS, keys_DKS, codebook.values_DKS, affine, codes_ND)
 
     def _affine(
         self, number: int, queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor | None
@@ -311,7 +322,9 @@ class Quantizer(nn.Module):
             return norm(queries_NDS, keys_DKS, counts_N)
 
     def _keep_up(self, number: int, codes_ND: torch.Tensor, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> None:
-        """What moves by use rather than by gradients."""
+        """What moves by use rather than by gradients: once for a forward, however often it runs."""
+        if recomputing():
+            return
         groups = self._groups(number)
         if self.running_means is not None:
             self.running_means.update(self.values_MKS.data[groups], groups, codes_ND, rest_NDS, counts_N)
@@ -333,7 +346,7 @@ class Quantizer(nn.Module):
         if self.own_keys_MKS is None:
             self.values_MKS.data[group_P, code_P] = drawn_PDS[places_P, subspace_P]
         else:  # the query keeps the value that it has, now from a code nearer to it
-            now_P = self._compare(number, drawn_PDS, None).codes_ND[places_P, subspace_P]
+            now_P = self._compare(number, drawn_PDS, None, self._codebook(number)).codes_ND[places_P, subspace_P]
             self.values_MKS.data[group_P, code_P] = self.values_MKS.data[group_P, now_P]
             self.own_keys_MKS.data[group_P, code_P] = drawn_PDS[places_P, subspace_P]
         self.revival.idle_MK[group_P, code_P] = 0

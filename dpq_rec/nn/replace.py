@@ -16,6 +16,8 @@ from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection, without_small
 from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag, TiedLinear
 from dpq_rec.nn.find import mark_plain, modules_with_tables
+from dpq_rec.nn.holders import hold_dpq, holders_of
+from dpq_rec.nn.shards import is_under_fsdp
 from dpq_rec.nn.start import start
 from dpq_rec.nn.tables import DPQTables
 
@@ -48,7 +50,9 @@ def replace_embeddings(
     >>> model = replace_embeddings(DLRM(EmbeddingBagCollection(tables=[...]), ...), DPQConfig(num_subspaces=16))
 
     Replaced are EmbeddingBagCollection, EmbeddingCollection, nn.Embedding and nn.EmbeddingBag themselves, at any depth,
-    not subclasses, which may do something else. A module that stands in several places stays one, and several
+    not subclasses, which may do something else; TorchRec's modules around them (FeatureProcessedEmbeddingBagCollection,
+    EmbeddingTower) become subclasses that DistributedModelParallel shards from within. A module that stands in several
+    places stays one, and several
     nn.Embedding of one weight become one, under the name of the first; an nn.Linear of that weight, a tied output
     layer, becomes a `TiedLinear`. Device, training mode and requires_grad are kept; hooks on a replaced module are not.
     Do it before optimizers are made and before DistributedModelParallel, which takes the queries over as they are,
@@ -68,10 +72,12 @@ def replace_embeddings(
         The model; or what replaces it, where it is a table module itself.
 
     Raises:
-        ConfigError: a name that the model does not have, or a table that cannot be replaced, with the reason, or
-            weights that are not finite, with the row. The model is as it was.
+        ConfigError: a name that the model does not have, or a table that cannot be replaced, with the reason, such as
+            managed collisions around it, or weights that are not finite, with the row. The model is as it was.
     """
-    if any(isinstance(module, DistributedModelParallel | DistributedDataParallel) for module in model.modules()):
+    wrappers = DistributedModelParallel | DistributedDataParallel
+    under_fsdp = any(is_under_fsdp(module) for _, module in modules_with_tables(model))
+    if under_fsdp or any(isinstance(module, wrappers) for module in model.modules()):
         raise ConfigError("model: got one that is distributed already; replace its embeddings before it is wrapped")
     stock = list(_stock_modules(model))
     shapes = {name: (len(w), w.shape[1]) for found in stock for name, w in found.weights.items()}
@@ -84,6 +90,8 @@ def replace_embeddings(
             _check(name, found, chosen[name], from_weights=from_weights)
     outputs = _tied_outputs(model, stock)
     _check_ties(model, stock, chosen, outputs)
+    first_chosen = {id(found.module): next(name for name in found.weights if name in chosen) for found in stock}
+    holders = holders_of(model, first_chosen)
     made: dict[int, nn.Module] = {}
     for found in stock:
         replacement = _replacement(found, chosen, from_weights=from_weights)
@@ -100,6 +108,8 @@ def replace_embeddings(
         for name, child in parent._modules.items():
             if id(child) in made:
                 parent._modules[name] = made[id(child)]
+    for holder in holders:
+        hold_dpq(holder)
     return made.get(id(model), model)
 
 

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from dpq_rec import kernels
 from dpq_rec.nn.collectives import sum_over_ranks
+from dpq_rec.nn.recompute import recomputing
 
 Score = Literal["dot", "euclidean"]
 _ENCODE_CHUNK = 1 << 24  # scores in memory at a time where no kernel runs
@@ -192,7 +193,8 @@ class ScoreNorm(nn.Module):
         if not self.training:
             return self.running()
         moments, count = score_moments(queries_NDS, keys_DKS, counts_N, self.score)
-        self._follow(moments, count)
+        if not recomputing():
+            self._follow(moments, count)
         return _affine(moments, self.epsilon)
 
     def running(self) -> Affine:

@@ -6,14 +6,20 @@ planner for that, `check_cuts` refuses anything else.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collectives import rank, sum_over_ranks
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Shard(NamedTuple):
@@ -25,6 +31,29 @@ class Shard(NamedTuple):
     first_column: int
     num_columns: int
     tensor: torch.Tensor | None
+
+
+def is_under_fsdp(tables: nn.Module) -> bool:
+    """Whether FSDP, by `fully_shard` or by its wrapper, holds weights of a module with tables."""
+    return any(getattr(module, "_is_fsdp_managed_module", False) for module in tables.modules())
+
+
+def with_whole_weights(function: Function) -> Function:
+    """Let a function of a model see whole weights on every rank where FSDP cuts them up; TorchRec's shards stay."""
+
+    @functools.wraps(function)
+    def called(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        held = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            for module in held:
+                module.unshard()
+            try:
+                return function(model, *args, **kwargs)
+            finally:
+                for module in held:
+                    module.reshard()
+
+    return called  # type: ignore[return-value]
 
 
 def shards_of(weight_VQ: torch.Tensor | ShardedTensor) -> list[Shard]:

@@ -9,9 +9,9 @@ from torch import nn
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collectives import world_size
-from dpq_rec.nn.find import TrainedTable, quantized_tables
+from dpq_rec.nn.find import TrainedTable, modules_with_tables, quantized_tables
 from dpq_rec.nn.finite import check_tables
-from dpq_rec.nn.shards import check_cuts, rows_of
+from dpq_rec.nn.shards import check_cuts, is_under_fsdp, rows_of
 
 
 @torch.no_grad()
@@ -33,6 +33,8 @@ def start(model: nn.Module, *, num_samples: int = 1 << 16, seed: int = 0) -> Non
     """
     if num_samples < 1:
         raise ConfigError(f"num_samples: got {num_samples}, want 1 or more")
+    if any(is_under_fsdp(module) for _, module in modules_with_tables(model)):
+        raise ConfigError("start: got tables under FSDP, whose weights are in pieces; call start before it is wrapped")
     found = quantized_tables(model, "start")
     check_tables(found, in_training=True)
     for name, table in found.items():

@@ -22,6 +22,7 @@ from dpq_rec.nn.finite import Numbers, check_dtype, check_finite, read_by
 from dpq_rec.nn.penalty import with_penalty
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.shards import check_cuts
+from dpq_rec.nn.tracing import refuse_scripting
 
 
 class Looked(NamedTuple):
@@ -44,13 +45,20 @@ class Distinct(NamedTuple):
     at_T: torch.Tensor  # position in rows_N of each occurrence
 
 
+class _Unscripted(nn.ModuleDict):
+    """Collections of other tables; torch.jit.script, which a train pipeline tries on them, would lose the mapping."""
+
+    __prepare_scriptable__ = refuse_scripting
+
+
 class DPQTables(nn.Module):
     """Tables that are trained to be frozen to a few bytes a row; the modules that users build are subclasses.
 
     The penalty of DPQ-VQ needs no line in the training loop: whoever differentiates the vectors differentiates it too.
     Sharding and fused optimizers apply to `queries` (`DistributedModelParallel` finds them); keys and values are data
     parallel. Shards of a table on meta start from their rank's own generator: seed ranks apart, or shards begin alike.
-    In training every rank must call forward equally often: batch statistics are summed over ranks. Keep data-parallel
+    In training every rank must call forward equally often: batch statistics are summed over ranks. A forward inside a
+    backward pass is one run again (gradient checkpointing): it moves no statistics. Keep data-parallel
     queries out of plans on CPU, where TorchRec's fail (FBGEMM #4586); stock plans are row-wise.
 
     The penalty cannot see what a loss is multiplied by before `backward`: set `penalty_scale` to that factor, a
@@ -85,7 +93,7 @@ class DPQTables(nn.Module):
         self.quantized_tables = list(tables)
         self.penalties: dict[str, torch.Tensor] = {}  # table -> penalty of the last forward in training, to be logged
         self.quantizers = _InFP32()
-        self.plain = nn.ModuleDict()  # stock collections of the tables that are not quantized
+        self.plain = _Unscripted()  # stock collections of the tables that are not quantized
         self._cuts_checked = False
         self._device = device or torch.device("cpu")
         by_width: dict[str, list[EmbeddingConfig]] = {}
@@ -110,17 +118,27 @@ class DPQTables(nn.Module):
 
     def query_weights(self) -> dict[str, Any]:
         """Table -> its queries [V, query_dim], as a tensor or, sharded, as a ShardedTensor; they share memory."""
-        states = {width: collection.state_dict() for width, collection in self.queries.items()}
-        return {
-            name: states[width][f"embeddings.{name}.weight"]
-            for width, names in self.names_by_width.items()
-            for name in names
-        }
+        weights: dict[str, Any] = {}
+        for width, names in self.names_by_width.items():
+            collection: Any = self.queries[width]
+            if isinstance(collection, EmbeddingCollection):  # fully_shard's hooks on state_dict would shard it again
+                weights |= {name: collection.embeddings[name].weight.detach() for name in names}
+            else:
+                state = collection.state_dict()
+                weights |= {name: state[f"embeddings.{name}.weight"] for name in names}
+        return weights
 
     @property
     def device(self) -> torch.device:
         """Where the parameters were made."""
         return self._device
+
+    @property
+    def itself(self) -> DPQTables:
+        """This module: the name of its node in an fx graph of it alone."""
+        return self
+
+    __prepare_scriptable__ = refuse_scripting
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As torch's, but for values that are running means: no gradient moves them."""
@@ -198,7 +216,11 @@ class DPQTables(nn.Module):
             lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
             keyed = KeyedJaggedTensor(keys=names, values=torch.cat(rows), lengths=lengths)
             asked[width] = collection(keyed)  # sharded collections answer later: ask all, then wait
-        return {name: asked[width][name].values() for width, names in self.names_by_width.items() for name in names}
+        found = {name: asked[width][name].values() for width, names in self.names_by_width.items() for name in names}
+        if any(queries_NQ.is_meta for queries_NQ in found.values()):
+            remedy = "DistributedModelParallel makes them, or module.to_empty(device=...) and module.reset_parameters()"
+            raise ConfigError(f"forward: got queries on meta, which hold no numbers: {remedy}")
+        return found
 
     def _quantize(self, name: str, queries_NQ: torch.Tensor, asked: Distinct) -> torch.Tensor:
         quantizer = self.quantizer(name)

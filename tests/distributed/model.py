@@ -126,11 +126,16 @@ def shard_with_weights(model, asked, device="cpu"):
     """The same, with the weights that the model has; the sharder starts tables with others."""
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     wrapped = shard(model, asked, device)
+    load_whole(wrapped, weights)
+    return wrapped
+
+
+def load_whole(wrapped, weights):
+    """Whole weights into the shards that this rank holds of them."""
     for name, tensor in wrapped.state_dict().items():
         for piece in tensor.local_shards() if isinstance(tensor, ShardedTensor) else []:
             (row, column), (num_rows, num_columns) = piece.metadata.shard_offsets, piece.metadata.shard_sizes
             piece.tensor.copy_(weights[name][row : row + num_rows, column : column + num_columns])
-    return wrapped
 
 
 def train_step(model, wrapped, optimizer, features, labels):

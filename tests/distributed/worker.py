@@ -1,4 +1,4 @@
-"""What the tests run under torchrun: every case, then what must be refused, and models built on meta.
+"""What the tests run under torchrun: every case, `graphs`, then what must be refused, and models built on meta.
 
 In: a folder. Out, written by rank 0: OUT/report.json, what all ranks saw; OUT/CASE, artifacts; OUT/CASE.pt, weights.
 Each case trains on the same examples, whatever the number of ranks: a rank takes its share.
@@ -16,7 +16,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from dpq_rec import DPQConfig
 from dpq_rec.nn import DPQEmbeddingBagCollection, bypass, freeze, start
-from tests.distributed import checks, tied
+from tests.distributed import checks, graphs, tied
 from tests.distributed.cases import CASES, NUM_STEPS, Case, default_config
 from tests.distributed.model import Model, batch, constraints, dense_optimizer, shard, shard_with_weights, train_step
 
@@ -121,6 +121,7 @@ def main():
     # First, while the peak of this process is what its imports took.
     report = {"growth": memory_of_a_big_table(out / "big")}
     report["cases"] = {name: train(case, out / name) for name, case in CASES.items()}
+    report["graphs"] = graphs.report(out)
     report["tied"] = {name: tied.train(case, out / name) for name, case in tied.TIED.items()}
     if dist.get_world_size() > 1:
         report["cuts"] = cut_through_subspaces(out)

@@ -272,9 +272,16 @@ def test_tied_layer_is_one_node_to_torch_fx_and_trains_its_table():
     assert queries(model.words).grad.any()
 
 
-def test_weight_that_torch_fx_would_record_is_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match=r"weight: got torch.fx, .* use a TiedLinear\(embedding\)"):
-        torch.fx.symbolic_trace(Scored(tied_layer=False))
+def test_weight_is_read_anew_by_each_run_of_what_torch_fx_traced():
+    model = Scored(tied_layer=False)
+    traced = torch.fx.symbolic_trace(model)
+    vectors = torch.randn(3, E)
+    with torch.no_grad():
+        queries(model.words).mul_(-1)  # after the trace
+    assert torch.equal(traced.eval()(vectors), model.eval()(vectors))
+    model.train()
+    traced.train()(vectors).sum().backward()
+    assert queries(model.words).grad.any()
 
 
 def test_weight_of_a_table_in_pieces_is_refused_with_the_remedy(one_rank):

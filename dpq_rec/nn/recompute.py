@@ -1,0 +1,109 @@
+"""Forwards that run twice, by activation checkpointing. In: a forward's rows. Out: what they were compared with.
+
+Checkpointing runs a forward again in the backward pass, for what it did not save. What moves by use (statistics, EMA,
+revival) must move once, and the second run must find the keys and values of the first.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dpq_rec.errors import ConfigError
+
+_MOST_KEPT = 32  # first runs; one that no second follows, as under no_grad in training mode, is dropped in time
+
+
+def recomputing() -> bool:
+    """Whether this is a second run: a forward inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _may_be_recomputed() -> bool:
+    """Whether a second run may follow: the graph of this one is not kept, or its tensors are packed by hooks."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class Codebook(NamedTuple):
+    """What a level compares queries with, and emits; D subspaces, which may share both."""
+
+    values_DKS: torch.Tensor
+    keys_DKX: torch.Tensor
+
+
+class FirstRun:
+    """What a forward compared its queries with, level by level.
+
+    Args:
+        like: tensors that a second run has too, with the same contents.
+    """
+
+    def __init__(self, like: tuple[torch.Tensor, ...]) -> None:
+        self.like, self.codebooks, self.found = like, list[Codebook](), False
+
+    def codebook(self, level: int, now: Codebook) -> Codebook:
+        """The level's codebook: in a second run that of the first, with gradients that go to the one there is now."""
+        if not recomputing():
+            self.codebooks.append(Codebook(now.values_DKS.detach(), now.keys_DKX.detach()))
+            return now
+        then = self.codebooks[level]
+        return Codebook(_As.apply(now.values_DKS, then.values_DKS), _As.apply(now.keys_DKX, then.keys_DKX))
+
+
+class FirstRuns:
+    """The first runs of a module whose second may still come. A copy of it, or a pickle, is empty."""
+
+    def __init__(self) -> None:
+        self._kept: list[FirstRun] = []
+        self._any_dropped = False
+
+    def __reduce__(self) -> Any:
+        return FirstRuns, ()
+
+    def of(self, quantizer: nn.Module, *like: torch.Tensor) -> FirstRun | None:
+        """This run, to be filled; in a second run the first. None where there will be no second, or was no first.
+
+        Raises:
+            ConfigError: FSDP holds the keys and values, and would lose what is written into them; or a second run comes
+                so late that its first was dropped.
+        """
+        if getattr(quantizer, "_is_fsdp_managed_module", False):
+            raise ConfigError(
+                "config: got ema_decay or revive_after under FSDP, which drops what moves without gradients; train it "
+                "under DistributedModelParallel or DistributedDataParallel, or leave both out"
+            )
+        if recomputing():
+            return self._find(like)
+        self._kept = [run for run in self._kept if not run.found]
+        if not _may_be_recomputed():
+            return None
+        self._any_dropped |= len(self._kept) == _MOST_KEPT
+        self._kept = [*self._kept[1 - _MOST_KEPT :], FirstRun(like)]
+        return self._kept[-1]
+
+    def _find(self, like: tuple[torch.Tensor, ...]) -> FirstRun | None:
+        """The last one of these contents that was not found yet: backward passes go from the last to the first."""
+        same = [run for run in self._kept if all(map(torch.equal, run.like, like))]
+        run = next((run for run in reversed(same) if not run.found), same[-1] if same else None)
+        if run is not None:
+            run.found = True
+        elif self._any_dropped:
+            raise ConfigError(
+                f"forward: got one to run again of which {_MOST_KEPT} others have run since, with ema_decay or "
+                "revive_after; call backward more often, or leave checkpointing out"
+            )
+        return run
+
+
+class _As(torch.autograd.Function):
+    """Another tensor's contents; the gradient passes as if they were its own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, contents: torch.Tensor) -> torch.Tensor:
+        return contents.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
