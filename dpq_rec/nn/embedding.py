@@ -97,9 +97,8 @@ class _OneTable(_DecodedWeight, DPQTables):
         written into it is lost: queries are what trains.
         """
         values: Any = self.only_quantizer.values_MKS
-        if isinstance(values, Proxy):  # torch.fx traces: its graph is to read the weight anew each time
-            values.tracer.graph.erase_node(values.node)
-            return values.tracer.create_proxy("call_module", values.tracer.path_of_module(self), (None,), {})
+        if isinstance(values, Proxy):
+            return self._read_by_graph(values)
         self._check_readable()
         if values.is_meta:
             return torch.empty(self.num_embeddings, self.embedding_dim, device=values.device)
@@ -108,6 +107,12 @@ class _OneTable(_DecodedWeight, DPQTables):
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.queries.parameters()):
             weight_VE.requires_grad_()  # transformers learns from it whether the table is trained, in eval mode too
         return weight_VE
+
+    def _read_by_graph(self, values: Proxy) -> Any:
+        """A node that reads the weight anew at each run of the graph that torch.fx traces, instead of `values`'."""
+        tracer: Any = values.tracer
+        tracer.graph.erase_node(values.node)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (None,), {})
 
     def _check_readable(self) -> None:
         """Refuse to decode a weight that would be a constant of a graph, or of which this rank holds a piece."""
