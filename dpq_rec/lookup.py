@@ -17,7 +17,7 @@ from dpq_rec.ids import ids_of_kind, int64_ids, plain_array
 from dpq_rec.kernels.ids import lookup_integers
 from dpq_rec.octets import Form, FoundOctets, find_octets, ids_of_octets
 from dpq_rec.packed import PackedRows, packed_rows
-from dpq_rec.search import Neighbours, Similarity, TableSearch
+from dpq_rec.search import Check, Neighbours, Similarity, TableSearch
 from dpq_rec.vocabulary import Int64Vocabulary
 
 MissingPolicy = Literal["zeros", "error"]
@@ -243,7 +243,9 @@ class EmbeddingStore:
             _find_rows(found, ids_of_octets(asked), missing)  # which raises before anything is decoded
         return find_octets(found, asked, form)
 
-    def search(self, table: str, queries: Any, k: int, *, similarity: Similarity = "dot") -> Neighbours:
+    def search(
+        self, table: str, queries: Any, k: int, *, similarity: Similarity = "dot", check: Check = None
+    ) -> Neighbours:
         """The k ids of a table whose vectors are most similar to each query, exactly: every row is looked at.
 
         Compressed rows are scored from their codes, in fp32, without decoding a vector. Where scores tie, the lower
@@ -258,13 +260,14 @@ class EmbeddingStore:
             queries: [Q, E], finite numbers.
             k: answers to each query; fewer where the table has fewer ids.
             similarity: "dot", the inner product, or "cosine", which is 0 with a vector of zeros.
+            check: called before each block of rows; what it raises ends the search.
 
         Raises:
             UnknownTableError: no such table.
             ConfigError: queries that do not fit the table, no k, or another similarity.
             DamagedArtifactError: a row's codes are not what was published.
         """
-        return self._searches[self.table(table).name](queries, k, similarity)
+        return self._searches[self.table(table).name](queries, k, similarity, check)
 
 
 def _searches_of(artifact: Artifact) -> dict[str, TableSearch]:

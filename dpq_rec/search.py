@@ -8,6 +8,7 @@ cosines want.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,7 +23,9 @@ from dpq_rec.ids import plain_array
 from dpq_rec.kernels import Best
 
 Similarity = Literal["dot", "cosine"]
+Check = Callable[[], None] | None
 _BLOCK_NUMBERS = 1 << 20  # fp32 numbers of a table at a time: 4 MB
+_BLOCK_ROWS = 1 << 24  # of codes at a time: some 20 ms
 _LEAST_LENGTH = 1e-30  # of a vector that has a direction; one over less is more than fp32 holds
 
 
@@ -80,7 +83,7 @@ class TableSearch:
         """Without what is made when it is asked for."""
         return {"table": self.table}
 
-    def __call__(self, queries: Any, k: int, similarity: Similarity) -> Neighbours:
+    def __call__(self, queries: Any, k: int, similarity: Similarity, check: Check = None) -> Neighbours:
         """See `EmbeddingStore.search`."""
         if similarity not in ("dot", "cosine"):
             raise ConfigError(f"similarity: got {similarity!r}, want dot or cosine")
@@ -96,7 +99,7 @@ class TableSearch:
         rows_QT = np.empty((len(queries_QE), num_found), np.int64)
         scores_QT = np.empty((len(queries_QE), num_found), np.float32)
         for q, query_E in enumerate(queries_QE):
-            rows_T, scores_T = self._best(query_E, num_found + num_nameless, scales_V)
+            rows_T, scores_T = self._best(query_E, num_found + num_nameless, scales_V, check or _go_on)
             (named_T,) = (self._names.positions_V[rows_T] >= 0).nonzero()
             rows_QT[q], scores_QT[q] = rows_T[named_T[:num_found]], scores_T[named_T[:num_found]]
         return Neighbours(self._names.of(rows_QT), scores_QT)
@@ -115,21 +118,25 @@ class TableSearch:
             raise ConfigError("queries: got numbers that are infinite or none, want finite ones")
         return queries_QE
 
-    def _best(self, query_E: NDArray[np.float32], most: int, scales_V: NDArray[np.float32] | None) -> Best:
+    def _best(
+        self, query_E: NDArray[np.float32], most: int, scales_V: NDArray[np.float32] | None, check: Callable[[], None]
+    ) -> Best:
         if not self.table.manifest.has_codes:
-            return self._best_of_vectors(query_E, most, scales_V)
+            return self._best_of_vectors(query_E, most, scales_V, check)
         scores_MK, best = self._score_table(query_E), Best.none()
         for tier in self.table.tiers:
-            first, last = tier.first_row, tier.first_row + len(tier.packed_VW)
-            best = kernels.scan_top(
-                tier.packed_VW,
-                scores_MK[: tier.layout.codes_per_row],
-                tier.layout,
-                most,
-                scales_V=None if scales_V is None else scales_V[first:last],
-                first_row=first,
-                before=best,
-            )
+            for start in range(0, len(tier.packed_VW), _BLOCK_ROWS):
+                check()
+                packed_VW, first = tier.packed_VW[start : start + _BLOCK_ROWS], tier.first_row + start
+                best = kernels.scan_top(
+                    packed_VW,
+                    scores_MK[: tier.layout.codes_per_row],
+                    tier.layout,
+                    most,
+                    scales_V=None if scales_V is None else scales_V[first : first + len(packed_VW)],
+                    first_row=first,
+                    before=best,
+                )
         return best
 
     def _score_table(self, query_E: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -144,10 +151,13 @@ class TableSearch:
         self._check_scores(np.abs(scores_MK).max(1).sum(dtype=np.float64), "values", values_MKS)
         return scores_MK
 
-    def _best_of_vectors(self, query_E: NDArray[np.float32], most: int, scales_V: NDArray[np.float32] | None) -> Best:
+    def _best_of_vectors(
+        self, query_E: NDArray[np.float32], most: int, scales_V: NDArray[np.float32] | None, check: Callable[[], None]
+    ) -> Best:
         """A dense table is read in pieces; those of its rows that are good enough are sorted."""
         best, vectors_VE = Best.none(), self.table.tensors["vectors"]
         for rows_N in _blocks(vectors_VE.shape):
+            check()
             here = slice(rows_N[0], rows_N[-1] + 1)
             with np.errstate(over="ignore", invalid="ignore"):
                 scores_N = vectors_VE[here] @ query_E
@@ -195,6 +205,10 @@ class TableSearch:
         for rows_N in _blocks((manifest.num_embeddings, manifest.embedding_dim)):
             scales_V[rows_N[0] : rows_N[-1] + 1] = _inverse_lengths(decode_rows(self.table, rows_N))
         return scales_V
+
+
+def _go_on() -> None:
+    """Nothing ends a search early."""
 
 
 def _blocks(shape: tuple[int, ...]) -> list[NDArray[np.int64]]:

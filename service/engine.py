@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import enum
+import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -232,8 +233,10 @@ class Engine:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def run_search(self, work: Callable[[], T]) -> T:
-        """The result of work(), which looks at every row of a table, in the one thread for such: lookups go on.
+    async def run_search(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """The result of work(check), which looks at every row of a table, in the one thread for such: lookups go on.
+
+        Where the task that waits for it is cancelled, work is not begun, or check() ends it by what it raises.
 
         Raises:
             OverloadedError: as many searches as may are waiting for it.
@@ -241,9 +244,16 @@ class Engine:
         if self._num_searches >= _MOST_SEARCHES:
             raise OverloadedError(f"{_MOST_SEARCHES} searches are waiting; try again later, or another replica")
         self._num_searches += 1
+        is_over = threading.Event()
+
+        def check() -> None:
+            if is_over.is_set():
+                raise concurrent.futures.CancelledError
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._search_thread, work)
+            return await asyncio.get_running_loop().run_in_executor(self._search_thread, work, check)
         finally:
+            is_over.set()
             self._num_searches -= 1
 
     def table(self, name: str) -> Table:
@@ -293,8 +303,8 @@ class Engine:
         self.check_num_ids(num_rows, "rows of the reply")
         self.check_num_ids(len(requests), "requests")
 
-    def search(self, request: SearchRequest) -> SearchAnswer:
-        """The rows most similar to queries.
+    def search(self, request: SearchRequest, check: Callable[[], None] | None = None) -> SearchAnswer:
+        """The rows most similar to queries; check() is called now and then, and what it raises ends the search.
 
         Raises:
             UnknownTableError: no such table.
@@ -319,7 +329,7 @@ class Engine:
             self.metrics.looked_up(request.table, num_queries, len(missing))
         self.table(request.table)
         try:
-            found = store.search(request.table, queries, request.k, similarity=request.similarity)
+            found = store.search(request.table, queries, request.k, similarity=request.similarity, check=check)
         except ConfigError as error:
             raise InvalidRequestError(str(error)) from error
         return SearchAnswer(store.version, found, missing)

@@ -10,50 +10,40 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
-import hmac
 import logging
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 import numpy as np
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from numpy.typing import NDArray
 
-from dpq_rec import DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
 from dpq_rec.lookup import MissingPolicy, VectorType
 from dpq_rec.octets import Octets
 from dpq_rec.search import Similarity
 from service import errors
 from service.engine import Engine, largest_reply_bytes
+from service.grpc_calls import Calls, Respond, is_of_use
 from service.grpc_format import batch_reply, reply_pieces
 from service.messages import Pooling, SearchAnswer, SearchRequest, TableRequest
 from service.proto.dpq.v1 import embedding_pb2 as pb
 
 T = TypeVar("T")
-logger = logging.getLogger("service.grpc")
+M = TypeVar("M", bound=Message)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["EmbeddingService"].full_name
-_CODES: dict[type[Exception], grpc.StatusCode] = {
-    errors.UnauthorizedError: grpc.StatusCode.UNAUTHENTICATED,
-    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
-    IdTypeError: grpc.StatusCode.INVALID_ARGUMENT,
-    UnknownTableError: grpc.StatusCode.NOT_FOUND,
-    UnknownIdsError: grpc.StatusCode.NOT_FOUND,
-    errors.TooManyIdsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.NotReadyError: grpc.StatusCode.UNAVAILABLE,
-}
 _DTYPES: dict[int, VectorType] = {pb.FLOAT32: "float32", pb.FLOAT16: "float16"}
 _POLICIES: dict[int, MissingPolicy] = {pb.ZEROS: "zeros", pb.ERROR: "error"}
 _SIMILARITIES: dict[int, Similarity] = {pb.DOT: "dot", pb.COSINE: "cosine"}
 _POOLINGS: dict[int, Pooling] = {pb.NONE: "none", pb.SUM: "sum", pb.MEAN: "mean"}
 _POLL_SECONDS = 0.02
 _FINISH_SECONDS = 1.0  # for the last replies to be sent
+_CONNECTIONS_FOR_ALL_CALLS = 4  # one alone must not take every call that a worker holds
+_KEEPALIVE_MS = 60_000
 
 
 class GrpcServer:
@@ -61,10 +51,12 @@ class GrpcServer:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        logging.getLogger("grpc._cython.cygrpc").addFilter(is_of_use)
         self._server = grpc.aio.server(options=_options(engine))
         self._health = health.aio.HealthServicer()
-        servicer = EmbeddingServicer(engine)
-        self._server.add_generic_rpc_handlers((_handlers(servicer),))
+        self._calls = Calls(engine)
+        self._watch: asyncio.Task[None] | None = None
+        self._server.add_generic_rpc_handlers((_handlers(EmbeddingServicer(engine), self._calls),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
@@ -78,9 +70,10 @@ class GrpcServer:
             RuntimeError: the address cannot be listened on.
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        port: int = self._server.add_insecure_port(address)
+        self._calls.port = self._server.add_insecure_port(address)
         await self._server.start()
-        return port
+        self._watch = asyncio.create_task(self._calls.watch())
+        return self._calls.port
 
     async def serve(self) -> None:
         """Health says SERVING from now on."""
@@ -101,6 +94,8 @@ class GrpcServer:
         while self._engine.num_in_flight and loop.time() < end:
             await asyncio.sleep(_POLL_SECONDS)
         await self._server.stop(_FINISH_SECONDS)
+        if self._watch is not None:
+            self._watch.cancel()
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in (health.OVERALL_HEALTH, SERVICE):
@@ -113,114 +108,102 @@ def _options(engine: Engine) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 1),
         ("grpc.max_receive_message_length", settings.body_limit_bytes),
         ("grpc.max_send_message_length", largest_reply_bytes(engine.store, settings.max_ids)),
+        ("grpc.max_concurrent_streams", max(1, settings.max_calls // _CONNECTIONS_FOR_ALL_CALLS)),
+        # Clients of long streams ask by pings whether the connection still holds; gRPC allows one in five minutes.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * settings.min_ping_seconds)),
+        # And so does the server, lest callers who are gone keep their streams.
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.http2.max_pings_without_data", 0),
     ]
 
 
-def _handlers(servicer: EmbeddingServicer) -> grpc.GenericRpcHandler:
-    """The procedures by name. Not the generated ones: replies of lookups are bytes already (`service.grpc_format`)."""
-    as_bytes = pb.ListTablesReply.SerializeToString, pb.SearchReply.SerializeToString
+def _handlers(servicer: EmbeddingServicer, calls: Calls) -> grpc.GenericRpcHandler:
+    """The procedures by name. Not the generated ones: see `service.grpc_calls`."""
+
+    def unary(method: str, respond: Respond) -> grpc.RpcMethodHandler:
+        async def handle(_: object, context: Any) -> bytes:
+            return await calls.unary(method, context, respond)
+
+        return grpc.stream_unary_rpc_method_handler(handle)
+
+    async def stream_lookup(_: object, context: Any) -> None:
+        await calls.stream("StreamLookup", context, servicer.lookup)
+
     handlers = {
-        "Lookup": grpc.unary_unary_rpc_method_handler(servicer.Lookup, pb.LookupRequest.FromString),
-        "BatchLookup": grpc.unary_unary_rpc_method_handler(servicer.BatchLookup, pb.BatchLookupRequest.FromString),
-        "StreamLookup": grpc.stream_stream_rpc_method_handler(servicer.StreamLookup, pb.LookupRequest.FromString),
-        "ListTables": grpc.unary_unary_rpc_method_handler(
-            servicer.ListTables, pb.ListTablesRequest.FromString, as_bytes[0]
-        ),
-        "Search": grpc.unary_unary_rpc_method_handler(servicer.Search, pb.SearchRequest.FromString, as_bytes[1]),
+        "Lookup": unary("Lookup", servicer.lookup),
+        "BatchLookup": unary("BatchLookup", servicer.batch_lookup),
+        "StreamLookup": grpc.stream_stream_rpc_method_handler(stream_lookup),
+        "ListTables": unary("ListTables", servicer.list_tables),
+        "Search": unary("Search", servicer.search),
     }
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
 class EmbeddingServicer:
-    """The procedures. They parse, call the engine and render."""
+    """The procedures, from a serialized message to a serialized reply. They parse, call the engine and render."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._most_bytes = largest_reply_bytes(engine.store, engine.settings.max_ids)
 
-    async def Lookup(self, request: pb.LookupRequest, context: Any) -> bytes:  # noqa: N802 - the contract's name
+    async def lookup(self, message: bytes) -> bytes:
         """Vectors of ids of one table."""
-        return await self._answer("Lookup", context, lambda: self.answer_one(request), request.ByteSize())
+        return await self._engine.run(lambda: self.answer_one(message), len(message))
 
-    async def BatchLookup(self, request: pb.BatchLookupRequest, context: Any) -> bytes:  # noqa: N802
+    async def batch_lookup(self, message: bytes) -> bytes:
         """Several lookups, all from one version."""
 
         def work() -> bytes:
-            return batch_reply(self._lookup(request.requests))
+            return batch_reply(self._lookup(_parsed(pb.BatchLookupRequest, message).requests))
 
-        return await self._answer("BatchLookup", context, work, request.ByteSize())
+        return await self._engine.run(work, len(message))
 
-    async def StreamLookup(self, requests: AsyncIterator[pb.LookupRequest], context: Any) -> AsyncIterator[bytes]:  # noqa: N802
-        """A reply to each request, in order, while the caller sends more; the first that fails ends the stream."""
-        async for request in requests:
-            work = functools.partial(self.answer_one, request)
-            yield await self._answer("StreamLookup", context, work, request.ByteSize())
-
-    async def Search(self, request: pb.SearchRequest, context: Any) -> pb.SearchReply:  # noqa: N802
+    async def search(self, message: bytes) -> bytes:
         """The ids most similar to queries."""
 
-        def work() -> pb.SearchReply:
-            reply = _found_of(self._engine.search(_search_of(request, self._engine)))
-            if reply.ByteSize() > self._most_bytes:
-                got = f"{reply.ByteSize()} bytes of answers, want at most {self._most_bytes}"
+        def work(check: Callable[[], None]) -> bytes:
+            request = _search_of(_parsed(pb.SearchRequest, message), self._engine)
+            reply: bytes = _found_of(self._engine.search(request, check)).SerializeToString()
+            if len(reply) > self._most_bytes:
+                got = f"{len(reply)} bytes of answers, want at most {self._most_bytes}"
                 raise errors.TooManyIdsError(f"k: got {got} in a message; ask for fewer")
             return reply
 
-        return await self._answer("Search", context, work, None)
+        return await self._engine.run_search(work)
 
-    async def ListTables(self, request: pb.ListTablesRequest, context: Any) -> pb.ListTablesReply:  # noqa: N802
+    async def list_tables(self, message: bytes) -> bytes:
         """The tables that are served."""
+        _parsed(pb.ListTablesRequest, message)
+        version, tables = self._engine.list_tables()
+        infos = [pb.TableInfo(**dataclasses.asdict(table)) for table in tables]
+        reply: bytes = pb.ListTablesReply(version=version, tables=infos).SerializeToString()
+        return reply
 
-        def work() -> pb.ListTablesReply:
-            version, tables = self._engine.list_tables()
-            return pb.ListTablesReply(
-                version=version, tables=[pb.TableInfo(**dataclasses.asdict(table)) for table in tables]
-            )
-
-        return await self._answer("ListTables", context, work, request.ByteSize())
-
-    def answer_one(self, request: pb.LookupRequest) -> bytes:
-        """A serialized LookupReply."""
-        return b"".join(self._lookup([request])[0])
+    def answer_one(self, message: bytes) -> bytes:
+        """A serialized LookupReply to a serialized LookupRequest."""
+        return b"".join(self._lookup([_parsed(pb.LookupRequest, message)])[0])
 
     def _lookup(self, messages: Sequence[pb.LookupRequest]) -> list[list[Octets]]:
         self._engine.check_num_ids(sum(len(message.ids) + len(message.string_ids) for message in messages))
         version, lookups = self._engine.lookup([_request_of(message) for message in messages])
         return [reply_pieces(version, message.dtype, found) for message, found in zip(messages, lookups, strict=True)]
 
-    async def _answer(self, method: str, context: Any, work: Callable[[], T], num_bytes: int | None) -> T:
-        """work() within the engine's limits; what it raises becomes a status. Without num_bytes it is never small."""
-        started, code = time.perf_counter(), grpc.StatusCode.CANCELLED
-        try:
-            _check_key(self._engine.settings.api_key, context)
-            with self._engine.slot():
-                engine = self._engine
-                reply = await (engine.run_search(work) if num_bytes is None else engine.run(work, num_bytes))
-            code = grpc.StatusCode.OK
-            return reply
-        except Exception as error:
-            code = _CODES.get(type(error), grpc.StatusCode.INTERNAL)
-            text = str(error)
-            if code is grpc.StatusCode.INTERNAL:
-                logger.exception("%s failed", method)
-                if not isinstance(error, DamagedArtifactError):  # which no caller is to blame for
-                    text = "internal error; the server's log says more"
-            await context.abort(code, text)
-            raise AssertionError("abort raises") from error
-        finally:
-            self._engine.metrics.answered("grpc", method, code.name, time.perf_counter() - started)
 
+def _parsed(kind: type[M], message: bytes) -> M:
+    """A message of its bytes.
 
-def _check_key(wanted: str | None, context: Any) -> None:
-    if wanted is None:
-        return
-    metadata = dict(context.invocation_metadata() or ())
-    scheme, _, bearer = str(metadata.get("authorization", "")).partition(" ")
-    given = bearer.strip() if scheme.lower() == "bearer" else str(metadata.get("x-api-key", ""))
-    if not given:
-        raise errors.UnauthorizedError("got no API key; send the metadata 'authorization: Bearer KEY' or 'x-api-key'")
-    if not hmac.compare_digest(given.encode(), wanted.encode()):
-        raise errors.UnauthorizedError("got an API key that is not this server's")
+    Raises:
+        MalformedError: they are none.
+    """
+    try:
+        parsed: M = kind.FromString(message)
+        return parsed
+    except DecodeError:
+        wanted = "with strings in UTF-8 and every field complete"
+        raise errors.MalformedError(
+            f"message: got {len(message)} bytes that are no {kind.DESCRIPTOR.name}; want one {wanted}"
+        ) from None
 
 
 def _request_of(message: pb.LookupRequest) -> TableRequest:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import orjson
 import swagger_ui_bundle
-from fastapi import Depends, FastAPI, Query, Request, Response, Security
-from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi import Depends, FastAPI, Request, Response, Security
+from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -24,7 +25,7 @@ from service import http_schema
 from service.engine import INLINE_VALUES, Engine
 from service.errors import InvalidRequestError, OverloadedError, UnauthorizedError
 from service.http_body import read_body
-from service.http_errors import CLIENT_LEFT, HELD, Observed, add_error_handlers, note_client_left, refusal
+from service.http_errors import CLIENT_LEFT, HELD, Observed, add_error_handlers, note_client_left, refusal, unless_left
 from service.http_format import (
     JSON,
     OCTETS,
@@ -47,13 +48,11 @@ from service.http_lookup import (
     types_of,
     values_of_json,
 )
+from service.http_query import IdsAs, NumBags, check_query, with_query_check
 from service.messages import Pooling, SearchRequest, TableRequest
 
+T = TypeVar("T")
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-NumBags = Annotated[
-    int | None, Query(ge=0, lt=10**9, description=f"With pooling, how many lengths follow the ids in {OCTETS}")
-]
-_ASSETS = "docs/assets"
 _LOOKUP = f"POST {ROUTE}"
 
 
@@ -114,19 +113,29 @@ def create_app(engine: Engine) -> App:
     add_error_handlers(app)
     _add_health_routes(app, api)
     _add_lookup_routes(app, api)
-    app.add_route("/docs", _docs, include_in_schema=False)
-    app.mount(f"/{_ASSETS}", StaticFiles(directory=swagger_ui_bundle.swagger_ui_path))
+    app.add_route("/docs", http_schema.docs, include_in_schema=False)
+    for route in app.routes:
+        if isinstance(route, Route) and not isinstance(route, APIRoute):  # /docs and /openapi.json
+            route.app = with_query_check(route.app)
+    app.mount(f"/{http_schema.ASSETS}", StaticFiles(directory=swagger_ui_bundle.swagger_ui_path))
     return app
 
 
 def _add_health_routes(app: FastAPI, api: HttpApi) -> None:
-    app.add_api_route("/livez", api.livez, summary="Whether this worker lives", response_model=http_schema.Health)
+    app.add_api_route(
+        "/livez",
+        api.livez,
+        summary="Whether this worker lives",
+        response_model=http_schema.Health,
+        dependencies=[Depends(check_query)],
+    )
     app.add_api_route(
         "/readyz",
         api.readyz,
         summary="Whether to send requests here",
         response_model=http_schema.Health,
         responses=http_schema.errors(503),
+        dependencies=[Depends(check_query)],
     )
     app.add_api_route(
         "/metrics",
@@ -194,7 +203,8 @@ def _with_key(api: HttpApi, responses: dict[int | str, dict[str, Any]]) -> dict[
 
 
 def _guards(api: HttpApi) -> list[Any]:
-    return [Depends(_key_check(api.settings.api_key))] if api.settings.api_key else []
+    key_checks = [Depends(_key_check(api.settings.api_key))] if api.settings.api_key else []
+    return [*key_checks, Depends(check_query)]
 
 
 def _key_check(api_key: str) -> Callable[..., Awaitable[None]]:
@@ -206,16 +216,6 @@ def _key_check(api_key: str) -> Callable[..., Awaitable[None]]:
         check_key(request.scope["headers"], api_key.encode())  # what FastAPI finds is only for its documentation
 
     return check
-
-
-async def _docs(request: Request) -> Response:
-    return get_swagger_ui_html(
-        openapi_url="openapi.json",
-        title="dpq-rec embedding server",
-        swagger_js_url=f"{_ASSETS}/swagger-ui-bundle.js",
-        swagger_css_url=f"{_ASSETS}/swagger-ui.css",
-        swagger_favicon_url=f"{_ASSETS}/favicon-32x32.png",
-    )
 
 
 class HttpApi:
@@ -282,7 +282,7 @@ class HttpApi:
                 raise InvalidRequestError(str(error)) from error
 
         request.scope[HELD].enter_context(self.engine.slot())
-        return await self.engine.run(answer, found.artifact_bytes)
+        return await self._run(request.receive, answer, found.artifact_bytes // ID_BYTES * self.engine.max_dim)
 
     def asked_of(self, scope: Scope) -> Asked | None:
         """What a lookup of one table asks for; None for what FastAPI is to answer."""
@@ -336,7 +336,13 @@ class HttpApi:
         """The reply to a lookup of one table; raises what `http_errors` knows. `held` is left when it has been sent."""
         plan = self._plans.plan(asked, *types_of(headers))
         body = await self._receive(headers, receive, held)
-        return await self.engine.run_values(lambda: plan.answer(body), plan.num_values(body))
+        return await self._run(receive, lambda: plan.answer(body), plan.num_values(body))
+
+    async def _run(self, receive: Receive, work: Callable[[], T], num_values: int) -> T:
+        """As `Engine.run_values`, unless the client leaves before it is done."""
+        if num_values <= INLINE_VALUES:
+            return work()
+        return await unless_left(receive, self.engine.run_values(work, num_values))
 
     async def _receive(
         self, headers: Iterable[tuple[bytes, bytes]], receive: Receive, held: contextlib.ExitStack
@@ -347,12 +353,17 @@ class HttpApi:
         admission.take_slot()
         return body
 
-    async def search(self, request: Request, table: str, missing: MissingPolicy = "zeros") -> Response:
+    async def search(
+        self, request: Request, table: str, missing: MissingPolicy = "zeros", ids: IdsAs = "number"
+    ) -> Response:
         """The ids whose vectors are most similar to queries, exactly: every row of the table is scored.
 
         Queries are vectors, or ids of the table, whose vectors they are then. The best come first; of equal scores the
         lower row, which is the more frequent id where rows are sorted by frequency. An id may be among the answers to
         itself. An unknown id has none, and its position in `missing`, or is an error with `missing=error`.
+
+        Integer ids of more than 53 bits are rounded by readers of JSON that have no integers, such as JavaScript: ask
+        for them as strings with `ids=string`.
         """
         body_type(request.headers.get("content-type"), (JSON,))
         reply_type(types_of(request.scope["headers"])[1], (JSON,))
@@ -360,11 +371,11 @@ class HttpApi:
         engine.table(table)
         body = await self._receive(request.scope["headers"], request.receive, request.scope[HELD])
 
-        def answer() -> Response:
+        def answer(check: Callable[[], None]) -> Response:
             asked = SearchRequest(table=table, missing=missing, **search_from_json(body))
-            return Response(search_to_json(table, engine.search(asked)), media_type=JSON)
+            return Response(search_to_json(table, engine.search(asked, check), ids), media_type=JSON)
 
-        return await engine.run_search(answer)
+        return await unless_left(request.receive, engine.run_search(answer))
 
     async def lookup_tables(
         self, request: Request, dtype: VectorType = "float32", missing: MissingPolicy = "zeros"
@@ -379,7 +390,7 @@ class HttpApi:
             asked = [TableRequest(table=t, ids=ids, dtype=dtype, missing=missing) for t, ids in tables.items()]
             return Response(self._json_lookups.of_several(asked), media_type=JSON)
 
-        return await self.engine.run_values(answer, values_of_json(body, self.engine.max_dim * WRITTEN_VALUE))
+        return await self._run(request.receive, answer, values_of_json(body, self.engine.max_dim * WRITTEN_VALUE))
 
 
 def _json(value: object) -> Response:

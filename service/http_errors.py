@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
+from typing import TypeVar
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -19,6 +21,7 @@ from service import errors
 from service.engine import Engine
 from service.http_format import JSON
 
+T = TypeVar("T")
 logger = logging.getLogger("service.http")
 
 _STATUS: dict[type[Exception], int] = {
@@ -78,7 +81,7 @@ def _refusal(error: Exception) -> Response:
 async def _refuse_parameters(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    text = f"{first['loc'][-1]}: got {first.get('input')!r}: {first['msg']}"
+    text = f"{first['loc'][1]}: got {first.get('input')!r}: {first['msg']}"
     return error_reply(422, errors.InvalidRequestError.error_type, text)
 
 
@@ -105,10 +108,34 @@ def note_client_left(method: str) -> None:
     logger.debug("%s: the client left before its body was complete", method)
 
 
+async def unless_left(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of work; it is cancelled where the client leaves first.
+
+    Raises:
+        ClientDisconnect: it did.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _left(receive: Receive) -> None:
+    """Wait until the client has left; its body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 class Observed:
     """ASGI middleware: counts every request, and turns what nobody expected into a 500 and a line in the log.
 
-    What a handler puts on the stack scope[HELD] is held until its reply has been sent.
+    HEAD is answered, and counted, as GET is, without the body. What a handler puts on the stack scope[HELD] is held
+    until its reply has been sent.
     """
 
     def __init__(self, app: ASGIApp, engine: Engine) -> None:
@@ -120,12 +147,16 @@ class Observed:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, code = time.perf_counter(), CLIENT_LEFT
+        started, code, is_head = time.perf_counter(), CLIENT_LEFT, scope["method"] == "HEAD"
+        if is_head:
+            scope = {**scope, "method": "GET"}
 
         async def note_status(message: Message) -> None:
             nonlocal code
             if message["type"] == "http.response.start":
                 code = str(message["status"])
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import orjson
@@ -178,9 +178,11 @@ def search_from_json(body: bytes) -> dict[str, Any]:
     return {**asked, "ids": _ids_of(asked["ids"], "ids")} if "ids" in asked else asked
 
 
-def search_to_json(table: str, answer: SearchAnswer) -> bytes:
+def search_to_json(table: str, answer: SearchAnswer, ids_as: Literal["number", "string"] = "number") -> bytes:
     """`{"table", "version", "ids", "scores", "missing"}`: a list of each query, empty where its id is unknown."""
     found = list(answer.by_query())
+    if ids_as == "string":
+        found = [(list(map(str, ids_T)), scores_T) for ids_T, scores_T in found]
     return to_json(
         {
             "table": table,

@@ -52,6 +52,7 @@ _CHOICES = {
     "missing": ("zeros", get_args(MissingPolicy)),
     "pooling": ("none", get_args(Pooling)),
 }
+_PARAMETERS = {*_CHOICES, "num_bags"}
 _COUNT = re.compile(r"[0-9]{1,9}")
 _NOT_UNESCAPED = re.compile(rb"%(?:2F|[01][0-9A-F]|7F)", re.IGNORECASE)
 # A number that is written as JSON takes as long as so many that are decoded and copied.
@@ -219,7 +220,10 @@ def asked_of(path: str, query: bytes) -> Asked | None:
     found = _PATH.fullmatch(path)
     if found is None:
         return None
-    given = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    given = dict(pairs)
+    if len(given) < len(pairs) or not given.keys() <= _PARAMETERS:
+        return None
     chosen = [given.get(name, default) for name, (default, _) in _CHOICES.items()]
     if any(value not in choices for value, (_, choices) in zip(chosen, _CHOICES.values(), strict=True)):
         return None

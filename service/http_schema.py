@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel, Field
 
 from dpq_rec.client import CODES
@@ -15,6 +17,7 @@ from service.messages import TableInfo
 
 # Swagger UI as bundled reads OpenAPI 3.0, not the 3.1 that FastAPI writes unless told otherwise.
 OPENAPI_VERSION = "3.0.3"
+ASSETS = "docs/assets"
 
 
 class ErrorReply(BaseModel):
@@ -60,11 +63,17 @@ class SearchReply(BaseModel):
 
     table: str
     version: str
-    ids: list[list[int]] | list[list[str]]
+    ids: list[list[int]] | list[list[str]] = Field(
+        description="Integers have up to 64 bits, of which JavaScript reads 53: with ids=string they come as strings"
+    )
     scores: list[list[float]]
     missing: list[int] = Field(description="Positions of ids that the vocabulary does not hold")
 
 
+IDS_AS = (
+    "How integer ids stand in the reply. JavaScript, this page too, rounds numbers beyond 2^53 and reads strings as "
+    "they are"
+)
 _ERRORS = {
     400: "malformed: the body is no JSON, or no multiple of 8 bytes, or did not arrive",
     401: "unauthorized: no API key, or a wrong one (where the server asks for one)",
@@ -72,7 +81,7 @@ _ERRORS = {
     406: "not_acceptable: none of the reply types is accepted",
     413: "too_many_ids, or too_many_bytes",
     415: "unsupported_media_type: of the body; octet-stream for string ids too",
-    422: "invalid_request, or wrong_id_type: ids, dtype or missing of the wrong type",
+    422: "invalid_request, or wrong_id_type: ids or parameters of the wrong type, or of a name that is not known",
     429: "overloaded: try again later",
     500: "internal: the server's log has more",
     503: "not_ready: still starting",
@@ -184,3 +193,14 @@ VALUES_REPLY: dict[str, Any] = {
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Status -> its description and model, in the form that FastAPI's `responses` takes."""
     return {status: {"model": ErrorReply, "description": _ERRORS[status]} for status in statuses}
+
+
+async def docs(request: Request) -> Response:
+    """The page that shows it."""
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="dpq-rec embedding server",
+        swagger_js_url=f"{ASSETS}/swagger-ui-bundle.js",
+        swagger_css_url=f"{ASSETS}/swagger-ui.css",
+        swagger_favicon_url=f"{ASSETS}/favicon-32x32.png",
+    )

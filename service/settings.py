@@ -64,6 +64,15 @@ class Settings:
     max_connections: int = _option(
         int, "N", "HTTP connections of a worker; one more takes the place of an idle one, or gets 503", 1000
     )
+    max_calls: int = _option(
+        int, "N", "gRPC calls that a worker holds at a time, idle streams too; one connection holds a quarter", 1024
+    )
+    min_ping_seconds: float = _option(
+        float, "S", "time between keepalive pings of a gRPC client; one that sends them faster is disconnected", 5.0
+    )
+    send_seconds: float = _option(
+        float, "S", "time, and 1 s for each MiB, that a gRPC caller has to take a reply; then it is disconnected", 30.0
+    )
     api_key: str | None = _option(str, "KEY", _API_KEY_HELP, None)
     drain_seconds: float = _option(
         float, "S", "time from SIGTERM, when readiness starts to fail, until connections are refused", 5.0
@@ -77,13 +86,15 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("http_port", "grpc_port"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 65_535, "0 to 65535")
+        is_host = bool(self.host) and self.host == self.host.strip(" \t[]")
+        _check("host", repr(self.host), is_host, "a name or an address, one of IPv6 without brackets")
         if self.http_port and self.http_port == self.grpc_port:
             raise ConfigError(f"grpc_port: got {self.grpc_port}, the HTTP port; want another")
-        for name in ("workers", "threads", "max_ids", "max_queries", "max_in_flight", "max_connections"):
+        for name in ("workers", "threads", "max_ids", "max_queries", "max_in_flight", "max_connections", "max_calls"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         if self.max_body_bytes is not None:
             _check("max_body_bytes", self.max_body_bytes, self.max_body_bytes >= 1, "1 or more")
-        for name in ("drain_seconds", "stop_seconds"):
+        for name in ("drain_seconds", "stop_seconds", "min_ping_seconds", "send_seconds"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 86_400, "0 to 86400")
         _check("hang_seconds", self.hang_seconds, 2 <= self.hang_seconds <= 86_400, "2 to 86400")
         _check("log_level", self.log_level, self.log_level in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}")

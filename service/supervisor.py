@@ -54,6 +54,7 @@ def run(store: EmbeddingStore, settings: Settings) -> int:
     with contextlib.ExitStack() as stack:
         http_socket = stack.enter_context(bind(settings.host, settings.http_port, shared=False))
         grpc_socket = stack.enter_context(bind(settings.host, settings.grpc_port, shared=True))
+        stack.enter_context(hold_ipv6(grpc_socket))
         return Supervisor(store, settings, http_socket, grpc_socket).run()
 
 
@@ -81,7 +82,11 @@ def bind(host: str, port: int, *, shared: bool) -> socket.socket:
     Raises:
         OSError: the port is taken, or the host has no such address.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:  # the latter of a name too long for the name service
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"host: got {host!r}, want a name or an address of this machine: {reason}") from error
     if shared and port:
         # A shared port can be bound beside another server's, which would then get half of the calls.
         _bound(family, kind, protocol, address, reuse_port=False).close()
@@ -94,6 +99,8 @@ def _bound(family: int, kind: int, protocol: int, address: object, *, reuse_port
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:  # :: is every interface, of IPv4 too, as for gRPC, whatever the system's default
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(address)  # type: ignore[arg-type]
     except OSError as error:
         sock.close()
@@ -101,9 +108,24 @@ def _bound(family: int, kind: int, protocol: int, address: object, *, reuse_port
     return sock
 
 
-def address_of(sock: socket.socket) -> str:
-    """HOST:PORT; an IPv6 host in brackets."""
+def hold_ipv6(sock: socket.socket) -> contextlib.AbstractContextManager[object]:
+    """What keeps gRPC, which takes 0.0.0.0 for every interface, from listening on those of IPv6 too.
+
+    Its port is bound there, and not listened on: gRPC then has IPv4 alone, and callers by IPv6 are refused.
+    """
     host, port = sock.getsockname()[:2]
+    held = contextlib.ExitStack()
+    if host in ("0.0.0.0", "::ffff:0.0.0.0"):
+        with contextlib.suppress(OSError):  # a machine without IPv6, or with another server there: gRPC cannot either
+            ipv6 = held.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_STREAM))
+            ipv6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            ipv6.bind(("::", port))
+    return held
+
+
+def address_of(sock: socket.socket) -> str:
+    """HOST:PORT; an IPv6 host in brackets, with the interface of an address that needs one."""
+    host, port = socket.getnameinfo(sock.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

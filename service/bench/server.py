@@ -28,7 +28,6 @@ from service.engine import Engine
 from service.grpc_api import SERVICE, EmbeddingServicer, GrpcServer
 from service.http_schema import LookupReply
 from service.metrics import Metrics
-from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.settings import Settings
 
 _CONSTANT = "/constant/"  # and how many bytes
@@ -91,15 +90,15 @@ def _threaded(engine: Engine, port: int) -> grpc.Server:
     """GRPC's server with threads, and the same procedures."""
     servicer = EmbeddingServicer(engine)
 
-    def lookup(request: pb.LookupRequest, context: Any) -> bytes:
+    def lookup(request: bytes, context: Any) -> bytes:
         return servicer.answer_one(request)
 
-    def stream(requests: Iterator[pb.LookupRequest], context: Any) -> Iterator[bytes]:
+    def stream(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         return map(servicer.answer_one, requests)
 
     handlers = {
-        "Lookup": grpc.unary_unary_rpc_method_handler(lookup, pb.LookupRequest.FromString),
-        "StreamLookup": grpc.stream_stream_rpc_method_handler(stream, pb.LookupRequest.FromString),
+        "Lookup": grpc.unary_unary_rpc_method_handler(lookup),
+        "StreamLookup": grpc.stream_stream_rpc_method_handler(stream),
     }
     server = grpc.server(
         concurrent.futures.ThreadPoolExecutor(_THREADS), options=[("grpc.max_receive_message_length", -1)]

@@ -4,6 +4,7 @@ import re
 import uuid
 
 import numpy as np
+import openapi_spec_validator
 import pytest
 
 from service import http_schema
@@ -228,11 +229,85 @@ def test_openapi_describes_bodies_and_replies_of_lookup(make_engine):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("settings", [{}, {"api_key": "k"}])
+def test_openapi_is_valid_in_the_version_that_it_names(call, make_engine, settings):
+    openapi_spec_validator.validate(call("GET", "/openapi.json", make_engine(**settings)).json())
+
+
 def test_openapi_refers_to_nothing_that_it_does_not_hold(make_engine):
     schema = create_app(make_engine(api_key="k")).openapi()
     names = set(re.findall(r"#/components/schemas/(\w+)", str(schema)))
     assert names <= set(schema["components"]["schemas"])
     assert "HTTPValidationError" not in schema["components"]["schemas"]
+
+
+# HEAD, and queries
+
+GETS = [
+    "/livez", "/readyz", "/v1/tables", "/v1/tables/item_id/values", "/docs", "/openapi.json",
+    "/docs/assets/swagger-ui.css", "/v1/tables/usr/values", "/no/such/path", "/v1/lookup",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_head_is_get_without_its_body(call, path):
+    got, answer = call("GET", path), call("HEAD", path)
+    assert (answer.status_code, dict(answer.headers), answer.content) == (got.status_code, dict(got.headers), b"")
+
+
+def test_head_of_metrics_is_answered(call):
+    answer = call("HEAD", "/metrics")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert int(answer.headers["content-length"]) > 100
+
+
+@pytest.mark.parametrize(("started", "api_key", "status"), [(False, None, 503), (True, "secret", 200)])
+def test_head_of_readyz_says_whether_it_is_ready(call, make_engine, started, api_key, status):
+    assert call("HEAD", "/readyz", make_engine(started=started, api_key=api_key)).status_code == status
+
+
+def test_head_asks_for_the_key_and_is_counted_as_get(call, make_engine):
+    engine = make_engine(api_key="secret")
+    assert call("HEAD", "/v1/tables", engine).status_code == 401
+    text = call("GET", "/metrics", engine, headers={"X-API-Key": "secret"}).text
+    assert 'dpq_requests_total{api="http",code="401",method="GET /v1/tables"} 1.0' in text
+
+
+QUERIES = {
+    "a name mistyped": (ITEMS, "dtpye=float16", "'dtpye', want some of dtype, missing, pooling, num_bags"),
+    "a name mistyped beside one that is right": (ITEMS, "dtype=float16&Missing=error", "'Missing'"),
+    "a name alone": (ITEMS, "float16", "'float16'"),
+    "the same twice": (ITEMS, "dtype=float16&dtype=float16", "dtype: got it 2 times in the query"),
+    "two that differ": (ITEMS, "dtype=float16&dtype=float32", "dtype: got it 2 times in the query"),
+    "percent-encoded twice": (ITEMS, "dtype=float16&%64type=float32", "dtype: got it 2 times in the query"),
+    "of several tables": ("/v1/lookup", "pooling=sum", "'pooling', want some of dtype, missing"),
+    "of a search": ("/v1/tables/item_id/search", "k=3", "'k', want some of missing, ids"),
+    "of values": ("/v1/tables/item_id/values", "dtype=float16", "'dtype', want none here"),
+    "of tables": ("/v1/tables", "limit=1", "'limit', want none here"),
+    "of livez": ("/livez", "verbose", "'verbose', want none here"),
+    "of readyz": ("/readyz", "a=", "'a', want none here"),
+    "of metrics": ("/metrics", "name=x", "'name', want none here"),
+    "of the documentation": ("/docs", "x=1", "'x', want none here"),
+    "of openapi.json": ("/openapi.json", "x=1", "'x', want none here"),
+}
+
+
+@pytest.mark.parametrize(("path", "query", "said"), QUERIES.values(), ids=QUERIES)
+@pytest.mark.parametrize("given", [JSON, OCTETS])
+def test_a_parameter_that_is_not_known_or_not_alone_is_refused(call, path, query, said, given):
+    method = "POST" if path.endswith(("lookup", "search")) else "GET"
+    answer = call(method, f"{path}?{query}", content=octets([1]), headers={"Content-Type": given})
+    assert (answer.status_code, answer.json()["error_type"]) == (422, "invalid_request")
+    assert said in answer.json()["error"]
+
+
+@pytest.mark.parametrize("query", ["", "dtype=float32", "&&", "missing=zeros&dtype=float32&pooling=none"])
+def test_a_query_of_known_parameters_is_taken(call, query):
+    assert call("POST", f"{ITEMS}?{query}", json={"ids": [1]}).status_code == 200
+
+
+def test_a_wrong_key_is_refused_before_a_wrong_query(call, make_engine):
+    assert call("GET", "/v1/tables?x=1", make_engine(api_key="secret")).status_code == 401
 
 
 # Metrics

@@ -7,7 +7,7 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from dpq_rec import EmbeddingStore
+from dpq_rec import EmbeddingStore, Int64Vocabulary, TableContents, write_artifact
 from service import http_schema
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
@@ -90,6 +90,37 @@ def test_string_ids_are_found_by_both(call, search, make_engine, string_store):
     reply = search(engine, table="name", string_ids=some, k=3)
     assert [list(each.string_ids) for each in reply.neighbours] == found["ids"]
     assert all(isinstance(an_id, str) for ids_T in found["ids"] for an_id in ids_T)
+
+
+def test_http_gives_ids_as_strings_where_asked(call, make_engine, tmp_path):
+    ids = [(1 << 53) + 1, -(1 << 63), (1 << 63) - 1]
+    contents = TableContents(
+        num_embeddings=3,
+        embedding_dim=1,
+        vocabulary=Int64Vocabulary.from_ids(np.array(ids)),
+        chunks=[np.array([[3], [2], [1]], np.float32)],
+    )
+    engine = make_engine(store=EmbeddingStore.open(write_artifact(tmp_path / "a", {"item_id": contents})))
+    asked = {"ids": [ids[0], 7], "k": 3}
+    as_strings = call("POST", f"{ITEMS}?ids=string", engine, json=asked).json()
+    http_schema.SearchReply.model_validate(as_strings)
+    as_numbers = call("POST", f"{ITEMS}?ids=number", engine, json=asked).json()
+    assert as_numbers == call("POST", ITEMS, engine, json=asked).json()
+    assert as_numbers == {**as_strings, "ids": [ids, []]}
+    assert as_strings["ids"] == [[str(an_id) for an_id in ids], []]
+
+
+def test_http_gives_string_ids_as_they_are_whatever_is_asked(call, make_engine, string_store):
+    engine = make_engine(store=string_store)
+    found = [call("POST", f"{STRINGS}?ids={kind}", engine, json={"ids": ["a"]}).json() for kind in ("number", "string")]
+    assert found[0] == found[1]
+
+
+def test_the_documentation_says_which_ids_are_rounded_and_asks_for_strings_itself(call):
+    search = call("GET", "/openapi.json").json()["paths"]["/v1/tables/{table}/search"]["post"]
+    (ids,) = (parameter for parameter in search["parameters"] if parameter["name"] == "ids")
+    assert "2^53" in ids["description"]
+    assert [example["value"] for example in ids["examples"].values()] == ["string"]
 
 
 @pytest.mark.parametrize(

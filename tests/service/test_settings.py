@@ -22,6 +22,7 @@ def test_read_settings_takes_every_setting_from_the_environment():
     values = {
         "artifact": "a", "host": "::", "http_port": "1", "grpc_port": "2", "workers": "3", "threads": "4",
         "max_ids": "5", "max_queries": "8", "max_body_bytes": "6", "max_in_flight": "7", "max_connections": "10",
+        "max_calls": "11", "min_ping_seconds": "0.25", "send_seconds": "1.5",
         "api_key": "k", "drain_seconds": "0.5", "stop_seconds": "9", "hang_seconds": "40",
         "log_level": "debug",
     }  # fmt: skip
@@ -46,6 +47,13 @@ def test_read_settings_lets_the_flag_win_over_the_environment():
         (["--artifact", "a"], {"DPQ_DRAIN_SECONDS": "x"}, "DPQ_DRAIN_SECONDS: got 'x', want a number"),
         (["--artifact", "a", "--http-port", "65536"], {}, "http_port: got 65536, want 0 to 65535"),
         (["--artifact", "a", "--http-port", "1", "--grpc-port", "1"], {}, "grpc_port: got 1, the HTTP port"),
+        (["--artifact", "a", "--host", ""], {}, "host: got '', want a name or an address"),
+        (["--artifact", "a"], {"DPQ_HOST": ""}, "host: got ''"),
+        (["--artifact", "a", "--host", " "], {}, "host: got ' '"),
+        (["--artifact", "a", "--host", "[::1]"], {}, "host: got '[::1]', want a name or an address, one of IPv6"),
+        (["--artifact", "a", "--max-calls", "0"], {}, "max_calls: got 0"),
+        (["--artifact", "a", "--min-ping-seconds", "-1"], {}, "min_ping_seconds: got -1"),
+        (["--artifact", "a", "--send-seconds", "inf"], {}, "send_seconds: got inf"),
         (["--artifact", "a", "--workers", "0"], {}, "workers: got 0, want 1 or more"),
         (["--artifact", "a", "--max-body-bytes", "0"], {}, "max_body_bytes: got 0"),
         (["--artifact", "a", "--drain-seconds", "nan"], {}, "drain_seconds: got nan"),

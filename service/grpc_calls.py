@@ -1,0 +1,336 @@
+"""One call over gRPC, from its head to its end. In: messages and a context of grpc.aio. Out: replies, or a status.
+
+All procedures are declared as taking a stream of bytes, which on the wire is the same: so a call is seen before its
+message, which may be missing, late or malformed, and every refusal is one status, counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import hmac
+import ipaddress
+import logging
+import math
+import os
+import socket
+import time
+import urllib.parse
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from dpq_rec import DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
+from service import errors
+from service.engine import Engine, Slot
+
+logger = logging.getLogger("service.grpc")
+
+Respond = Callable[[bytes], Awaitable[bytes]]  # from a message to its reply, both serialized
+_CODES: dict[type[Exception], grpc.StatusCode] = {
+    errors.UnauthorizedError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.MalformedError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    IdTypeError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownTableError: grpc.StatusCode.NOT_FOUND,
+    UnknownIdsError: grpc.StatusCode.NOT_FOUND,
+    errors.TooManyIdsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.NotReadyError: grpc.StatusCode.UNAVAILABLE,
+}
+_KEY_NAMES = ("authorization", "x-api-key")
+_MESSAGE_SECONDS = 30.0  # for a call's message to arrive whole
+_REPLY_BYTES = 1 << 27  # of large replies that are made or sent at a time; each is held twice, once by gRPC
+_BYTES_PER_SECOND = 1 << 20  # that a caller takes at least, after `send_seconds`
+_MOST_DETAILS = 600  # characters of an error: a client takes 8 KiB of headers, which hold them percent-encoded
+_EARLY_SECONDS = 0.1  # that a refusal waits for the message: Python's clients lose a status that comes before it
+_WATCH_SECONDS = 0.5  # between looks at the calls' deadlines: timers for each would cost a tenth of a small call
+_EOF_SECONDS = 0.05  # in which gRPC says that a call without a message was cancelled, if it was
+
+
+class ReplyRoom:
+    """Bytes of replies at a time; who wants more waits, first come, first served.
+
+    Args:
+        num_bytes: of all together. One reply alone may be larger.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = self._left = num_bytes
+        self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
+
+    async def take(self, num_bytes: int) -> Callable[[], None]:
+        """Wait for room; call the result to give it back."""
+        wanted = min(num_bytes, self.num_bytes)
+        if self._waiting or wanted > self._left:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append((wanted, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._give(wanted)
+                raise
+        else:
+            self._left -= wanted
+        return lambda: self._give(wanted)
+
+    def _give(self, num_bytes: int) -> None:
+        self._left += num_bytes
+        while self._waiting:
+            wanted, turn = self._waiting[0]
+            if not turn.cancelled():
+                if wanted > self._left:
+                    return
+                self._left -= wanted
+                turn.set_result(None)
+            self._waiting.popleft()
+
+
+class Calls:
+    """The calls of one engine, and what they take together."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.port = 0  # of the server, once it listens
+        self.open: set[Call] = set()
+        self.room = ReplyRoom(_REPLY_BYTES)
+
+    async def watch(self) -> None:
+        """End what takes too long; runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            now = time.perf_counter()
+            for call in [call for call in self.open if call.deadline <= now]:
+                call.end_late()
+
+    async def unary(self, method: str, context: Any, respond: Respond) -> bytes:
+        """Answer a call of one message."""
+        call = Call(self, method, context)
+        try:
+            await call.check()
+            return await call.reply(await call.only_message(), respond)
+        except BaseException as error:
+            await call.fail(error)
+
+    async def stream(self, method: str, context: Any, respond: Respond) -> None:
+        """Answer message by message, each once the reply before it is sent; the first that fails ends the call."""
+        call = Call(self, method, context)
+        try:
+            await call.check()
+            call.is_idle = True
+            while (message := await context.read()) is not grpc.aio.EOF:
+                call.start()
+                await context.write(await call.reply(message, respond))  # no name may keep it from now on
+                call.sent()
+                del message
+        except BaseException as error:
+            await call.fail(error)
+
+
+class Call:
+    """What one call holds: a place among the calls, and for each reply a slot and room until the caller has taken it.
+
+    It gives them back when gRPC says that the call is done: a unary reply is sent after its handler has returned.
+
+    Attributes:
+        is_idle: whether no message is being answered.
+        deadline: when, by time.perf_counter, what is waited for must have come.
+    """
+
+    __slots__ = (
+        "_calls", "_context", "_give_room", "_is_late", "_method", "_sent_bytes", "_slot", "_started", "_task",
+        "deadline", "is_idle",
+    )  # fmt: skip
+
+    def __init__(self, calls: Calls, method: str, context: Any) -> None:
+        self._calls, self._method, self._context = calls, method, context
+        self._task = asyncio.current_task()
+        self._slot: Slot | None = None
+        self._give_room: Callable[[], None] | None = None
+        self._sent_bytes, self._is_late, self.deadline = -1, False, math.inf
+        calls.open.add(self)
+        context.add_done_callback(self._close)
+        self.start()
+
+    def start(self) -> None:
+        """A message has come; its time is counted from now on."""
+        self._started, self.is_idle = time.perf_counter(), False
+
+    async def check(self) -> None:
+        """Whether the call may be answered at all.
+
+        Raises:
+            UnauthorizedError: no API key, or a wrong one.
+            OverloadedError: there are more calls than `max_calls`.
+        """
+        settings = self._calls.engine.settings
+        try:
+            if settings.api_key is not None:
+                check_key(settings.api_key, self._context.invocation_metadata() or ())
+            if len(self._calls.open) > settings.max_calls:
+                raise errors.OverloadedError(
+                    f"{settings.max_calls} calls are open, as many as --max-calls allows; try again later"
+                )
+        except errors.RequestError:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_EARLY_SECONDS):
+                    await self._context.read()
+            raise
+
+    async def only_message(self) -> bytes:
+        """The message of a unary call.
+
+        Raises:
+            MalformedError: there is none.
+        """
+        self.deadline = self._started + _MESSAGE_SECONDS
+        message = await self._context.read()
+        if message is grpc.aio.EOF:
+            await asyncio.sleep(_EOF_SECONDS)  # a message over the limit ends like this too: gRPC cancels the call
+            raise errors.MalformedError("message: got none, want one")
+        self.deadline = math.inf
+        return message  # type: ignore[no-any-return]
+
+    async def reply(self, message: bytes, respond: Respond) -> bytes:
+        """The reply to a message, in a slot and room of its own; `sent` gives both back.
+
+        Raises:
+            NotReadyError, OverloadedError: there is no slot.
+        """
+        calls, engine = self._calls, self._calls.engine
+        if not engine.is_small(len(message)):
+            # How large the reply is, is not known before the message is parsed: an id takes a byte of it at least.
+            most_bytes = 4 * engine.max_dim * min(len(message), engine.settings.max_ids)
+            self._give_room = await calls.room.take(most_bytes)
+        slot = engine.slot()
+        slot.__enter__()
+        self._slot = slot
+        reply = await respond(message)
+        self.count(grpc.StatusCode.OK)
+        self._sent_bytes, self.is_idle = len(reply), True
+        self.deadline = time.perf_counter() + engine.settings.send_seconds + len(reply) / _BYTES_PER_SECOND
+        return reply
+
+    def sent(self) -> None:
+        """The caller has the reply, or has left."""
+        self.deadline = math.inf
+        if self._slot is not None:
+            self._slot.__exit__()
+            self._slot = None
+        if self._give_room is not None:
+            self._give_room()
+            self._give_room = None
+
+    def end_late(self) -> None:
+        """End a call whose message does not come, or whose reply is not taken.
+
+        A reply that is not read keeps its memory until its connection ends: a status would only queue behind it.
+        """
+        self.deadline = math.inf
+        if self._slot is None and self._task is not None:
+            self._is_late = True
+            self._task.cancel()
+            return
+        peer = self._context.peer()
+        what = "closed" if hang_up(peer, self._calls.port) else "not found"
+        logger.warning(
+            "%s: %s has not taken a reply of %d bytes in time; its connection is %s",
+            self._method, peer, self._sent_bytes, what,
+        )  # fmt: skip
+
+    def count(self, code: grpc.StatusCode) -> None:
+        """Count a message's outcome."""
+        self._calls.engine.metrics.answered("grpc", self._method, code.name, time.perf_counter() - self._started)
+
+    async def fail(self, error: BaseException) -> NoReturn:
+        """End the call with the status of what was raised. Call it in `except`.
+
+        Raises:
+            CancelledError: nobody waits for a status.
+            AbortError: it was sent.
+        """
+        if self._is_late and isinstance(error, asyncio.CancelledError):
+            error = errors.MalformedError(f"message: it was not complete after {_MESSAGE_SECONDS:.0f} s")
+        if not isinstance(error, Exception) or isinstance(error, grpc.aio.InternalError):
+            if not self.is_idle:
+                self.count(grpc.StatusCode.CANCELLED)
+            raise asyncio.CancelledError from error
+        code, text = _CODES.get(type(error), grpc.StatusCode.INTERNAL), str(error)
+        if code is grpc.StatusCode.INTERNAL:
+            logger.exception("%s failed", self._method)
+            if not isinstance(error, DamagedArtifactError):  # which no caller is to blame for
+                text = "internal error; the server's log says more"
+        elif isinstance(error, errors.MalformedError):
+            logger.info("%s from %s: %s", self._method, self._context.peer(), text)
+        self.count(code)
+        await self._context.abort(code, text if len(text) <= _MOST_DETAILS else f"{text[:_MOST_DETAILS]}…")
+        raise AssertionError("abort raises") from error
+
+    def _close(self, context: Any) -> None:
+        self._calls.open.discard(self)
+        self.sent()
+
+
+def is_of_use(record: logging.LogRecord) -> bool:
+    """A filter for gRPC's log: it writes a traceback where a call ended just before its status was sent."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
+
+
+def check_key(wanted: str, metadata: Any) -> None:
+    """See that a call has the key, and no other.
+
+    Args:
+        wanted: the server's key.
+        metadata: pairs of the call.
+
+    Raises:
+        UnauthorizedError: it has not.
+    """
+    given = {(name, str(value)) for name, value in metadata if name in _KEY_NAMES}
+    keys = set()
+    for name, value in given:
+        scheme, _, bearer = value.partition(" ")
+        if name == "x-api-key":
+            keys.add(value)
+        elif scheme.lower() == "bearer":
+            keys.add(bearer.strip())
+    if len(keys) > 1 or len(given) > len({name for name, _ in given}):
+        raise errors.UnauthorizedError("got several API keys, which differ; send one")
+    if not any(keys):
+        raise errors.UnauthorizedError("got no API key; send the metadata 'authorization: Bearer KEY' or 'x-api-key'")
+    if not hmac.compare_digest(keys.pop().encode(), wanted.encode()):
+        raise errors.UnauthorizedError("got an API key that is not this server's")
+
+
+def hang_up(peer: str, port: int) -> bool:
+    """End this process's TCP connection with a peer; whether there was one. gRPC offers no way to end just one.
+
+    Args:
+        peer: as gRPC writes it, "ipv4:1.2.3.4:5" or "ipv6:%5B::1%5D:5".
+        port: this side's.
+    """
+    host, _, peer_port = urllib.parse.unquote(peer).partition(":")[2].rpartition(":")
+    wanted = _plain(host.strip("[]")), int(peer_port), port
+    for descriptor in [each for each in Path("/dev/fd").iterdir() if each.is_socket()]:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(descriptor.name))) as sock:
+            if sock.family in (socket.AF_INET, socket.AF_INET6) and _ends_of(sock) == wanted:
+                sock.shutdown(socket.SHUT_RDWR)
+                return True
+    return False
+
+
+def _ends_of(sock: socket.socket) -> tuple[object, int, int]:
+    """The peer's address and port, and this side's port."""
+    host, peer_port = sock.getpeername()[:2]
+    return _plain(host), peer_port, sock.getsockname()[1]
+
+
+def _plain(host: str) -> object:
+    """An address; of an IPv4 caller of an IPv6 socket the IPv4 one."""
+    address = ipaddress.ip_address(host)
+    return getattr(address, "ipv4_mapped", None) or address
