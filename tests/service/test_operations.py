@@ -171,19 +171,24 @@ def test_a_worker_listens_on_http_once_all_else_serves(store, monkeypatch, tmp_p
 # Signals and settings
 
 
+def started_with(sighup, start_server):
+    """A server that inherits what is done on SIGHUP, which the tests themselves may have been told to ignore."""
+    previous = signal.signal(signal.SIGHUP, sighup)
+    try:
+        return start_server().wait_until_ready()
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
 def test_sighup_stops_the_server_in_order_and_with_a_line(start_server):
-    server = start_server().wait_until_ready()
+    server = started_with(signal.SIG_DFL, start_server)
     exit_code, logged = server.end(signal.SIGHUP)
     assert exit_code == 0
     assert "SIGHUP: stopping" in logged
 
 
 def test_sighup_that_nohup_ignores_stops_nothing(start_server):
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited
-    try:
-        server = start_server().wait_until_ready()
-    finally:
-        signal.signal(signal.SIGHUP, previous)
+    server = started_with(signal.SIG_IGN, start_server)
     for pid in (server.process.pid, *server.worker_pids()):
         os.kill(pid, signal.SIGHUP)
     assert lookup(server, "user_id").status_code == 200
