@@ -47,7 +47,7 @@ def store_of(folder, layout, *, num_rows=20, shares=(), shared=False, dtype="flo
     return EmbeddingStore.open(write_artifact(folder / "artifact", {"t": contents}))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_codes=st.sampled_from([2, 5, 16, 256, 300]),
     num_subspaces=st.integers(1, 5),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import json
 import operator
@@ -175,7 +176,7 @@ def test_a_manifest_with_anything_anywhere_opens_and_serves_or_is_refused_in_one
     manifest = json.loads((good / "manifest.json").read_text())
     for _ in range(data.draw(st.integers(1, 2))):
         *above, last = data.draw(st.sampled_from(list(places_in(manifest))))
-        functools.reduce(operator.getitem, above, manifest)[last] = data.draw(SOMETHING)
+        functools.reduce(operator.getitem, above, manifest)[last] = copy.deepcopy(data.draw(SOMETHING))
     (artifact / "manifest.json").write_text(json.dumps(manifest))
     try:
         store = EmbeddingStore.open(artifact)

@@ -2,7 +2,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
@@ -61,7 +61,6 @@ def test_lookup_integers_equals_finding_and_decoding(num_ids, tiers, num_threads
         assert found.num_missing == (wanted_N == MISSING_ROW).sum()
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(["dense", *SHARES]),
     st.sampled_from(["float32", "float16", "codes"]),

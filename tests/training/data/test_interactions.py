@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
 
 
 class TestDefaultSplit:
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(
         users=st.one_of(
             st.lists(st.integers(-3, 5), min_size=1, max_size=60),
@@ -82,7 +82,7 @@ class TestDefaultSplit:
             found = splits_of(Interactions.open(folder / "order.parquet"))
         assert found == naive_splits(users, [0] * len(users))
 
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(
         rows=st.lists(st.tuples(st.integers(0, 4), st.integers(-2, 3)), min_size=1, max_size=60),
         piece_rows=st.integers(1, 7),
@@ -236,7 +236,7 @@ class TestOpen:
 
 
 class TestBuildVocabulary:
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(
         rows=st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 2)), min_size=1, max_size=60),
         piece_rows=st.integers(1, 9),

@@ -51,7 +51,7 @@ def configs(draw):
 
 
 class TestGenerate:
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(config=configs(), block_rows=st.integers(20, 300))
     def test_gives_the_rows_asked_for_and_every_user_and_item(self, tmp_path_factory, config, block_rows):
         folder = tmp_path_factory.mktemp("synthetic") / "data"

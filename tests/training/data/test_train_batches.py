@@ -39,7 +39,7 @@ def rows_of(batches):
 
 
 class TestTrainBatches:
-    @settings(deadline=None, max_examples=80)
+    @settings(max_examples=80)
     @given(
         splits=st.lists(st.sampled_from([0, 0, 0, 1, 2]), min_size=1, max_size=200),
         row_group_size=st.integers(1, 60),

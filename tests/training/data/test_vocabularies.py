@@ -43,7 +43,7 @@ def by_falling_frequency(counter):
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestExact:
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(data=st.data(), piece_rows=st.integers(1, 9), min_count=st.integers(1, 4), rare_buckets=st.integers(1, 3))
     def test_is_the_counter_of_training_rows_with_rare_ids_in_the_last_rows(
         self, folder, kind, data, piece_rows, min_count, rare_buckets

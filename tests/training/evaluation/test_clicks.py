@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 from torchrec.metrics.ne import compute_cross_entropy, compute_ne
@@ -23,7 +23,6 @@ def columns(rows):
     return np.array(scores, np.float32) / 2, np.array(clicked, np.float32)
 
 
-@settings(deadline=None)
 @given(rows=BOTH)
 def test_auc_is_sklearns_and_the_share_of_pairs_in_order(rows):
     scores, labels = columns(rows)
@@ -32,7 +31,6 @@ def test_auc_is_sklearns_and_the_share_of_pairs_in_order(rows):
     assert auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
 
 
-@settings(deadline=None)
 @given(rows=BOTH)
 def test_normalised_entropy_is_sklearns_log_loss_over_that_of_the_share_and_torchrecs(rows):
     logits, labels = columns(rows)

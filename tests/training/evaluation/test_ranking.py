@@ -95,7 +95,7 @@ ROWS = st.tuples(st.integers(0, 4), st.integers(10, 21), st.sampled_from([TRAIN,
 
 
 class TestAgainstSorting:
-    @settings(deadline=None, max_examples=150)
+    @settings(max_examples=150)
     @given(
         rows=st.lists(ROWS, min_size=1, max_size=70),
         split=st.sampled_from([VALIDATION, TEST]),
@@ -238,7 +238,7 @@ class TestEvaluate:
 
 
 class TestEvaluatedUsers:
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(
         rows=st.lists(ROWS, min_size=1, max_size=70),
         split=st.sampled_from([VALIDATION, TEST]),
