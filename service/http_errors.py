@@ -51,11 +51,13 @@ _HEADERS: dict[type[Exception], dict[str, str]] = {
     errors.TooManyBytesError: {"Connection": "close"},
 }
 HELD = "dpq_rec.held"
+_MOST_TEXT = 2000  # characters of an error: what it repeats of a request may be megabytes
 CLIENT_LEFT = "499"  # the status that is counted, and never sent, where the client did not wait for one
 
 
 def error_reply(status: int, error_type: str, text: str, headers: Mapping[str, str] | None = None) -> Response:
-    """`{"error", "error_type"}`."""
+    """`{"error", "error_type"}`; what is too long of the text is left out."""
+    text = text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
     body = orjson.dumps({"error": text, "error_type": error_type})
     return Response(body, status, headers=dict(headers or {}), media_type=JSON)
 

@@ -118,6 +118,27 @@ def test_lookup_of_strings_fails_as_the_contract_says(
     assert said in answer.json()["error"]
 
 
+LONG = "x" * 50_000
+OF_LONG = {
+    "field": (USERS, {"json": {"ids": [1], LONG: 1}}, 422),
+    "field of a search": ("/v1/tables/user_id/search", {"json": {"ids": [1], LONG: 1}}, 422),
+    "similarity": ("/v1/tables/user_id/search", {"json": {"ids": [1], "similarity": LONG}}, 422),
+    "table": (f"/v1/tables/{LONG}/lookup", {"json": {"ids": [1]}}, 404),
+    "table of several": ("/v1/lookup", {"json": {"tables": {LONG: {"ids": [1]}}}}, 404),
+    "route": (f"/{LONG}", {}, 404),
+    "value of the query": (f"{USERS}?dtype={LONG}", {"json": {"ids": [1]}}, 422),
+    "content type": (USERS, {"content": b"", "headers": {"Content-Type": LONG}}, 415),
+    "Accept": (USERS, {"json": {"ids": [1]}, "headers": {"Accept": LONG}}, 406),
+}
+
+
+@pytest.mark.parametrize(("path", "sent", "status"), OF_LONG.values(), ids=OF_LONG)
+def test_an_error_repeats_no_more_of_a_request_than_can_be_read(call, path, sent, status):
+    answer = call("POST", path, **sent)
+    assert answer.status_code == status
+    assert len(answer.content) < 3000
+
+
 def test_lookup_stops_reading_a_body_of_unknown_length_at_the_limit(call, make_engine):
     sent = []
 
