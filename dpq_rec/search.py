@@ -107,7 +107,8 @@ class TableSearch:
     def _checked(self, queries: Any) -> NDArray[np.float32]:
         dim = self.table.manifest.embedding_dim
         try:
-            queries_QE = np.ascontiguousarray(plain_array(queries), np.float32)
+            with np.errstate(over="ignore"):  # what is then infinite is refused below
+                queries_QE = np.ascontiguousarray(plain_array(queries), np.float32)
         except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"queries: got something else than numbers, or rows of several widths; want [Q, {dim}]"

@@ -209,7 +209,6 @@ def test_no_queries_have_no_answers(store):
         (np.ones((1, 8)), 1, "l2", "similarity: got 'l2', want dot or cosine"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow")
 def test_search_refuses_what_makes_no_sense(queries, k, similarity, message, store):
     with pytest.raises(ConfigError, match=message):
         store.search("plain", queries, k, similarity=similarity)

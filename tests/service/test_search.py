@@ -145,7 +145,6 @@ def test_the_documentation_says_which_ids_are_rounded_and_asks_for_strings_itsel
         ({"ids": [1] * 2, "k": 40_000}, 413, "answers: got 80000, want at most 65536"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow")
 def test_http_refuses_what_makes_no_sense(call, body, status, message):
     answer = call("POST", ITEMS, json=body)
     assert answer.status_code == status
