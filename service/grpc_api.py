@@ -44,6 +44,7 @@ _POLL_SECONDS = 0.02
 _FINISH_SECONDS = 1.0  # for the last replies to be sent
 _CONNECTIONS_FOR_ALL_CALLS = 4  # one alone must not take every call that a worker holds
 _KEEPALIVE_MS = 60_000
+_HANDSHAKE_MS = 10_000  # from a connection to its first frame, lest those that send nothing take all places
 
 
 class GrpcServer:
@@ -108,6 +109,8 @@ def _options(engine: Engine) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 1),
         ("grpc.max_receive_message_length", settings.body_limit_bytes),
         ("grpc.max_send_message_length", largest_reply_bytes(engine.store, settings.max_ids)),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
         ("grpc.max_concurrent_streams", max(1, settings.max_calls // _CONNECTIONS_FOR_ALL_CALLS)),
         # Clients of long streams ask by pings whether the connection still holds; gRPC allows one in five minutes.
         ("grpc.keepalive_permit_without_calls", 1),

@@ -62,7 +62,10 @@ class Settings:
     max_body_bytes: int | None = _option(int, "N", _MAX_BODY_HELP, None)
     max_in_flight: int = _option(int, "N", _MAX_IN_FLIGHT_HELP, 256)
     max_connections: int = _option(
-        int, "N", "HTTP connections of a worker; one more takes the place of an idle one, or gets 503", 1000
+        int,
+        "N",
+        "HTTP connections of a worker, where one more takes the place of an idle one or gets 503; and as many over gRPC",
+        1000,
     )
     max_calls: int = _option(
         int, "N", "gRPC calls that a worker holds at a time, idle streams too; one connection holds a quarter", 1024

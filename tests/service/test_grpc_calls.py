@@ -231,6 +231,32 @@ def test_calls_beyond_the_limit_are_refused_and_their_places_come_back(serving, 
     assert serving(use, engine) == (Status.RESOURCE_EXHAUSTED, Status.OK)
 
 
+def test_connections_beyond_the_limit_are_closed_and_their_places_come_back(make_engine):
+    most = 3
+
+    async def is_taken(port, stack):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        stack.callback(writer.close)
+        try:
+            return await reader.read(1) != b""  # a server begins with its settings
+        except ConnectionResetError:
+            return False
+
+    async def scenario():
+        server = GrpcServer(make_engine(max_connections=most))
+        port = await server.start("127.0.0.1:0")
+        async with contextlib.AsyncExitStack() as stack:
+            taken = [await is_taken(port, stack) for _ in range(most + 2)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            reply = await channel.unary_unary(path("Lookup"))(GOOD, wait_for_ready=True)
+        await server.stop(0)
+        return taken, reply
+
+    taken, reply = asyncio.run(scenario())
+    assert taken == [True] * most + [False] * 2
+    assert reply
+
+
 def test_one_connection_holds_a_quarter_of_the_calls(serving, make_engine):
     async def use(connect):
         channel = connect()
