@@ -64,7 +64,7 @@ class Settings:
     max_connections: int = _option(
         int,
         "N",
-        "HTTP connections of a worker, where one more takes the place of an idle one or gets 503; and as many over gRPC",
+        "HTTP connections of a worker; one more takes the place of an idle one, or gets 503; and as many of gRPC",
         1000,
     )
     max_calls: int = _option(
