@@ -26,7 +26,8 @@ class FileState(NamedTuple):
     device: int
     inode: int
     num_bytes: int
-    changed_ns: int
+    written_ns: int
+    changed_ns: int  # which nobody can set back, as programs that copy do with the other
 
 
 class ServedFiles:
@@ -50,11 +51,15 @@ class ServedFiles:
                 continue
             if state.num_bytes < manifest.bytes:
                 what = f"was truncated from {manifest.bytes} to {state.num_bytes} bytes"
-            elif sha256_of(path) != manifest.sha256:
+            else:
+                try:
+                    is_whole = sha256_of(path) == manifest.sha256
+                except OSError:  # it was removed just now, or no descriptor is left: the next look will tell
+                    continue
+                if is_whole:  # touched, or its permissions changed
+                    self._states[path] = state
+                    continue
                 what = "was overwritten in place"
-            else:  # touched, or its permissions changed
-                self._states[path] = state
-                continue
             self._damage[name] = f"table {name!r}: {path} {what} while it was served; {_FIX}"
         return dict(self._damage)
 
@@ -64,7 +69,7 @@ def _state_of(path: Path) -> FileState | None:
         found = path.stat()
     except OSError:
         return None
-    return FileState(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    return FileState(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def watch_descriptors(were_used_up: bool) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpq_rec import EmbeddingStore, IdentityVocabulary, TableContents, write_artifact
+from service import served_files
 from service.served_files import ServedFiles, watch_descriptors
 
 
@@ -50,6 +51,32 @@ def test_a_file_overwritten_in_place_is_damage(opened, change):
         file.write(content)
     later(path)
     assert {name: "overwritten in place" in text for name, text in files.damage().items()} == {"a": True}
+
+
+def test_a_file_overwritten_in_place_is_damage_though_its_time_was_set_back(opened):
+    files, path = opened
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"\xff")
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # the file system's clock is coarse
+        os.utime(path, ns=(0, before.st_mtime_ns))
+    os.utime(path, ns=(0, before.st_mtime_ns))
+    assert list(files.damage()) == ["a"]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOENT, errno.EACCES])
+def test_a_file_that_cannot_be_read_now_is_looked_at_again(opened, monkeypatch, number):
+    def refuse(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    files, path = opened
+    with path.open("r+b") as file:
+        file.write(b"\xff")
+    later(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(served_files, "sha256_of", refuse)
+        assert files.damage() == {}
+    assert list(files.damage()) == ["a"]
 
 
 def test_a_file_that_was_touched_or_written_with_the_same_bytes_is_none(opened):
