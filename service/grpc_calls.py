@@ -26,7 +26,8 @@ import grpc.aio
 
 from dpq_rec import DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
 from service import errors
-from service.engine import Engine, Slot
+from service.admission import Slot
+from service.engine import Engine
 
 logger = logging.getLogger("service.grpc")
 

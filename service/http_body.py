@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from service.engine import Admission
+from service.admission import Admission
 from service.errors import MalformedError, TooManyBytesError
 from service.http_lookup import check_encoding
 

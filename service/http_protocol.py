@@ -27,7 +27,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.engine import State
+from service.admission import State
 from service.errors import MalformedError
 from service.http_body import Body, ChunkedBody
 from service.http_errors import error_reply
