@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ JSON = "application/json"
 OCTETS = "application/octet-stream"
 ARROW = "application/vnd.apache.arrow.stream"
 Ids = NDArray[np.int64] | list[str]
+_WEIGHT = re.compile(r"0(\.[0-9]*)?|1(\.0*)?|\.[0-9]+")
 _POSITION_BYTES, _LENGTH_BYTES = 4, 4
 _MOST_LENGTH = 1 << 32  # of a bag, as in the other forms
 _MOST_HEADERS = 1024  # of a kind, that are kept
@@ -92,10 +94,9 @@ def _accepted(accept: str) -> dict[str, float]:
     for part in accept.split(","):
         media_range, *parameters = (piece.strip().lower() for piece in part.split(";"))
         weights = [text.partition("=")[2].strip() for text in parameters if text.partition("=")[0].strip() == "q"]
-        try:
-            qualities[media_range] = float(weights[0]) if weights else 1.0
-        except ValueError:
-            raise NotAcceptableError(f"Accept: got q={weights[0]!r}, want a number from 0 to 1") from None
+        if weights and not _WEIGHT.fullmatch(weights[0]):
+            raise NotAcceptableError(f"Accept: got q={weights[0]!r}, want a number from 0 to 1")
+        qualities[media_range] = float(weights[0]) if weights else 1.0
     return qualities
 
 

@@ -25,7 +25,7 @@ LONGEST_KEPT = 4096  # bytes of a head
 _MOST_KEPT = 1024  # heads
 _OTHER_VERSION = re.compile(rb" HTTP/(?!1\.[01])\d\.\d\Z")
 _OF_HOSTS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._~!$&'()*+,;=%:[]-"
-_ONCE = (b"host", b"transfer-encoding", b"expect")
+_ONCE = (b"host", b"transfer-encoding", b"expect", b"content-type")
 _OK = b"HTTP/1.1 200 OK\r\n"
 _ERROR_TYPES = {
     400: "malformed",

@@ -36,7 +36,21 @@ def test_reply_type_follows_accept(accept, chosen):
     assert reply_type(accept) == chosen
 
 
-@pytest.mark.parametrize("accept", ["text/html", "application/json;q=0", "image/*", "*/*;q=x", "nonsense"])
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "text/html",
+        "application/json;q=0",
+        "image/*",
+        "*/*;q=x",
+        "*/*;q=nan",
+        "*/*;q=inf",
+        "*/*;q=2",
+        "*/*;q=-1",
+        "*/*;q",
+        "nonsense",
+    ],
+)
 def test_reply_type_refuses_what_is_not_offered(accept):
     with pytest.raises(NotAcceptableError, match="Accept: got"):
         reply_type(accept)

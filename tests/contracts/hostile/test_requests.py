@@ -164,6 +164,7 @@ BAD = {  # the connection ends: nobody knows where the next request begins
     "no host": (head().replace(b"Host: x\r\n", b"") + BODY, {400}),
     "two hosts": (TWO_HOSTS + BODY, {400}),
     "two hosts that differ": (TWO_HOSTS.replace(b"Host: x\r\nContent", b"Host: y\r\nContent") + BODY, {400}),
+    "two types of a body": (head("Content-Type: application/json") + BODY, {400}),
     "a host with a blank": (head().replace(b"Host: x", b"Host: x y") + BODY, {400}),
     "a host with a path": (head().replace(b"Host: x", b"Host: x/y") + BODY, {400}),
     "HTTP/0.9": (b"GET /livez\r\n\r\n", {400}),
