@@ -136,19 +136,17 @@ class Engine:
         """Whether a binary request of so many bytes may be answered on the event loop."""
         return num_bytes // 8 * self.max_dim <= INLINE_VALUES
 
-    async def run(self, work: Callable[[], T], num_bytes: int) -> T:
+    async def run_values(self, work: Callable[[], T], num_values: int) -> T:
         """The result of work(): at once where the request is small, in a thread where it is large.
 
         Args:
             work: parse, look up and render; it must not touch the event loop.
-            num_bytes: of the request.
+            num_values: of binary vectors, which take as long.
         """
-        return await self.run_values(work, num_bytes // 8 * self.max_dim)
+        return work() if num_values <= INLINE_VALUES else await self.run_in_thread(work)
 
-    async def run_values(self, work: Callable[[], T], num_values: int) -> T:
-        """As `run`, of a request whose reply takes as long as so many values of binary vectors."""
-        if num_values <= INLINE_VALUES:
-            return work()
+    async def run_in_thread(self, work: Callable[[], T]) -> T:
+        """The result of work(), of a request that is large."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def run_search(self, work: Callable[[Callable[[], None]], T]) -> T:

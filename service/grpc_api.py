@@ -43,6 +43,8 @@ _POOLINGS: dict[int, Pooling] = {pb.NONE: "none", pb.SUM: "sum", pb.MEAN: "mean"
 _POLL_SECONDS = 0.02
 _FINISH_SECONDS = 1.0  # for the last replies to be sent
 _CONNECTIONS_FOR_ALL_CALLS = 4  # one alone must not take every call that a worker holds
+_SMALL_BYTES = 1 << 15  # of a message that is parsed on the event loop
+_REQUEST_VALUES = 512  # a request of a batch takes as long as so many values, besides its ids
 _KEEPALIVE_MS = 60_000
 _HANDSHAKE_MS = 10_000  # from a connection to its first frame, lest those that send nothing take all places
 
@@ -152,15 +154,22 @@ class EmbeddingServicer:
 
     async def lookup(self, message: bytes) -> bytes:
         """Vectors of ids of one table."""
-        return await self._engine.run(lambda: self.answer_one(message), len(message))
+        return await self._run(pb.LookupRequest, message, lambda asked: b"".join(self._lookup([asked])[0]))
 
     async def batch_lookup(self, message: bytes) -> bytes:
         """Several lookups, all from one version."""
+        return await self._run(pb.BatchLookupRequest, message, lambda asked: batch_reply(self._lookup(asked.requests)))
 
-        def work() -> bytes:
-            return batch_reply(self._lookup(_parsed(pb.BatchLookupRequest, message).requests))
-
-        return await self._engine.run(work, len(message))
+    async def _run(self, kind: type[M], message: bytes, answer: Callable[[M], bytes]) -> bytes:
+        """The reply to a message, in a thread where it asks for much: its ids may be of a byte, its requests of few."""
+        engine = self._engine
+        if len(message) > _SMALL_BYTES or not engine.is_small(len(message)):
+            return await engine.run_in_thread(lambda: answer(_parsed(kind, message)))
+        asked = _parsed(kind, message)
+        requests = asked.requests if isinstance(asked, pb.BatchLookupRequest) else [asked]
+        num_ids = sum(len(each.ids) + len(each.string_ids) + len(each.bag_lengths) for each in requests)
+        num_values = num_ids * engine.max_dim + len(requests) * _REQUEST_VALUES
+        return await engine.run_values(lambda: answer(asked), num_values)
 
     async def search(self, message: bytes) -> bytes:
         """The ids most similar to queries."""

@@ -98,9 +98,9 @@ def test_engine_serves_while_it_drains_but_is_not_ready(make_engine):
         pass
 
 
-@pytest.mark.parametrize(("num_bytes", "inline"), [(80, True), (8 * 65_536, False)])
-def test_engine_run_keeps_large_requests_off_the_event_loop(make_engine, num_bytes, inline):
-    thread = asyncio.run(make_engine().run(threading.current_thread, num_bytes))
+@pytest.mark.parametrize(("num_values", "inline"), [(240, True), (65_536, False)])
+def test_engine_run_values_keeps_large_requests_off_the_event_loop(make_engine, num_values, inline):
+    thread = asyncio.run(make_engine().run_values(threading.current_thread, num_values))
     assert (thread is threading.main_thread()) == inline
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 
 import grpc
 import grpc.aio
@@ -226,6 +227,39 @@ def test_batch_lookup_limits_the_ids_of_all_requests_together(talk, make_engine)
     with pytest.raises(grpc.aio.AioRpcError, match="ids: got 400, want at most 300") as error:
         talk(lambda channel: pb_grpc.EmbeddingServiceStub(channel).BatchLookup(batch), make_engine(max_ids=300))
     assert error.value.code() == Status.RESOURCE_EXHAUSTED
+
+
+def asked_of_users(num_ids):
+    return pb.LookupRequest(table="user_id", ids=[1] * num_ids)
+
+
+WORK = {  # a message, and whether it may be answered on the event loop: 4 KB of it may be 4,000 ids, or 400 requests
+    "few ids": ("Lookup", asked_of_users(50), True),
+    "many ids": ("Lookup", asked_of_users(4000), False),
+    "many ids in bags": (
+        "Lookup", pb.LookupRequest(table="user_id", ids=[1] * 4000, pooling=pb.SUM, bag_lengths=[4000]), False,
+    ),
+    "few ids of several": ("BatchLookup", pb.BatchLookupRequest(requests=[asked_of_users(10)] * 5), True),
+    "many requests": ("BatchLookup", pb.BatchLookupRequest(requests=[asked_of_users(1)] * 400), False),
+    "many ids of several": ("BatchLookup", pb.BatchLookupRequest(requests=[asked_of_users(2000)] * 2), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_what_a_message_asks_for_decides_where_it_is_answered(talk, make_engine, monkeypatch, name):
+    method, message, is_small = WORK[name]
+    engine, threads = make_engine(), set()
+    looked_up = engine.metrics.looked_up
+    monkeypatch.setattr(
+        engine.metrics, "looked_up", lambda *found: (threads.add(threading.current_thread()), looked_up(*found))
+    )
+    talk(lambda channel: getattr(pb_grpc.EmbeddingServiceStub(channel), method)(message), engine)
+    assert (threads == {threading.main_thread()}) == is_small
+
+
+def test_a_batch_of_no_requests_has_no_replies(talk):
+    reply = talk(lambda channel: pb_grpc.EmbeddingServiceStub(channel).BatchLookup(pb.BatchLookupRequest()))
+    assert list(reply.replies) == []
 
 
 def test_lookup_is_refused_when_as_many_are_in_flight_as_allowed(lookup, make_engine):
