@@ -21,7 +21,7 @@ from dpq_rec.errors import ConfigError, IdTypeError
 from dpq_rec.nn.collectives import world_size
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.tables import Distinct, DPQTables, Looked
-from dpq_rec.nn.tracing import leaf
+from dpq_rec.nn.tracing import leaf, refuse_scripting, refused_elsewhere
 
 Mode = Literal["sum", "mean", "max"]
 
@@ -99,10 +99,15 @@ class _OneTable(_DecodedWeight, DPQTables):
         values: Any = self.only_quantizer.values_MKS
         if isinstance(values, Proxy):
             return self._read_by_graph(values)
-        self._check_readable()
         if values.is_meta:
             return torch.empty(self.num_embeddings, self.embedding_dim, device=values.device)
-        looked = self._vectors_of(torch.arange(self.num_embeddings, device=values.device), share=1 / world_size())
+        return self._decode_all()
+
+    @refused_elsewhere
+    def _decode_all(self) -> torch.Tensor:
+        self._check_readable()
+        ids_V = torch.arange(self.num_embeddings, device=self.only_quantizer.values_MKS.device)
+        looked = self._vectors_of(ids_V, share=1 / world_size())
         weight_VE = looked.vectors_NE.index_select(0, looked.at_T)
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.queries.parameters()):
             weight_VE.requires_grad_()  # transformers learns from it whether the table is trained, in eval mode too
@@ -146,7 +151,10 @@ class _OneTable(_DecodedWeight, DPQTables):
             raise ConfigError(f"table {table.name!r}: got a sharded one to resize; resize it before it is distributed")
         queries: Any = collection.embeddings[table.name]
         rows_NQ = queries.weight.data[:num_embeddings]
-        new_NQ = rows_NQ.mean(0, keepdim=True).expand(num_embeddings - len(rows_NQ), -1)
+        has_vector_N = torch.ones(len(rows_NQ), dtype=torch.bool)
+        if self.padding_idx is not None and not self.keeps_padding and len(rows_NQ) > 1:
+            has_vector_N[self.padding_idx : self.padding_idx + 1] = False  # nothing trains that row
+        new_NQ = rows_NQ[has_vector_N].mean(0, keepdim=True).expand(num_embeddings - len(rows_NQ), -1)
         resized_VQ = torch.cat([rows_NQ, new_NQ])
         # The same parameter, as transformers does it. Another dtype in between makes torch forget its former shape, to
         # which a graph that is still alive would hold it.
@@ -314,6 +322,8 @@ class TiedLinear(_DecodedWeight, nn.Linear):
         embedding: whose rows are the outputs.
         bias: of the outputs, or None.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, embedding: DPQEmbedding | DPQEmbeddingBag, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)

@@ -16,6 +16,8 @@ from dpq_rec.nn import (
     DPQEmbeddingBagCollection,
     DPQEmbeddingCollection,
     Quantizer,
+    TiedLinear,
+    bypass,
     freeze,
 )
 from tests.dpq_rec.nn.modules import KINDS, NUM_IDS, batch, build, config, vectors
@@ -144,6 +146,29 @@ def test_what_would_record_the_codes_of_these_ids_is_refused_in_a_sentence(train
 def test_a_quantizer_by_itself_is_refused_too(recorder):
     with pytest.raises(ConfigError, match="Quantizer: got"):
         RECORDERS[recorder](Quantizer(12, config()), torch.randn(3, 12))
+
+
+@pytest.mark.parametrize("bypassed", [False, True])
+@pytest.mark.parametrize("recorder", sorted(set(RECORDERS) - {"grad"}))
+def test_what_would_record_a_decoded_weight_is_refused_in_a_sentence(recorder, bypassed):
+    embedding = build(DPQEmbedding, config())
+    bypass(embedding, enabled=bypassed)
+    with pytest.raises(ConfigError, match=r"(DPQEmbedding|TiedLinear): got .*(torch|export)") as raised:
+        RECORDERS[recorder](TiedLinear(embedding).eval(), torch.randn(2, 12))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_compiled_tied_model_reads_its_weight_between_the_graphs():
+    """Not by graphs of how it is decoded, of which the compiler would make many."""
+    embedding = build(DPQEmbedding, config())
+    tied, graphs = TiedLinear(embedding), []
+    compiled = torch.compile(tied, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    hidden = torch.randn(3, 12)
+    for mode in (True, False):
+        assert_same(tied.train(mode), compiled, hidden)
+    assert all(len(graph.graph.find_nodes(op="call_function", target=torch.unique)) == 0 for graph in graphs)
+    assert len(graphs) <= 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kind", [DPQEmbeddingCollection, DPQEmbeddingBagCollection])

@@ -233,6 +233,21 @@ def test_resizing_below_the_padding_row_leaves_none():
     assert module.weight.any(1).all()
 
 
+def test_new_rows_take_nothing_from_the_padding_row_which_may_hold_anything():
+    module = trained({"method": "sx"}, padding_idx=7)
+    queries(module).data[7] = float("nan")
+    module.resize(V + 2)
+    kept = torch.cat([queries(module)[:7], queries(module)[8:V]])
+    assert torch.equal(queries(module)[V:], kept.mean(0).expand(2, -1))
+    assert module.weight.isfinite().all()
+
+
+def test_a_table_of_a_padding_row_alone_grows():
+    module = DPQEmbedding(1, E, config(), padding_idx=0)
+    module.resize(4)
+    assert module(torch.arange(4)).isfinite().all()
+
+
 @pytest.mark.parametrize("num_rows", [0, -1])
 def test_resizing_to_no_rows_is_refused(num_rows):
     with pytest.raises(ConfigError, match=f"num_embeddings: got {num_rows}, want 1 or more"):
