@@ -20,6 +20,7 @@ from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError, IdTypeError
 from dpq_rec.nn.collectives import world_size
 from dpq_rec.nn.quantizer import Quantizer
+from dpq_rec.nn.shards import is_under_fsdp
 from dpq_rec.nn.tables import Distinct, DPQTables, Looked
 from dpq_rec.nn.tracing import leaf, refuse_scripting, refused_elsewhere
 
@@ -109,7 +110,7 @@ class _OneTable(_DecodedWeight, DPQTables):
         ids_V = torch.arange(self.num_embeddings, device=self.only_quantizer.values_MKS.device)
         looked = self._vectors_of(ids_V, share=1 / world_size())
         weight_VE = looked.vectors_NE.index_select(0, looked.at_T)
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.queries.parameters()):
+        if torch.is_grad_enabled() and self._trains_queries():
             weight_VE.requires_grad_()  # transformers learns from it whether the table is trained, in eval mode too
         return weight_VE
 
@@ -124,11 +125,29 @@ class _OneTable(_DecodedWeight, DPQTables):
         if is_fx_symbolic_tracing():
             got = "torch.fx, which would record the vectors that there are now"
             raise ConfigError(f"weight: got {got}; use a TiedLinear(embedding), which is a node of its graph")
-        if any(isinstance(queries, DTensor) for queries in self.queries.parameters()):
+        if self._is_in_pieces():
             got = "a table that FSDP holds in pieces"
             raise ConfigError(
                 f"weight: got {got}; read it in the forward of a module that fully_shard takes as a whole"
             )
+
+    def _own_queries(self) -> Any:
+        """The weight in which the queries are; None where TorchRec has sharded them."""
+        (table,), (collection,) = self.quantized_tables, self.queries.values()
+        if not isinstance(collection, EmbeddingCollection):
+            return None
+        return collection.embeddings[table.name].weight  # by name: FSDP's wrapper makes it no parameter
+
+    def _trains_queries(self) -> bool:
+        own = self._own_queries()
+        return any(each.requires_grad for each in (self.queries.parameters() if own is None else (own,)))
+
+    def _is_in_pieces(self) -> bool:
+        """Whether FSDP, by `fully_shard` or by its wrapper, holds no whole queries on this rank at present."""
+        own = self._own_queries()
+        if own is None or isinstance(own, DTensor):
+            return own is not None
+        return len(own.shape) != 2 or (is_under_fsdp(self) and not own.untyped_storage().size())
 
     @torch.no_grad()
     def resize(self, num_embeddings: int) -> None:
@@ -147,7 +166,7 @@ class _OneTable(_DecodedWeight, DPQTables):
         if num_embeddings < 1:
             raise ConfigError(f"num_embeddings: got {num_embeddings}, want 1 or more")
         (table,), (collection,) = self.quantized_tables, self.queries.values()
-        if not isinstance(collection, EmbeddingCollection):
+        if not isinstance(collection, EmbeddingCollection) or is_under_fsdp(self):
             raise ConfigError(f"table {table.name!r}: got a sharded one to resize; resize it before it is distributed")
         queries: Any = collection.embeddings[table.name]
         rows_NQ = queries.weight.data[:num_embeddings]

@@ -191,8 +191,9 @@ class DPQTables(nn.Module):
     def _check_dtypes(self) -> None:
         for width, collection in self.queries.items():
             if isinstance(collection, EmbeddingCollection):  # shards keep theirs
-                tables = f"table {', '.join(map(repr, self.names_by_width[width]))}"
-                check_dtype(tables, "queries", next(collection.parameters()).dtype)
+                names = self.names_by_width[width]
+                first: Any = collection.embeddings[names[0]]  # FSDP's wrapper makes its weight an attribute
+                check_dtype(f"table {', '.join(map(repr, names))}", "queries", first.weight.dtype)
         for name in self.quantizers:
             check_dtype(self._whose(name), "keys and values", self.quantizer(name).values_MKS.dtype, torch.float32)
 

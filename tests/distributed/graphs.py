@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -217,11 +217,13 @@ def by_checkpointing():
 def by_data_parallel(out):
     """Way -> losses, of a model without DMP; and which tables are served otherwise than FSDP returned them."""
     report = {}
-    for name in ("DDP", "FSDP"):
+    for name in ("DDP", "FSDP's wrapper", "FSDP"):
         torch.manual_seed(0)
         model = replaced(Model(), REPLACED["all"], "sx")
         wrapped = DistributedDataParallel(model)
-        if name == "FSDP":
+        if name == "FSDP's wrapper":
+            wrapped = FullyShardedDataParallel(wrapped.module, device_id=torch.device("cpu"))
+        elif name == "FSDP":
             mesh = init_device_mesh("cpu", (dist.get_world_size(),))
             wrapped = fully_shard(wrapped.module, mesh=mesh)
         report[name] = loop(wrapped, _sgd(wrapped.parameters()))

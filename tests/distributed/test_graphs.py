@@ -51,7 +51,7 @@ def test_a_sharded_model_trains_by_checkpointing_as_without(runs, way):
     assert said[way] == said["plain"]
 
 
-@pytest.mark.parametrize("way", ["DDP", "FSDP"])
+@pytest.mark.parametrize("way", ["DDP", "FSDP", "FSDP's wrapper"])
 def test_data_parallel_training_on_two_ranks_has_the_losses_of_one(runs, way):
     one, two = (graphs(runs, size)["data parallel"] for size in (1, 2))
     np.testing.assert_allclose(two[way], one["DDP"], **TOLERANCE)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -46,6 +46,10 @@ def sharded(module):
     return fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
 
 
+def flattened(module, **options):
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), **options)
+
+
 WRAPPERS = {
     "compile": compiled,
     "compile at every depth": lambda model: inside(model, compiled),
@@ -61,6 +65,8 @@ WRAPPERS = {
     "fully_shard": sharded,
     "fully_shard at every depth": lambda model: inside(model, sharded),
     "compile of fully_shard": lambda model: compiled(sharded(model)),
+    "FSDP's wrapper": flattened,
+    "FSDP's wrapper, original parameters": lambda model: flattened(model, use_orig_params=True),
     "fx": torch.fx.symbolic_trace,
 }
 
@@ -127,6 +133,14 @@ def test_start_and_replace_are_refused_under_fully_shard():
         start(model)
     with pytest.raises(ConfigError, match="replace its embeddings before it is wrapped"):
         replace_embeddings(model, config())
+
+
+@pytest.mark.parametrize("wrapper", [sharded, flattened])
+def test_resizing_is_refused_under_fsdp(wrapper):
+    model = replaced()
+    wrapper(model)
+    with pytest.raises(ConfigError, match="resize it before it is distributed"):
+        model.first.resize(NUM_IDS + 1)
 
 
 def test_tables_beside_layers_under_fully_shard_are_replaced_started_and_frozen(tmp_path):
