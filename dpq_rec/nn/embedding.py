@@ -20,6 +20,7 @@ from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError, IdTypeError
 from dpq_rec.nn.collectives import world_size
 from dpq_rec.nn.quantizer import Quantizer
+from dpq_rec.nn.recompute import FirstRuns
 from dpq_rec.nn.shards import is_under_fsdp
 from dpq_rec.nn.tables import Distinct, DPQTables, Looked
 from dpq_rec.nn.tracing import leaf, refuse_scripting, refused_elsewhere
@@ -235,7 +236,7 @@ class DPQEmbedding(_OneTable, nn.Embedding):  # type: ignore[override]
         """
         if self.padding_idx is None:
             raise ConfigError("keep_padding: got no padding_idx; an id without one has a vector")
-        self.keeps_padding = True
+        self.keeps_padding, self._padding_runs = True, FirstRuns()
         self.register_buffer("padding_is_kept", torch.ones((), dtype=torch.bool, device=self.device))
 
     def _quantize(self, name: str, queries_NQ: torch.Tensor, asked: Distinct) -> torch.Tensor:
@@ -246,8 +247,10 @@ class DPQEmbedding(_OneTable, nn.Embedding):  # type: ignore[override]
         learned = Distinct(rows_N[learns_N], counts_N[learns_N], at_T)
         vectors_NE = super()._quantize(name, queries_NQ[learns_N], learned)
         quantizer, fixed_PE = self.quantizer(name), queries_NQ[~learns_N].detach()  # one or none
-        if not quantizer.bypassed:
+        if len(fixed_PE) and not quantizer.bypassed:
             fixed_PE = quantizer.decode(quantizer.encode(fixed_PE, rows_N=rows_N[~learns_N])).detach()
+            run = self._padding_runs.unchecked(rows_N, counts_N)
+            fixed_PE = fixed_PE if run is None else run.fixed(fixed_PE)
         at = int((rows_N < self.padding_idx).sum())  # rows ascend
         return torch.cat([vectors_NE[:at], fixed_PE, vectors_NE[at:]])
 
@@ -355,6 +358,11 @@ class TiedLinear(_DecodedWeight, nn.Linear):
         if isinstance(hidden, Proxy):
             tracer: Any = hidden.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (hidden,), {})
+        rows = self._embeddings[0].num_embeddings
+        if self.bias is not None and len(self.bias) != rows:
+            raise ConfigError(
+                f"bias: got {len(self.bias)} numbers for a table that was resized to {rows} rows; resize it"
+            )
         return super().forward(hidden)
 
     @property

@@ -51,6 +51,10 @@ class FirstRun:
         then = self.codebooks[level]
         return Codebook(_As.apply(now.values_DKS, then.values_DKS), _As.apply(now.keys_DKX, then.keys_DKX))
 
+    def fixed(self, now: torch.Tensor) -> torch.Tensor:
+        """What has no gradients; in a second run that of the first."""
+        return self.codebook(0, Codebook(now, now)).values_DKS
+
 
 class FirstRuns:
     """The first runs of a module whose second may still come. A copy of it, or a pickle, is empty."""
@@ -74,6 +78,10 @@ class FirstRuns:
                 "config: got ema_decay or revive_after under FSDP, which drops what moves without gradients; train it "
                 "under DistributedModelParallel or DistributedDataParallel, or leave both out"
             )
+        return self.unchecked(*like)
+
+    def unchecked(self, *like: torch.Tensor) -> FirstRun | None:
+        """The same, of a module that FSDP may hold."""
         if recomputing():
             return self._find(like)
         self._kept = [run for run in self._kept if not run.found]
@@ -91,8 +99,8 @@ class FirstRuns:
             run.found = True
         elif self._any_dropped:
             raise ConfigError(
-                f"forward: got one to run again of which {_MOST_KEPT} others have run since, with ema_decay or "
-                "revive_after; call backward more often, or leave checkpointing out"
+                f"forward: got one to run again of which {_MOST_KEPT} others have run since, with ema_decay, "
+                "revive_after or a kept padding row; call backward more often, or leave checkpointing out"
             )
         return run
 

@@ -242,6 +242,14 @@ def test_new_rows_take_nothing_from_the_padding_row_which_may_hold_anything():
     assert module.weight.isfinite().all()
 
 
+def test_a_tied_bias_of_another_size_than_a_resized_table_is_refused_in_a_sentence():
+    module = trained({"method": "sx"})
+    tied = TiedLinear(module, nn.Parameter(torch.zeros(V)))
+    module.resize(V + 1)
+    with pytest.raises(ConfigError, match=f"bias: got {V} numbers for a table that was resized to {V + 1} rows"):
+        tied(torch.randn(2, E))
+
+
 def test_a_table_of_a_padding_row_alone_grows():
     module = DPQEmbedding(1, E, config(), padding_idx=0)
     module.resize(4)
