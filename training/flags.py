@@ -239,11 +239,12 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 
 def check_positive(options: Any, *names: str) -> None:
-    """Raises ConfigError for an option that is not more than 0; none is none."""
+    """Raises ConfigError for an option that is not more than 0, or is infinite; none is none."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')}: got {value}, want more than 0")
+        if value is not None and not 0 < value < float("inf"):
+            wanted = "a finite number" if value == float("inf") else "more than 0"
+            raise ConfigError(f"--{name.replace('_', '-')}: got {value}, want {wanted}")
 
 
 def _without_none(kind: Any) -> Any:

@@ -23,6 +23,7 @@ from training.recipes import RECIPES
         ({"embedding": "pq"}, "embedding.kind: got 'pq', want one of full, dpq-sx, dpq-vq"),
         ({"epochs": 0}, "--epochs: got 0, want more than 0"),
         ({"epochs": "many"}, "optimisation.epochs: got 'many', want a value of type int"),
+        ({"learning-rate": float("inf")}, "--learning-rate: got inf, want a finite number"),
         ({"patience": 0}, "--patience: got 0, want more than 0"),
         ({"rate-decay": "cosine"}, "optimisation.rate_decay: got 'cosine', want one of none, linear, late"),
         ({"seed": -1}, "--seed: got -1, want 0 or more"),
