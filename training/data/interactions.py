@@ -236,7 +236,11 @@ def _check_types(files: Sequence[DataFile], columns: Sequence[str]) -> None:
                 "label": is_number or pa.types.is_boolean(kind),
             }
             if not fits[name]:
-                want = {"split": "int8", "timestamp": "a number, a date or a timestamp", "label": "a number"}[name]
+                want = {
+                    "split": "int8, 0 (train), 1 (validation) or 2 (test)",
+                    "timestamp": "a number, a date or a timestamp",
+                    "label": "a number",
+                }[name]
                 raise ConfigError(f"{name}: got {kind}, want {want} ({file.path})")
 
 

@@ -180,7 +180,7 @@ class TestOpen:
             ({"user_id": [["u"]], "item_id": [1]}, "user_id: got list<.*>, want int64 or string"),
             ({"user_id": [1], "item_id": pa.array([1], pa.uint64())}, "item_id: got uint64, want int64"),
             ({"user_id": [1], "item_id": [1.0]}, "item_id: got double, want int64"),
-            ({"user_id": [1], "item_id": [1], "split": ["test"]}, "split: got string, want int8"),
+            ({"user_id": [1], "item_id": [1], "split": ["test"]}, "split: got string, want int8, 0 .train., 1"),
             ({"user_id": [1], "item_id": [1], "timestamp": ["1"]}, "timestamp: got string, want a number"),
         ],
     )
