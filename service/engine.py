@@ -238,12 +238,12 @@ class Engine:
             raise TooManyIdsError(f"queries: got {num_queries}, want {wanted}")
         self.check_num_ids(num_queries * max(0, request.k), "answers")
         queries, missing = request.queries, np.empty(0, np.uint32)
+        table = self.table(request.table)
         if ids is not None:
-            _check_kind(self.table(request.table), request.table, ids)
+            _check_kind(table, request.table, ids)
             queries, missing = store.lookup(request.table, ids, missing=request.missing)
             queries = np.delete(queries, missing, axis=0)
             self.metrics.looked_up(request.table, num_queries, len(missing))
-        self.table(request.table)
         try:
             found = store.search(request.table, queries, request.k, similarity=request.similarity, check=check)
         except ConfigError as error:
