@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import hmac
 import ipaddress
 import logging
 import math
@@ -27,6 +26,7 @@ import grpc.aio
 from dpq_rec import DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
 from service import errors
 from service.admission import Slot
+from service.auth import check_key
 from service.engine import Engine
 
 logger = logging.getLogger("service.grpc")
@@ -43,7 +43,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotReadyError: grpc.StatusCode.UNAVAILABLE,
 }
-_KEY_NAMES = ("authorization", "x-api-key")
+_HOW_TO_SEND_A_KEY = "send the metadata 'authorization: Bearer KEY' or 'x-api-key'"
 _MESSAGE_SECONDS = 30.0  # for a call's message to arrive whole
 _REPLY_BYTES = 1 << 27  # of large replies that are made or sent at a time; each is held twice, once by gRPC
 _BYTES_PER_SECOND = 1 << 20  # that a caller takes at least, after `send_seconds`
@@ -172,7 +172,9 @@ class Call:
         settings = self._calls.engine.settings
         try:
             if settings.api_key is not None:
-                check_key(settings.api_key, self._context.invocation_metadata() or ())
+                metadata = self._context.invocation_metadata() or ()
+                pairs = ((str(name).encode(), str(value).encode()) for name, value in metadata)
+                check_key(pairs, settings.api_key.encode(), _HOW_TO_SEND_A_KEY)
             if len(self._calls.open) > settings.max_calls:
                 raise errors.OverloadedError(
                     f"{settings.max_calls} calls are open, as many as --max-calls allows; try again later"
@@ -280,32 +282,6 @@ class Call:
 def is_of_use(record: logging.LogRecord) -> bool:
     """A filter for gRPC's log: it writes a traceback where a call ended just before its status was sent."""
     return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
-
-
-def check_key(wanted: str, metadata: Any) -> None:
-    """See that a call has the key, and no other.
-
-    Args:
-        wanted: the server's key.
-        metadata: pairs of the call.
-
-    Raises:
-        UnauthorizedError: it has not.
-    """
-    given = {(name, str(value)) for name, value in metadata if name in _KEY_NAMES}
-    keys = set()
-    for name, value in given:
-        scheme, _, bearer = value.partition(" ")
-        if name == "x-api-key":
-            keys.add(value)
-        elif scheme.lower() == "bearer":
-            keys.add(bearer.strip())
-    if len(keys) > 1 or len(given) > len({name for name, _ in given}):
-        raise errors.UnauthorizedError("got several API keys, which differ; send one")
-    if not any(keys):
-        raise errors.UnauthorizedError("got no API key; send the metadata 'authorization: Bearer KEY' or 'x-api-key'")
-    if not hmac.compare_digest(keys.pop().encode(), wanted.encode()):
-        raise errors.UnauthorizedError("got an API key that is not this server's")
 
 
 def hang_up(peer: str, port: int) -> bool:

@@ -22,6 +22,7 @@ from dpq_rec.lookup import MissingPolicy, VectorType
 from dpq_rec.octets import ID_BYTES
 from dpq_rec.packed import values_to_bytes
 from service import http_schema
+from service.auth import check_key
 from service.engine import INLINE_VALUES, Engine
 from service.errors import InvalidRequestError, OverloadedError, UnauthorizedError
 from service.http_body import read_body
@@ -43,7 +44,6 @@ from service.http_lookup import (
     Asked,
     LookupPlans,
     check_encoding,
-    check_key,
     path_of,
     types_of,
     values_of_json,
@@ -52,6 +52,7 @@ from service.http_query import IdsAs, NumBags, check_query, with_query_check
 from service.messages import Pooling, SearchRequest, TableRequest
 
 T = TypeVar("T")
+_HOW_TO_SEND_A_KEY = "send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LOOKUP = f"POST {ROUTE}"
 
@@ -213,7 +214,8 @@ def _key_check(api_key: str) -> Callable[..., Awaitable[None]]:
         bearer: Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))],
         header: Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))],
     ) -> None:
-        check_key(request.scope["headers"], api_key.encode())  # what FastAPI finds is only for its documentation
+        # What FastAPI finds is only for its documentation.
+        check_key(request.scope["headers"], api_key.encode(), _HOW_TO_SEND_A_KEY)
 
     return check
 
@@ -290,7 +292,7 @@ class HttpApi:
             return None
         if self.settings.api_key is not None:
             try:
-                check_key(scope["headers"], self.settings.api_key.encode())
+                check_key(scope["headers"], self.settings.api_key.encode(), _HOW_TO_SEND_A_KEY)
             except UnauthorizedError:
                 return None
         return self._plans.asked_of(path_of(scope), scope["query_string"])

@@ -6,7 +6,6 @@ What does not depend on the body is settled once and kept as a Plan: the same fe
 from __future__ import annotations
 
 import functools
-import hmac
 import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, get_args
@@ -21,7 +20,7 @@ from dpq_rec.client import CODES
 from dpq_rec.lookup import MissingPolicy, VectorType
 from dpq_rec.octets import ID_BYTES
 from service.engine import Engine
-from service.errors import InvalidRequestError, NotAcceptableError, UnauthorizedError, UnsupportedMediaTypeError
+from service.errors import InvalidRequestError, NotAcceptableError, UnsupportedMediaTypeError
 from service.http_arrow import load_pyarrow, lookup_to_arrow
 from service.http_format import (
     ARROW,
@@ -231,28 +230,6 @@ def asked_of(path: str, query: bytes) -> Asked | None:
     if num_bags is not None and not _COUNT.fullmatch(num_bags):
         return None
     return Asked(found[1], *chosen, None if num_bags is None else int(num_bags))  # type: ignore[arg-type, call-arg]
-
-
-def check_key(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> None:
-    """See that a request has the key, and no other: which of several counts would be a matter of taste.
-
-    Raises:
-        UnauthorizedError: it has not.
-    """
-    given = {(name, value) for name, value in headers if name in (b"authorization", b"x-api-key")}
-    keys = set()
-    for name, value in given:
-        scheme, _, bearer = value.partition(b" ")
-        if name == b"x-api-key":
-            keys.add(value)
-        elif scheme.lower() == b"bearer":
-            keys.add(bearer.strip(b" "))
-    if not keys:
-        raise UnauthorizedError("got no API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
-    if len(keys) > 1 or len(given) > len({name for name, _ in given}):
-        raise UnauthorizedError("got several API keys, which differ; send one")
-    if not hmac.compare_digest(keys.pop(), wanted):
-        raise UnauthorizedError("got an API key that is not this server's")
 
 
 def check_encoding(headers: Iterable[tuple[bytes, bytes]]) -> None:
