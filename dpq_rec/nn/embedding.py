@@ -23,7 +23,7 @@ from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.recompute import FirstRuns
 from dpq_rec.nn.shards import is_under_fsdp
 from dpq_rec.nn.tables import Distinct, DPQTables, Looked
-from dpq_rec.nn.tracing import leaf, refuse_scripting, refused_elsewhere
+from dpq_rec.nn.tracing import leaf, node_of, refuse_scripting, refused_elsewhere
 
 Mode = Literal["sum", "mean", "max"]
 
@@ -117,9 +117,8 @@ class _OneTable(_DecodedWeight, DPQTables):
 
     def _read_by_graph(self, values: Proxy) -> Any:
         """A node that reads the weight anew at each run of the graph that torch.fx traces, instead of `values`'."""
-        tracer: Any = values.tracer
-        tracer.graph.erase_node(values.node)
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (None,), {})
+        values.tracer.graph.erase_node(values.node)
+        return node_of(self, values, None)
 
     def _check_readable(self) -> None:
         """Refuse to decode a weight that would be a constant of a graph, or of which this rank holds a piece."""
@@ -356,8 +355,7 @@ class TiedLinear(_DecodedWeight, nn.Linear):
     def forward(self, hidden: Any) -> Any:
         """Scores [..., V] of what comes before, [..., E]; to torch.fx one node, as torch's own layers are."""
         if isinstance(hidden, Proxy):
-            tracer: Any = hidden.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (hidden,), {})
+            return node_of(self, hidden, hidden)
         rows = self._embeddings[0].num_embeddings
         if self.bias is not None and len(self.bias) != rows:
             raise ConfigError(

@@ -34,13 +34,18 @@ def leaf(forward: Forward) -> Forward:
     def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, Proxy):
-                tracer: Any = argument.tracer
-                path = tracer.path_of_module(self) or "itself"  # a graph cannot call its own root
-                node = tracer.create_proxy("call_module", path, args, kwargs)
+                node = node_of(self, argument, *args, **kwargs)
                 return self.of_node(node) if hasattr(self, "of_node") else node
         return checked(self, *args, **kwargs)
 
     return traced  # type: ignore[return-value]
+
+
+def node_of(module: torch.nn.Module, proxy: Proxy, *args: Any, **kwargs: Any) -> Any:
+    """A node that calls a module, in the graph of a proxy."""
+    tracer: Any = proxy.tracer
+    path = tracer.path_of_module(module) or "itself"  # a graph cannot call its own root
+    return tracer.create_proxy("call_module", path, args, kwargs)
 
 
 def refused_elsewhere(forward: Forward) -> Forward:
