@@ -235,8 +235,8 @@ class TestFiles:
             write(tmp_path / name)
         (tmp_path / "_SUCCESS").touch()
         assert len(items_of(tmp_path)) == 1
-        (record,) = caplog.records
-        assert record.getMessage().endswith("not reading names that begin with . or _: _b.parquet, _temporary")
+        (warning,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+        assert warning.getMessage().endswith("not reading names that begin with . or _: _b.parquet, _temporary")
 
     def test_a_table_whose_log_is_not_read_is_said(self, tmp_path, caplog):
         write(tmp_path / "a.parquet")
