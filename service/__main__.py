@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 _PACKAGES = ("fastapi", "uvicorn", "uvloop", "httptools", "orjson", "grpc", "grpc_health", "grpc_reflection",
-             "prometheus_client", "swagger_ui_bundle")  # fmt: skip
+             "prometheus_client", "swagger_ui_bundle", "tyro")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,14 +19,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dpq_rec import ArtifactError, ConfigError, EmbeddingStore, MissingDependencyError
     from service.settings import read_settings
 
-    settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
-    )
     try:
         missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
             raise MissingDependencyError(", ".join(missing), "serve")
+        settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
+        log_format = "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
+        logging.basicConfig(level=settings.log_level.upper(), format=log_format)
         store = EmbeddingStore.open(settings.artifact)
         from service import supervisor
 

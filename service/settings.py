@@ -1,32 +1,21 @@
-"""What can be chosen. In: command line and environment. Out: Settings, checked."""
-# ruff: noqa: RUF009 - `_option` is `dataclasses.field` with its metadata filled in
+"""The server's settings. In: command line and environment. Out: Settings, checked."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from dpq_rec.errors import ConfigError
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
 _BODY_BYTES_PER_ID = 64
 _LEAST_BODY_BYTES = 1 << 20
-_MAX_BODY_HELP = (
-    "most bytes in one HTTP body or gRPC message; if not set, "
-    f"{_BODY_BYTES_PER_ID} for each of --max-ids, at least {_LEAST_BODY_BYTES}"
-)
-_MAX_IN_FLIGHT_HELP = (
-    "requests that a worker holds at a time, from the end of the body until the reply is sent; more are refused (429)"
-)
-_API_KEY_HELP = (
-    "key that /v1, /metrics and the gRPC service ask for; better set in the environment, which ps does not show; "
-    "if not set, none is asked for"
-)
-_PROLOG = "Serve the embedding tables of an artifact over HTTP and gRPC. Every flag is also an environment variable:"
-_EPILOG = """\
+_DESCRIPTION = """\
+Serve the embedding tables of an artifact over HTTP and gRPC.
+Every flag is also an environment variable: --http-port is DPQ_HTTP_PORT. The flag wins.
+
 examples:
   python -m service --artifact run/artifact
   curl -s localhost:8080/v1/tables/item_id/lookup -H 'Content-Type: application/json' -d '{"ids": [42, 7]}'
@@ -36,55 +25,58 @@ Exit codes: 0 stopped by SIGTERM or SIGINT, 1 could not serve (the artifact, the
 """
 
 
-def _option(parse: Callable[[str], Any], metavar: str, text: str, default: Any = dataclasses.MISSING) -> Any:
-    metadata = {"parse": parse, "metavar": metavar, "help": text}
-    return dataclasses.field(default=default, metadata=metadata, repr=metavar != "KEY")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The server's settings; `python -m service --help` describes each.
+    """The server's settings, which `--help` shows as they are described here.
+
+    Attributes:
+        artifact: artifact, or store of published artifacts, to serve
+        host: address to listen on; 0.0.0.0 (or ::) for every interface, as a container needs
+        http_port: port of the HTTP API; 0 takes any free one
+        grpc_port: port of the gRPC API; 0 takes any free one
+        workers: processes that answer requests; they share the mapped artifact
+        threads: threads of a worker that answer its large requests
+        max_ids: most ids in one request, all of its tables together
+        max_queries: most queries in one search, each of which looks at every row
+        max_body_bytes: most bytes in one HTTP body or gRPC message; if not set, 64 for each of --max-ids, at least
+            1048576
+        max_in_flight: requests that a worker holds at a time, from the end of the body until the reply is sent;
+            more are refused (429)
+        max_connections: HTTP connections of a worker; one more takes the place of an idle one, or gets 503;
+            and as many of gRPC
+        max_calls: gRPC calls that a worker holds at a time, idle streams too; one connection holds a quarter
+        min_ping_seconds: time between keepalive pings of a gRPC client; one that sends them faster is disconnected
+        send_seconds: time, and 1 s for each MiB, that a gRPC caller has to take a reply; then it is disconnected
+        api_key: key that /v1, /metrics and the gRPC service ask for; better set in the environment, which ps does not
+            show; if not set, none is asked for
+        drain_seconds: time from SIGTERM, when readiness starts to fail, until connections are refused
+        stop_seconds: time that requests in flight then have to finish
+        hang_seconds: time without a sign of life after which a worker is killed and replaced
+        log_level: what is logged on stderr
 
     Raises:
         ConfigError: a value that makes no sense.
     """
 
-    artifact: Path = _option(Path, "DIR", "artifact, or store of published artifacts, to serve (required)")
-    host: str = _option(
-        str, "HOST", "address to listen on; 0.0.0.0 (or ::) for every interface, as a container needs", "127.0.0.1"
-    )
-    http_port: int = _option(int, "PORT", "port of the HTTP API; 0 takes any free one", 8080)
-    grpc_port: int = _option(int, "PORT", "port of the gRPC API; 0 takes any free one", 8081)
-    workers: int = _option(int, "N", "processes that answer requests; they share the mapped artifact", 2)
-    threads: int = _option(int, "N", "threads of a worker that answer its large requests", 2)
-    max_ids: int = _option(int, "N", "most ids in one request, all of its tables together", 65_536)
-    max_queries: int = _option(int, "N", "most queries in one search, each of which looks at every row", 64)
-    max_body_bytes: int | None = _option(int, "N", _MAX_BODY_HELP, None)
-    max_in_flight: int = _option(int, "N", _MAX_IN_FLIGHT_HELP, 256)
-    max_connections: int = _option(
-        int,
-        "N",
-        "HTTP connections of a worker; one more takes the place of an idle one, or gets 503; and as many of gRPC",
-        1000,
-    )
-    max_calls: int = _option(
-        int, "N", "gRPC calls that a worker holds at a time, idle streams too; one connection holds a quarter", 1024
-    )
-    min_ping_seconds: float = _option(
-        float, "S", "time between keepalive pings of a gRPC client; one that sends them faster is disconnected", 5.0
-    )
-    send_seconds: float = _option(
-        float, "S", "time, and 1 s for each MiB, that a gRPC caller has to take a reply; then it is disconnected", 30.0
-    )
-    api_key: str | None = _option(str, "KEY", _API_KEY_HELP, None)
-    drain_seconds: float = _option(
-        float, "S", "time from SIGTERM, when readiness starts to fail, until connections are refused", 5.0
-    )
-    stop_seconds: float = _option(float, "S", "time that requests in flight then have to finish", 25.0)
-    hang_seconds: float = _option(
-        float, "S", "time without a sign of life after which a worker is killed and replaced", 30.0
-    )
-    log_level: str = _option(str, "LEVEL", f"what is logged on stderr: {', '.join(LOG_LEVELS)}", "info")
+    artifact: Path
+    host: str = "127.0.0.1"
+    http_port: int = 8080
+    grpc_port: int = 8081
+    workers: int = 2
+    threads: int = 2
+    max_ids: int = 65_536
+    max_queries: int = 64
+    max_body_bytes: int | None = None
+    max_in_flight: int = 256
+    max_connections: int = 1000
+    max_calls: int = 1024
+    min_ping_seconds: float = 5.0
+    send_seconds: float = 30.0
+    api_key: str | None = dataclasses.field(default=None, repr=False)
+    drain_seconds: float = 5.0
+    stop_seconds: float = 25.0
+    hang_seconds: float = 30.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
         for name in ("http_port", "grpc_port"):
@@ -100,7 +92,6 @@ class Settings:
         for name in ("drain_seconds", "stop_seconds", "min_ping_seconds", "send_seconds"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 86_400, "0 to 86400")
         _check("hang_seconds", self.hang_seconds, 2 <= self.hang_seconds <= 86_400, "2 to 86400")
-        _check("log_level", self.log_level, self.log_level in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise ConfigError("api_key: want one or more printable ASCII characters, or no key at all")
         if self.api_key is not None and self.api_key != self.api_key.strip():
@@ -124,58 +115,22 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Settin
     """The settings that a command line and an environment give; the command line wins.
 
     Raises:
-        SystemExit: 2, with a line on stderr, for usage errors; 0 for --help.
+        SystemExit: 2, with a message on stderr, for usage errors; 0 for --help.
     """
-    parser = _parser()
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    texts = {**_from_environment(environment), **given}
-    if "artifact" not in texts:
-        parser.error("artifact: name the folder to serve: --artifact DIR, or DPQ_ARTIFACT")
+    import tyro  # takes a tenth of a second, which importing Settings should not
+
+    names = {f"DPQ_{field.name.upper()}": field.name for field in dataclasses.fields(Settings)}
+    given = {variable: environment[variable] for variable in names if variable in environment}
+    flags = [f"--{names[variable].replace('_', '-')}={value}" for variable, value in given.items()]
     try:
-        return Settings(**{name: _parse(name, *texts[name]) for name in texts})
-    except ConfigError as error:
-        parser.error(str(error))
-
-
-def _fields() -> dict[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(Settings)}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m service",
-        description=f"{_PROLOG} --http-port is DPQ_HTTP_PORT. The flag wins.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for name, field in _fields().items():
-        flag = "--" + name.replace("_", "-")
-        shown = "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
-        parser.add_argument(
-            flag, metavar=field.metadata["metavar"], help=field.metadata["help"] + shown, type=_Given(flag)
+        return tyro.cli(
+            Settings,
+            prog="python -m service",
+            description=_DESCRIPTION,
+            args=[*flags, *argv],  # of a flag given twice, the last counts
+            config=(tyro.conf.DisallowNone,),  # `--api-key None` is a key, not the lack of one
         )
-    return parser
-
-
-class _Given:
-    """Keeps beside a text where it came from, for the error message."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def __call__(self, text: str) -> tuple[str, str]:
-        return self.source, text
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    variables = {name: f"DPQ_{name.upper()}" for name in _fields()}
-    return {name: (variable, environment[variable]) for name, variable in variables.items() if variable in environment}
-
-
-def _parse(name: str, source: str, text: str) -> Any:
-    parse = _fields()[name].metadata["parse"]
-    try:
-        return parse(text)
-    except ValueError:
-        raise ConfigError(f"{source}: got {text!r}, want a {'whole ' if parse is int else ''}number") from None
+    except SystemExit as error:
+        if error.code and given:
+            sys.stderr.write(f"set in the environment: {', '.join(given)}\n")
+        raise

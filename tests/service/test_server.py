@@ -365,7 +365,8 @@ def test_server_exits_1_with_a_line_when_a_port_is_taken(server, artifact, flags
 def test_server_exits_2_for_usage_errors(artifact):
     done = run_service(f"--artifact={artifact}", DPQ_WORKERS="none")
     assert done.returncode == 2
-    assert "DPQ_WORKERS: got 'none', want a whole number" in done.stderr
+    assert "Error parsing --workers" in done.stderr
+    assert "set in the environment: DPQ_WORKERS" in done.stderr
 
 
 def test_server_exits_2_when_replies_could_not_be_sent(artifact):
