@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
-from dpq_rec import DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
+from dpq_rec import DamagedArtifactError
 from service import errors
 from service.admission import Slot
 from service.auth import check_key
@@ -32,17 +32,6 @@ from service.engine import Engine
 logger = logging.getLogger("service.grpc")
 
 Respond = Callable[[bytes], Awaitable[bytes]]  # from a message to its reply, both serialized
-_CODES: dict[type[Exception], grpc.StatusCode] = {
-    errors.UnauthorizedError: grpc.StatusCode.UNAUTHENTICATED,
-    errors.MalformedError: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
-    IdTypeError: grpc.StatusCode.INVALID_ARGUMENT,
-    UnknownTableError: grpc.StatusCode.NOT_FOUND,
-    UnknownIdsError: grpc.StatusCode.NOT_FOUND,
-    errors.TooManyIdsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.NotReadyError: grpc.StatusCode.UNAVAILABLE,
-}
 _HOW_TO_SEND_A_KEY = "send the metadata 'authorization: Bearer KEY' or 'x-api-key'"
 _MESSAGE_SECONDS = 30.0  # for a call's message to arrive whole
 _REPLY_BYTES = 1 << 27  # of large replies that are made or sent at a time; each is held twice, once by gRPC
@@ -263,7 +252,8 @@ class Call:
             if not self.is_idle:
                 self.count(grpc.StatusCode.CANCELLED)
             raise asyncio.CancelledError from error
-        code, text = _CODES.get(type(error), grpc.StatusCode.INTERNAL), str(error)
+        code = grpc.StatusCode[errors.ERROR_CODES.get(type(error), errors.INTERNAL).grpc]
+        text = str(error)
         if code is grpc.StatusCode.INTERNAL:
             logger.exception("%s failed", self._method)
             if not isinstance(error, DamagedArtifactError):  # which no caller is to blame for

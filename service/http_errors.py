@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dpq_rec import DamagedArtifactError, IdTypeError, UnknownIdsError, UnknownTableError
+from dpq_rec import DamagedArtifactError
 from service import errors
 from service.engine import Engine
 from service.http_format import JSON
@@ -24,25 +24,6 @@ from service.http_format import JSON
 T = TypeVar("T")
 logger = logging.getLogger("service.http")
 
-_STATUS: dict[type[Exception], int] = {
-    errors.MalformedError: 400,
-    errors.UnauthorizedError: 401,
-    errors.NotAcceptableError: 406,
-    errors.TooManyIdsError: 413,
-    errors.TooManyBytesError: 413,
-    errors.UnsupportedMediaTypeError: 415,
-    errors.InvalidRequestError: 422,
-    errors.OverloadedError: 429,
-    errors.NotReadyError: 503,
-    UnknownTableError: 404,
-    UnknownIdsError: 404,
-    IdTypeError: 422,
-}
-_LIBRARY_TYPES: dict[type[Exception], str] = {
-    UnknownTableError: "unknown_table",
-    UnknownIdsError: "unknown_ids",
-    IdTypeError: "wrong_id_type",
-}
 _HEADERS: dict[type[Exception], dict[str, str]] = {
     errors.UnauthorizedError: {"WWW-Authenticate": "Bearer"},
     errors.OverloadedError: {"Retry-After": "1"},
@@ -64,7 +45,7 @@ def error_reply(status: int, error_type: str, text: str, headers: Mapping[str, s
 
 def add_error_handlers(app: FastAPI) -> None:
     """Answer in one form whatever is raised on purpose, and what the framework raises."""
-    for kind in _STATUS:
+    for kind in errors.ERROR_CODES:
         app.add_exception_handler(kind, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_parameters)
     app.add_exception_handler(HTTPException, _refuse_route)
@@ -75,16 +56,15 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 def _refusal(error: Exception) -> Response:
-    kind = type(error)
-    error_type = error.error_type if isinstance(error, errors.RequestError) else _LIBRARY_TYPES[kind]
-    return error_reply(_STATUS[kind], error_type, str(error), _HEADERS.get(kind))
+    codes = errors.ERROR_CODES[type(error)]
+    return error_reply(codes.http, codes.error_type, str(error), _HEADERS.get(type(error)))
 
 
 async def _refuse_parameters(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     text = f"{first['loc'][1]}: got {first.get('input')!r}: {first['msg']}"
-    return error_reply(422, errors.InvalidRequestError.error_type, text)
+    return error_reply(422, errors.ERROR_CODES[errors.InvalidRequestError].error_type, text)
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
@@ -96,7 +76,7 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
 
 def refusal(error: Exception, method: str) -> Response:
     """The reply to whatever was raised: 500, and a line in the log, for what nobody expected. Call it in `except`."""
-    return _refusal(error) if type(error) in _STATUS else _internal(error, method)
+    return _refusal(error) if type(error) in errors.ERROR_CODES else _internal(error, method)
 
 
 def _internal(error: Exception, method: str) -> Response:
