@@ -38,8 +38,8 @@ check: venv  ## ruff, ruff format, mypy
 	$(BIN)/mypy
 
 bench: venv  ## decoding beside torch.index_select and FBGEMM; lookups, as their caller pays for them
-	$(BIN)/python -m dpq_rec.bench decode
-	$(BIN)/python -m dpq_rec.bench lookup
+	$(BIN)/python -m tests.benchmarks.library decode
+	$(BIN)/python -m tests.benchmarks.library lookup
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,8 +2,8 @@
 
 Imported only after the fork: gRPC's threads do not survive one. gRPC's server with threads answers up to twice as
 many small calls, but its threads would take the interpreter from the loop that HTTP is answered on, and the engine
-counts without locks; a caller in haste has StreamLookup, which gains as much. `python -m service.bench grpc` compares
-them.
+counts without locks; a caller in haste has StreamLookup, which gains as much.
+`python -m tests.benchmarks.service grpc` compares them.
 """
 
 from __future__ import annotations

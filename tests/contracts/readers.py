@@ -23,7 +23,8 @@ import torch
 from dpq_rec import CodeLayout, EmbeddingStore, IdTypeError, UnknownIdsError, UnknownTableError, publish
 from dpq_rec.cli import main
 from dpq_rec.export import ExportConfig, export_table
-from dpq_rec.kernels import MISSING_ROW, Coded, reference
+from dpq_rec.kernels import MISSING_ROW, Coded
+from tests import references
 from tests.contracts import cases
 
 
@@ -138,14 +139,14 @@ class ReferenceReader(Anything):
         sizes = {name: entry[name] for name in ("num_subspaces", "num_codes", "num_levels")}
         values = tensors["values"].astype(np.float32)
         if entry["kind"] == "dpq":
-            return reference.decode(Coded.of(tensors["packed_codes"], values, CodeLayout(**sizes)), rows_N)
+            return references.decode(Coded.of(tensors["packed_codes"], values, CodeLayout(**sizes)), rows_N)
         vectors_NE, first = np.zeros((len(rows_N), entry["embedding_dim"]), np.float32), 0
         for at, tier in enumerate(entry["tiers"]):
             here_N = (rows_N >= first) & (rows_N < first + tier["rows"])
             layout = CodeLayout(**{**sizes, "num_levels": tier["num_levels"]})
             packed_VW = tensors[f"packed_codes.{at}" if at else "packed_codes"]
             of_levels = Coded.of(packed_VW, values[: layout.codes_per_row], layout)
-            vectors_NE[here_N] = reference.decode(of_levels, rows_N[here_N] - first)
+            vectors_NE[here_N] = references.decode(of_levels, rows_N[here_N] - first)
             first += tier["rows"]
         return vectors_NE
 

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpq_rec.id_index import build_slots, build_tree, num_slots, num_tree_keys
-from dpq_rec.kernels import reference
 from dpq_rec.strings import PackedStrings
+from tests import references
 
 FILLING = 2**63 - 1
 
@@ -31,9 +31,9 @@ def test_build_slots_equals_the_reference(texts):
     strings = PackedStrings.pack(sorted(text.encode() for text in texts))
     slots_H = build_slots(strings)
     assert slots_H.dtype == np.uint32
-    assert slots_H.tolist() == reference.fill_slots(*strings, num_slots(len(texts))).tolist()
+    assert slots_H.tolist() == references.fill_slots(*strings, num_slots(len(texts))).tolist()
 
 
 def test_build_slots_equals_the_reference_in_a_long_list():
     strings = PackedStrings.pack(sorted(f"item_{i}".encode() for i in range(5000)))
-    assert build_slots(strings).tolist() == reference.fill_slots(*strings, num_slots(5000)).tolist()
+    assert build_slots(strings).tolist() == references.fill_slots(*strings, num_slots(5000)).tolist()

@@ -16,7 +16,9 @@ def run_without(modules, code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("module", ["dpq_rec", "dpq_rec.cli", "dpq_rec.export", "dpq_rec.report", "dpq_rec.bench"])
+@pytest.mark.parametrize(
+    "module", ["dpq_rec", "dpq_rec.cli", "dpq_rec.export", "dpq_rec.report", "tests.benchmarks.library"]
+)
 def test_import_loads_numpy_alone(module):
     code = f"import sys, {module}\nprint(sorted(name for name in {OPTIONAL!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -33,7 +35,7 @@ def test_command_works_with_numpy_alone(tmp_path, command):
 
 
 def test_bench_says_how_to_install_torch():
-    code = "from dpq_rec.bench.command import run; sys.exit(run('dpq_rec.bench', {'decode': ''}))"
+    code = "from tests.benchmarks.command import run; sys.exit(run('tests.benchmarks.library', {'decode': ''}))"
     done = run_without(("torch",), code, "decode")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("torch")

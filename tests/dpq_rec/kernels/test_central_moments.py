@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dpq_rec import kernels
-from dpq_rec.kernels import reference
+from tests import references
 
 SHAPES = [(300, 3, 1), (300, 3, 2), (257, 2, 4), (5, 4, 8), (600, 1, 5), (40, 2, 64), (0, 2, 4)]
 
@@ -29,16 +29,16 @@ def test_reference_gradient_equals_automatic_differentiation():
     r, w = c.square().sum(-1), torch.tensor(weights)
     parts = [torch.einsum("n,nds,ndt->dst", w, c, c).flatten(1), torch.einsum("n,nd,nds->ds", w, r, c)]
     moments = torch.cat([*parts, torch.stack([w @ r, w @ r**2], 1)], 1)
-    np.testing.assert_allclose(reference.central_moments(queries, mean, weights), moments.detach(), rtol=1e-12)
+    np.testing.assert_allclose(references.central_moments(queries, mean, weights), moments.detach(), rtol=1e-12)
     (want,) = torch.autograd.grad((moments * torch.tensor(gradients)).sum(), [q])
-    got = reference.central_moments_gradient(queries, mean, weights, gradients)
+    got = references.central_moments_gradient(queries, mean, weights, gradients)
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_central_moments_equal_the_reference(shape):
     queries, mean, weights, _ = problem(*shape)
-    want = reference.central_moments(queries, mean, weights)
+    want = references.central_moments(queries, mean, weights)
     got = kernels.central_moments(*single(queries, mean, weights))
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max(initial=1))
@@ -47,7 +47,7 @@ def test_central_moments_equal_the_reference(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_central_moments_gradient_equals_the_reference(shape):
     queries, mean, weights, gradients = problem(*shape)
-    want = reference.central_moments_gradient(queries, mean, weights, gradients)
+    want = references.central_moments_gradient(queries, mean, weights, gradients)
     arguments = single(queries, mean, weights, gradients)
     got = kernels.central_moments_gradient(*arguments)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max(initial=0))

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
-from dpq_rec.kernels import MISSING_ROW, Coded, reference
+from dpq_rec.kernels import MISSING_ROW, Coded
+from tests import references
 from tests.dpq_rec.builders import random_codes, random_values
 
 WIDTHS = [1, 2, 3, 4, 5, 8, 16, 20, 32]
@@ -25,7 +26,7 @@ def problem(layout, subspace_dim, *, num_rows=37, num_ids=101, shared=False, see
 def assert_decodes_as_the_reference(layout, packed_VW, values_MKS, rows_N):
     stored = Coded.of(packed_VW, values_MKS, layout)
     vectors_NE = kernels.decode(stored, rows_N)
-    wanted_NE = reference.decode(stored, rows_N)
+    wanted_NE = references.decode(stored, rows_N)
     assert (vectors_NE.dtype, vectors_NE.shape) == (np.float32, wanted_NE.shape)
     assert vectors_NE.tobytes() == wanted_NE.tobytes()
 
@@ -128,7 +129,7 @@ def test_decode_raises_for_a_code_that_cannot_be_wherever_it_stands(num_codes, n
 AT_THE_END_OF_MEMORY = """
 import numpy as np
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels
-from dpq_rec.kernels import Coded, reference
+from dpq_rec.kernels import Coded
 from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
 from tests.dpq_rec.kernels.end_of_memory import at_the_end
 
@@ -152,7 +153,7 @@ for num_codes in (2, 3, 5, 16, 31, 64, 200, 256, 257, 2048, 40_000, 65_536):
                     refused += 1
                 else:
                     decoded += 1
-                    assert vectors.tobytes() == reference.decode(stored, rows[row:]).tobytes()
+                    assert vectors.tobytes() == references.decode(stored, rows[row:]).tobytes()
                 if texts is None:
                     continue
                 try:
@@ -160,7 +161,7 @@ for num_codes in (2, 3, 5, 16, 31, 64, 200, 256, 257, 2048, 40_000, 65_536):
                 except DamagedArtifactError:
                     refused += 1
                 else:
-                    assert text == reference.decode_to_json(stored, texts, rows[row:])
+                    assert text == references.decode_to_json(stored, texts, rows[row:])
             for wild in (-2, 6, 2**40, -(2**63)):
                 try:
                     kernels.decode(stored, np.array([0] * 3_000 + [wild]), num_threads=2)

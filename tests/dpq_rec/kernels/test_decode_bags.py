@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
-from dpq_rec.kernels import MISSING_ROW, Coded, reference
+from dpq_rec.kernels import MISSING_ROW, Coded
+from tests import references
 from tests.dpq_rec.builders import random_codes, random_values
 from tests.dpq_rec.kernels.test_decode_forms import HARD_TO_ROUND, coded, dtypes, layouts, some_rows, threads
 
@@ -19,7 +20,7 @@ def some_bags(num_ids, num_bags, generator):
 
 def assert_pools_as_the_reference(stored, rows_N, bag_lengths_B, **options):
     pooled_BE = kernels.decode_bags(stored, rows_N, bag_lengths_B, **options)
-    wanted_BE = reference.decode_bags(stored, rows_N, bag_lengths_B, **options)
+    wanted_BE = references.decode_bags(stored, rows_N, bag_lengths_B, **options)
     assert (pooled_BE.dtype, pooled_BE.shape) == (wanted_BE.dtype, wanted_BE.shape)
     assert pooled_BE.tobytes() == wanted_BE.tobytes()
 

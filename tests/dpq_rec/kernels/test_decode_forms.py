@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
-from dpq_rec.kernels import MISSING_ROW, Coded, reference
+from dpq_rec.kernels import MISSING_ROW, Coded
 from dpq_rec.tiers import PackedTier
+from tests import references
 from tests.dpq_rec.builders import random_codes, random_values
 
 # Ties, both ways; the last subnormal and the first normal one; what rounds to zero, to infinity and to just below it.
@@ -43,7 +44,7 @@ def some_rows(num_rows, num_ids, seed=0):
 
 
 def assert_decodes_as_the_reference(stored, rows_N, **options):
-    vectors_NE, wanted_NE = kernels.decode(stored, rows_N, **options), reference.decode(stored, rows_N, **options)
+    vectors_NE, wanted_NE = kernels.decode(stored, rows_N, **options), references.decode(stored, rows_N, **options)
     assert (vectors_NE.dtype, vectors_NE.shape) == (wanted_NE.dtype, wanted_NE.shape)
     assert vectors_NE.tobytes() == wanted_NE.tobytes()
 

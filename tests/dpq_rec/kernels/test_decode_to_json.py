@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
-from dpq_rec.kernels import MISSING_ROW, Coded, reference
+from dpq_rec.kernels import MISSING_ROW, Coded
 from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
 from dpq_rec.tiers import PackedTier
+from tests import references
 from tests.dpq_rec.builders import random_codes, random_values
 from tests.dpq_rec.kernels.test_decode_forms import HARD_TO_ROUND, dtypes, some_rows
 
@@ -46,7 +47,7 @@ def coded(layout, subspace_dim, row_counts=(37,), *, shared=False, hard=0.0, see
 def assert_writes_as_orjson(stored, rows_N, dtype=np.float32, **around):
     texts = JsonTexts.of(stored, dtype, write)
     text = decode_to_json(stored, texts, rows_N, **around)
-    assert text == reference.decode_to_json(stored, texts, rows_N, **around)
+    assert text == references.decode_to_json(stored, texts, rows_N, **around)
     between = text[len(around.get("before", b"")) : len(text) - len(around.get("after", b""))]
     assert between == write(kernels.decode(stored, rows_N, dtype=dtype))
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpq_rec import kernels
-from dpq_rec.kernels import reference
+from tests import references
 
 METRICS = [pytest.param(False, id="dot"), pytest.param(True, id="euclidean")]
 
@@ -28,7 +28,7 @@ def test_encode_equals_the_reference(num_codes, subspace_dim, euclidean):
     arguments = problem(70, 3, num_codes, subspace_dim)
     codes_ND = kernels.encode(*arguments, euclidean=euclidean)
     assert (codes_ND.dtype, codes_ND.shape) == (np.uint16, (70, 3))
-    np.testing.assert_array_equal(codes_ND, reference.encode(*arguments, euclidean=euclidean))
+    np.testing.assert_array_equal(codes_ND, references.encode(*arguments, euclidean=euclidean))
 
 
 @settings(max_examples=50)
@@ -36,7 +36,7 @@ def test_encode_equals_the_reference(num_codes, subspace_dim, euclidean):
 def test_encode_equals_the_reference_in_any_shape(num_queries, num_subspaces, num_codes, dim, euclidean, seed):
     arguments = problem(num_queries, num_subspaces, num_codes, dim, seed)
     np.testing.assert_array_equal(
-        kernels.encode(*arguments, euclidean=euclidean), reference.encode(*arguments, euclidean=euclidean)
+        kernels.encode(*arguments, euclidean=euclidean), references.encode(*arguments, euclidean=euclidean)
     )
 
 
@@ -48,7 +48,7 @@ def test_encode_equals_the_reference_where_many_scores_are_nearly_equal(euclidea
     queries_NDS = (np.round(queries_NDS) * np.float32(0.3)).astype(np.float32)
     arguments = queries_NDS, keys_DKS, np.ones_like(scale_K), np.zeros_like(shift_K)
     np.testing.assert_array_equal(
-        kernels.encode(*arguments, euclidean=euclidean), reference.encode(*arguments, euclidean=euclidean)
+        kernels.encode(*arguments, euclidean=euclidean), references.encode(*arguments, euclidean=euclidean)
     )
 
 

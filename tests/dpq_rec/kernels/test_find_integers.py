@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from dpq_rec import DamagedArtifactError
 from dpq_rec.id_index import build_tree, num_tree_keys
-from dpq_rec.kernels import MISSING_ROW, reference
+from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.kernels import ids as id_kernels
 from dpq_rec.kernels.ids import SortedIntegers
+from tests import references
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 # A leaf, a node, two levels to four, and what is around them; 128 ids are searched together.
@@ -52,7 +53,7 @@ def assert_equals_the_reference(asked_N, ids_U, tree_T):
     rows_U = rows_of(ids_U)
     found_N = find_integer_rows(asked_N, ids_U, rows_U, tree_T)
     assert found_N.dtype == np.int64
-    assert found_N.tolist() == reference.find_integer_rows(asked_N, ids_U, rows_U).tolist()
+    assert found_N.tolist() == references.find_integer_rows(asked_N, ids_U, rows_U).tolist()
 
 
 @pytest.mark.parametrize("has_tree", [True, False])
@@ -91,7 +92,7 @@ def test_find_integer_rows_reads_arrays_that_are_not_aligned():
     unaligned = [np.frombuffer(b"x" + array.tobytes(), array.dtype, offset=1) for array in arrays]
     assert not unaligned[0].flags.aligned
     assert find_integer_rows(around(ids_U), *unaligned).tolist() == (
-        reference.find_integer_rows(around(ids_U), ids_U, rows_of(ids_U)).tolist()
+        references.find_integer_rows(around(ids_U), ids_U, rows_of(ids_U)).tolist()
     )
 
 

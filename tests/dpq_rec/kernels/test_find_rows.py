@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from dpq_rec import DamagedArtifactError, IdTypeError
 from dpq_rec.id_index import build_slots, num_slots
-from dpq_rec.kernels import MISSING_ROW, reference
+from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.kernels.ids import find_disorder, find_rows
 from dpq_rec.strings import PackedStrings
+from tests import references
 
 # Few characters, so that ids repeat and are prefixes of each other: 1 to 4 bytes in UTF-8, NUL and the last one.
 ids = st.one_of(st.text("\0abü€😀", max_size=5), st.text(max_size=12))
@@ -31,7 +32,7 @@ def test_find_rows_equals_the_reference(has_slots, known, asked):
     asked = [*asked, *known, *asked]
     found_N = find_rows(asked, *strings, rows_U, build_slots(strings) if has_slots else None)
     assert found_N.dtype == np.int64
-    assert found_N.tolist() == reference.find_rows(asked, *strings, rows_U).tolist()
+    assert found_N.tolist() == references.find_rows(asked, *strings, rows_U).tolist()
 
 
 @pytest.mark.parametrize("num_ids", [0, 1, 2, 31, 32, 33, 64, 1000])
@@ -42,7 +43,7 @@ def test_find_rows_equals_the_reference_in_lists_of_any_length(num_ids, num_know
     asked = [f"item_{i}" for i in np.random.default_rng(num_ids).integers(-1, num_known + 1, num_ids)]
     asked[-2:] = ["item_0", f"item_{num_known - 1}"][:num_ids]
     found_N = find_rows(asked, *strings, rows_U, build_slots(strings) if has_slots else None)
-    assert found_N.tolist() == reference.find_rows(asked, *strings, rows_U).tolist()
+    assert found_N.tolist() == references.find_rows(asked, *strings, rows_U).tolist()
 
 
 def test_find_rows_finds_the_empty_string_and_strings_with_nul():
@@ -119,7 +120,7 @@ def test_find_rows_answers_rightly_or_refuses_whatever_the_slots_are(data):
             found = find_rows([text], *strings, rows_U, slots_H)[0]
         except DamagedArtifactError:
             continue
-        assert found in (MISSING_ROW, reference.find_rows([text], *strings, rows_U)[0])
+        assert found in (MISSING_ROW, references.find_rows([text], *strings, rows_U)[0])
 
 
 def slot_of_b():
@@ -173,7 +174,7 @@ def test_find_rows_leaves_no_reference_behind():
 def test_find_disorder_equals_the_reference(texts, in_order):
     texts = sorted(set(texts)) if in_order else texts
     strings = PackedStrings.pack([text.encode() for text in texts])
-    assert find_disorder(*strings) == reference.find_disorder(*strings)
+    assert find_disorder(*strings) == references.find_disorder(*strings)
     assert not in_order or find_disorder(*strings) is None
 
 

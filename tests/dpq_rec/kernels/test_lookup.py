@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
 from dpq_rec.id_index import build_tree
-from dpq_rec.kernels import MISSING_ROW, Coded, reference
+from dpq_rec.kernels import MISSING_ROW, Coded
 from dpq_rec.kernels.ids import SortedIntegers, lookup_bytes, lookup_integers
 from dpq_rec.tiers import PackedTier, cut_into_tiers
+from tests import references
 from tests.dpq_rec.builders import random_codes, random_values
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -35,15 +36,15 @@ def known_of(num_rows):
 
 
 def rows_of(known, ids_N):
-    return reference.find_integer_rows(ids_N, known.ids_U, known.rows_U)
+    return references.find_integer_rows(ids_N, known.ids_U, known.rows_U)
 
 
 def wanted_of(stored, rows_N, form):
     """A reply, from the plain twins of the kernels."""
     positions = (rows_N == MISSING_ROW).nonzero()[0].astype("<u4").tobytes()
     if form != "codes":
-        return reference.decode(stored, rows_N).astype(DTYPES[form]).tobytes() + positions
-    packed_NW, tiers_N = reference.copy_codes(stored, rows_N)
+        return references.decode(stored, rows_N).astype(DTYPES[form]).tobytes() + positions
+    packed_NW, tiers_N = references.copy_codes(stored, rows_N)
     return packed_NW.tobytes() + positions + (tiers_N.tobytes() if len(stored.tiers) > 1 else b"")
 
 
@@ -57,7 +58,7 @@ def test_lookup_integers_equals_finding_and_decoding(num_ids, tiers, num_threads
     for dtype in DTYPES.values():
         found = lookup_integers(ids_N, known, stored, dtype=dtype, num_threads=num_threads)
         assert found.rows_N.tolist() == wanted_N.tolist()
-        assert found.vectors_NE.tobytes() == reference.decode(stored, wanted_N).astype(dtype).tobytes()
+        assert found.vectors_NE.tobytes() == references.decode(stored, wanted_N).astype(dtype).tobytes()
         assert found.num_missing == (wanted_N == MISSING_ROW).sum()
 
 
@@ -81,7 +82,7 @@ def test_lookup_bytes_equals_the_plain_twins(tiers, form, ids, num_codes):
 def test_copy_codes_equals_the_reference(tiers, rows):
     stored, rows_N = stored_of(tiers, 20), np.array(rows, np.int64)
     packed_NW, tiers_N = kernels.copy_codes(stored, rows_N)
-    wanted_NW, wanted_N = reference.copy_codes(stored, rows_N)
+    wanted_NW, wanted_N = references.copy_codes(stored, rows_N)
     assert packed_NW.tolist() == wanted_NW.tolist()
     assert (tiers_N is None) == (tiers == "one")
     assert tiers_N is None or tiers_N.tolist() == wanted_N.tolist()

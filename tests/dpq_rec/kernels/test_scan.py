@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
-from dpq_rec.kernels import reference
+from tests import references
 
 
 def random_table(num_rows, layout, seed, *, few=False):
@@ -37,7 +37,7 @@ def test_scan_is_its_twin(num_rows, num_subspaces, num_levels, num_codes, most, 
     packed_VW, scores_MK, scales_V = random_table(num_rows, layout, seed, few=few)
     scales = scales_V if with_scales else None
     got = kernels.scan_top(packed_VW, scores_MK, layout, most, scales_V=scales, first_row=7)
-    assert_same(got, reference.scan_top(packed_VW, scores_MK, layout, most, scales_V=scales, first_row=7))
+    assert_same(got, references.scan_top(packed_VW, scores_MK, layout, most, scales_V=scales, first_row=7))
 
 
 @pytest.mark.parametrize("factor", [1e-45, 1e-38, 1e-20, 1e30])
@@ -51,7 +51,7 @@ def test_scan_is_its_twin_where_scores_are_hard_to_bound(factor, offset):
     scales_V[::3] = 0
     for scales in (None, scales_V):
         got = kernels.scan_top(packed_VW, scores_MK, layout, 5, scales_V=scales)
-        assert_same(got, reference.scan_top(packed_VW, scores_MK, layout, 5, scales_V=scales))
+        assert_same(got, references.scan_top(packed_VW, scores_MK, layout, 5, scales_V=scales))
 
 
 def test_scan_is_its_twin_where_scales_are_negative():
@@ -60,7 +60,7 @@ def test_scan_is_its_twin_where_scales_are_negative():
     scores_MK[0, 0] = 1000  # bounds of the others are coarse then
     scales_V *= -1
     got = kernels.scan_top(packed_VW, scores_MK, layout, 5, scales_V=scales_V)
-    assert_same(got, reference.scan_top(packed_VW, scores_MK, layout, 5, scales_V=scales_V))
+    assert_same(got, references.scan_top(packed_VW, scores_MK, layout, 5, scales_V=scales_V))
 
 
 @pytest.mark.parametrize("num_codes", [256, 31])

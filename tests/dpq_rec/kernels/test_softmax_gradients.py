@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dpq_rec import kernels
-from dpq_rec.kernels import reference
+from tests import references
 
 METRICS = [pytest.param(False, id="dot"), pytest.param(True, id="euclidean")]
 
@@ -36,7 +36,7 @@ def test_reference_equals_automatic_differentiation(euclidean):
     scores = -((q[:, :, None] - k) ** 2).sum(-1) if euclidean else torch.einsum("ndx,dkx->ndk", q, k)
     mixture = torch.einsum("ndk,dks->nds", (scores * scale + shift).softmax(-1), v)
     want = torch.autograd.grad((mixture * torch.tensor(gradients)).sum(), leaves)
-    got = reference.softmax_gradients(queries, keys, values, affine, gradients, euclidean=euclidean)
+    got = references.softmax_gradients(queries, keys, values, affine, gradients, euclidean=euclidean)
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-12)
 
@@ -47,7 +47,7 @@ def test_reference_equals_automatic_differentiation(euclidean):
 def test_softmax_gradients_equal_the_reference(num_codes, dims, euclidean):
     arguments = problem(70, 3, num_codes, *dims)
     got = kernels.softmax_gradients(*arguments, euclidean=euclidean)
-    want = reference.softmax_gradients(*in_double(*arguments), euclidean=euclidean)
+    want = references.softmax_gradients(*in_double(*arguments), euclidean=euclidean)
     for g, w in zip(got, want, strict=True):
         assert g.dtype == np.float32
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5 * np.abs(w).max())

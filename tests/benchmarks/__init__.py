@@ -1,0 +1,1 @@
+"""Where the project's figures come from: benchmarks of the library, the service, training and quality."""

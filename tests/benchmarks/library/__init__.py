@@ -1,0 +1,1 @@
+"""How fast the library is beside what it replaces: `python -m tests.benchmarks.library NAME`."""

@@ -1,0 +1,1 @@
+"""How fast the service is beside what others would use: `python -m tests.benchmarks.service NAME`."""
