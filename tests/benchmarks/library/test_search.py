@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from tests.benchmarks.library.test_decode import bench
 
 from dpq_rec.search import TableSearch
 from tests.benchmarks.library.decode import DecodeConfig, random_table
 from tests.benchmarks.library.search import faiss_index
+from tests.benchmarks.library.test_decode import bench
 
 
 def table_of(tmp_path, num_codes, num_levels=1):

@@ -131,6 +131,7 @@ import numpy as np
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels
 from dpq_rec.kernels import Coded
 from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
+from tests import references
 from tests.dpq_rec.kernels.end_of_memory import at_the_end
 
 generator = np.random.default_rng(0)
