@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -22,14 +23,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from numpy.typing import NDArray
 
+from dpq_rec import Lookup
 from dpq_rec.lookup import MissingPolicy, VectorType
-from dpq_rec.octets import Octets
+from dpq_rec.octets import Octets, bytes_of
 from dpq_rec.search import Similarity
 from service import errors
 from service.engine import Engine, largest_reply_bytes
-from service.grpc_calls import Calls, Respond, is_of_use
-from service.grpc_format import batch_reply, reply_pieces
-from service.messages import Pooling, SearchAnswer, SearchRequest, TableRequest
+from service.grpc_calls import Calls, is_of_use
+from service.messages import Pooling, SearchRequest, TableRequest
 from service.proto.dpq.v1 import embedding_pb2 as pb
 
 T = TypeVar("T")
@@ -46,6 +47,8 @@ _CONNECTIONS_FOR_ALL_CALLS = 4  # one alone must not take every call that a work
 _SMALL_BYTES = 1 << 15  # of a message that is parsed on the event loop
 _REQUEST_VALUES = 512  # a request of a batch takes as long as so many values, besides its ids
 _KEEPALIVE_MS = 60_000
+_FIELD_1 = 1 << 3 | 2  # the tag of a field of bytes, or of a message
+_MOST_KEPT = 256  # ends of replies
 _HANDSHAKE_MS = 10_000  # from a connection to its first frame, lest those that send nothing take all places
 
 
@@ -125,23 +128,18 @@ def _options(engine: Engine) -> list[tuple[str, int]]:
 
 def _handlers(servicer: EmbeddingServicer, calls: Calls) -> grpc.GenericRpcHandler:
     """The procedures by name. Not the generated ones: see `service.grpc_calls`."""
-
-    def unary(method: str, respond: Respond) -> grpc.RpcMethodHandler:
-        async def handle(_: object, context: Any) -> bytes:
-            return await calls.unary(method, context, respond)
-
-        return grpc.stream_unary_rpc_method_handler(handle)
-
-    async def stream_lookup(_: object, context: Any) -> None:
-        await calls.stream("StreamLookup", context, servicer.lookup)
-
-    handlers = {
-        "Lookup": unary("Lookup", servicer.lookup),
-        "BatchLookup": unary("BatchLookup", servicer.batch_lookup),
-        "StreamLookup": grpc.stream_stream_rpc_method_handler(stream_lookup),
-        "ListTables": unary("ListTables", servicer.list_tables),
-        "Search": unary("Search", servicer.search),
+    unary = {
+        "Lookup": servicer.lookup,
+        "BatchLookup": servicer.batch_lookup,
+        "ListTables": servicer.list_tables,
+        "Search": servicer.search,
     }
+    handlers = {
+        method: grpc.stream_unary_rpc_method_handler(functools.partial(calls.unary, method, respond))
+        for method, respond in unary.items()
+    }
+    stream = functools.partial(calls.stream, "StreamLookup", servicer.lookup)
+    handlers["StreamLookup"] = grpc.stream_stream_rpc_method_handler(stream)
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
@@ -175,8 +173,12 @@ class EmbeddingServicer:
         """The ids most similar to queries."""
 
         def work(check: Callable[[], None]) -> bytes:
-            request = _search_of(_parsed(pb.SearchRequest, message), self._engine)
-            reply: bytes = _found_of(self._engine.search(request, check)).SerializeToString()
+            answer = self._engine.search(_search_of(_parsed(pb.SearchRequest, message), self._engine), check)
+            found = pb.SearchReply(missing=answer.missing.tolist(), version=answer.version)
+            for ids_T, scores_T in answer.by_query():
+                kind = "string_ids" if ids_T and isinstance(ids_T[0], str) else "ids"
+                found.neighbours.add(**{kind: ids_T}, scores=scores_T)
+            reply: bytes = found.SerializeToString()
             if len(reply) > self._most_bytes:
                 got = f"{len(reply)} bytes of answers, want at most {self._most_bytes}"
                 raise errors.TooManyIdsError(f"k: got {got} in a message; ask for fewer")
@@ -191,10 +193,6 @@ class EmbeddingServicer:
         infos = [pb.TableInfo(**dataclasses.asdict(table)) for table in tables]
         reply: bytes = pb.ListTablesReply(version=version, tables=infos).SerializeToString()
         return reply
-
-    def answer_one(self, message: bytes) -> bytes:
-        """A serialized LookupReply to a serialized LookupRequest."""
-        return b"".join(self._lookup([_parsed(pb.LookupRequest, message)])[0])
 
     def _lookup(self, messages: Sequence[pb.LookupRequest]) -> list[list[Octets]]:
         self._engine.check_num_ids(sum(len(message.ids) + len(message.string_ids) for message in messages))
@@ -224,13 +222,12 @@ def _request_of(message: pb.LookupRequest) -> TableRequest:
     Raises:
         InvalidRequestError: ids of both kinds, or a number that names no dtype, policy or pooling.
     """
-    if len(message.ids) and len(message.string_ids):
-        raise errors.InvalidRequestError("ids, string_ids: got both, want those that the table's vocabulary has")
+    ids = _ids_of(message)
     pooling = _named(_POOLINGS, message.pooling, "pooling")
     has_bags = pooling != "none" or len(message.bag_lengths)
     return TableRequest(
         table=message.table,
-        ids=list(message.string_ids) if len(message.string_ids) else _array(message.ids),
+        ids=ids,
         dtype=_named(_DTYPES, message.dtype, "dtype"),
         missing=_named(_POLICIES, message.missing, "missing"),
         pooling=pooling,
@@ -245,12 +242,10 @@ def _search_of(message: pb.SearchRequest, engine: Engine) -> SearchRequest:
         InvalidRequestError: ids of both kinds, queries of another width, or a number that names nothing.
         UnknownTableError: no such table.
     """
-    if len(message.ids) and len(message.string_ids):
-        raise errors.InvalidRequestError("ids, string_ids: got both, want those that the table's vocabulary has")
+    ids = _ids_of(message)
     num_numbers, dim = len(message.queries), engine.table(message.table).manifest.embedding_dim
     if num_numbers % dim:
         raise errors.InvalidRequestError(f"queries: got {num_numbers} numbers, want a multiple of {dim}")
-    ids = list(message.string_ids) if len(message.string_ids) else _array(message.ids)
     return SearchRequest(
         table=message.table,
         queries=np.fromiter(message.queries, np.float32, num_numbers).reshape(-1, dim) if num_numbers else None,
@@ -261,12 +256,10 @@ def _search_of(message: pb.SearchRequest, engine: Engine) -> SearchRequest:
     )
 
 
-def _found_of(answer: SearchAnswer) -> pb.SearchReply:
-    reply = pb.SearchReply(missing=answer.missing.tolist(), version=answer.version)
-    for ids_T, scores_T in answer.by_query():
-        kind = "string_ids" if ids_T and isinstance(ids_T[0], str) else "ids"
-        reply.neighbours.add(**{kind: ids_T}, scores=scores_T)
-    return reply
+def _ids_of(message: pb.LookupRequest | pb.SearchRequest) -> NDArray[np.int64] | list[str]:
+    if len(message.ids) and len(message.string_ids):
+        raise errors.InvalidRequestError("ids, string_ids: got both, want those that the table's vocabulary has")
+    return list(message.string_ids) if len(message.string_ids) else _array(message.ids)
 
 
 def _named(names: dict[int, T], number: int, what: str) -> T:
@@ -277,3 +270,42 @@ def _named(names: dict[int, T], number: int, what: str) -> T:
 
 def _array(numbers: Sequence[int]) -> NDArray[np.int64]:
     return np.fromiter(numbers, np.int64, len(numbers))
+
+
+# Replies. protobuf's own way copies the vectors into a message, out of it and together; here they are copied once: a
+# message's fields may be written one behind the other, each as its tag, its length and its content.
+
+
+def reply_pieces(version: str, dtype: int, found: Lookup) -> list[Octets]:
+    """A serialized LookupReply, in pieces that are to be joined."""
+    vectors = bytes_of(found.vectors)
+    dim, missing = found.vectors.shape[1], found.missing.tolist()
+    # What is missing seldom repeats: such a reply would be kept for nothing.
+    make_rest = _fields_behind_vectors.__wrapped__ if missing else _fields_behind_vectors
+    rest = make_rest(version, dtype, dim, tuple(missing))
+    return [_head_of_field_1(len(vectors)), vectors, rest] if len(vectors) else [rest]
+
+
+def batch_reply(replies: Sequence[Sequence[Octets]]) -> bytes:
+    """A serialized BatchLookupReply of the pieces of its replies."""
+    pieces: list[Octets] = []
+    for reply in replies:
+        pieces += [_head_of_field_1(sum(map(len, reply))), *reply]
+    return b"".join(pieces)
+
+
+@functools.lru_cache(_MOST_KEPT)
+def _fields_behind_vectors(version: str, dtype: int, dim: int, missing: tuple[int, ...]) -> bytes:
+    message = pb.LookupReply(dim=dim, dtype=dtype, missing=missing, version=version)  # type: ignore[arg-type] # an enum is an int
+    serialized: bytes = message.SerializeToString()
+    return serialized
+
+
+def _head_of_field_1(num_bytes: int) -> bytes:
+    """Tag and length of LookupReply.vectors, or of one of BatchLookupReply.replies."""
+    head = bytearray([_FIELD_1])
+    while num_bytes > 0x7F:
+        head.append(num_bytes & 0x7F | 0x80)
+        num_bytes >>= 7
+    head.append(num_bytes)
+    return bytes(head)

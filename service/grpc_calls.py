@@ -7,9 +7,8 @@ message, which may be missing, late or malformed, and every refusal is one statu
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
-import ipaddress
+import functools
 import logging
 import math
 import os
@@ -25,7 +24,6 @@ import grpc.aio
 
 from dpq_rec import DamagedArtifactError
 from service import errors
-from service.admission import Slot
 from service.auth import check_key
 from service.engine import Engine
 
@@ -43,7 +41,7 @@ _EOF_SECONDS = 0.05  # in which gRPC says that a call without a message was canc
 
 
 class ReplyRoom:
-    """Bytes of replies at a time; who wants more waits, first come, first served.
+    """Bytes that replies take together; who wants more waits, first come, first served.
 
     Args:
         num_bytes: of all together. One reply alone may be larger.
@@ -51,34 +49,21 @@ class ReplyRoom:
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = self._left = num_bytes
-        self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
+        self._turn, self._given_back = asyncio.Lock(), asyncio.Event()
 
     async def take(self, num_bytes: int) -> Callable[[], None]:
         """Wait for room; call the result to give it back."""
         wanted = min(num_bytes, self.num_bytes)
-        if self._waiting or wanted > self._left:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append((wanted, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._give(wanted)
-                raise
-        else:
+        async with self._turn:
+            while wanted > self._left:
+                self._given_back.clear()
+                await self._given_back.wait()
             self._left -= wanted
-        return lambda: self._give(wanted)
+        return functools.partial(self._give_back, wanted)
 
-    def _give(self, num_bytes: int) -> None:
+    def _give_back(self, num_bytes: int) -> None:
         self._left += num_bytes
-        while self._waiting:
-            wanted, turn = self._waiting[0]
-            if not turn.cancelled():
-                if wanted > self._left:
-                    return
-                self._left -= wanted
-                turn.set_result(None)
-            self._waiting.popleft()
+        self._given_back.set()
 
 
 class Calls:
@@ -98,7 +83,7 @@ class Calls:
             for call in [call for call in self.open if call.deadline <= now]:
                 call.end_late()
 
-    async def unary(self, method: str, context: Any, respond: Respond) -> bytes:
+    async def unary(self, method: str, respond: Respond, _: object, context: Any) -> bytes:
         """Answer a call of one message."""
         call = Call(self, method, context)
         try:
@@ -107,7 +92,7 @@ class Calls:
         except BaseException as error:
             await call.fail(error)
 
-    async def stream(self, method: str, context: Any, respond: Respond) -> None:
+    async def stream(self, method: str, respond: Respond, _: object, context: Any) -> None:
         """Answer message by message, each once the reply before it is sent; the first that fails ends the call."""
         call = Call(self, method, context)
         try:
@@ -132,17 +117,11 @@ class Call:
         deadline: when, by time.perf_counter, what is waited for must have come.
     """
 
-    __slots__ = (
-        "_calls", "_context", "_give_room", "_is_late", "_method", "_sent_bytes", "_slot", "_started", "_task",
-        "deadline", "is_idle",
-    )  # fmt: skip
-
     def __init__(self, calls: Calls, method: str, context: Any) -> None:
         self._calls, self._method, self._context = calls, method, context
         self._task = asyncio.current_task()
-        self._slot: Slot | None = None
-        self._give_room: Callable[[], None] | None = None
-        self._sent_bytes, self._is_late, self.deadline = -1, False, math.inf
+        self._held = contextlib.ExitStack()  # of the reply
+        self._reply_bytes, self._is_late, self.deadline = 0, False, math.inf
         calls.open.add(self)
         context.add_done_callback(self._close)
         self.start()
@@ -194,29 +173,22 @@ class Call:
         Raises:
             NotReadyError, OverloadedError: there is no slot.
         """
-        calls, engine = self._calls, self._calls.engine
+        engine = self._calls.engine
         if not engine.is_small(len(message)):
             # How large the reply is, is not known before the message is parsed: an id takes a byte of it at least.
             most_bytes = 4 * engine.max_dim * min(len(message), engine.settings.max_ids)
-            self._give_room = await calls.room.take(most_bytes)
-        slot = engine.slot()
-        slot.__enter__()
-        self._slot = slot
+            self._held.callback(await self._calls.room.take(most_bytes))
+        self._held.enter_context(engine.slot())
         reply = await respond(message)
         self.count(grpc.StatusCode.OK)
-        self._sent_bytes, self.is_idle = len(reply), True
+        self._reply_bytes, self.is_idle = len(reply), True
         self.deadline = time.perf_counter() + engine.settings.send_seconds + len(reply) / _BYTES_PER_SECOND
         return reply
 
     def sent(self) -> None:
         """The caller has the reply, or has left."""
         self.deadline = math.inf
-        if self._slot is not None:
-            self._slot.__exit__()
-            self._slot = None
-        if self._give_room is not None:
-            self._give_room()
-            self._give_room = None
+        self._held.close()
 
     def end_late(self) -> None:
         """End a call whose message does not come, or whose reply is not taken.
@@ -224,16 +196,14 @@ class Call:
         A reply that is not read keeps its memory until its connection ends: a status would only queue behind it.
         """
         self.deadline = math.inf
-        if self._slot is None and self._task is not None:
+        if not self.is_idle and self._task is not None:
             self._is_late = True
             self._task.cancel()
             return
         peer = self._context.peer()
         what = "closed" if hang_up(peer, self._calls.port) else "not found"
-        logger.warning(
-            "%s: %s has not taken a reply of %d bytes in time; its connection is %s",
-            self._method, peer, self._sent_bytes, what,
-        )  # fmt: skip
+        text = "%s: %s has not taken a reply of %d bytes in time; its connection is %s"
+        logger.warning(text, self._method, peer, self._reply_bytes, what)
 
     def count(self, code: grpc.StatusCode) -> None:
         """Count a message's outcome."""
@@ -282,22 +252,16 @@ def hang_up(peer: str, port: int) -> bool:
         port: this side's.
     """
     host, _, peer_port = urllib.parse.unquote(peer).partition(":")[2].rpartition(":")
-    wanted = _plain(host.strip("[]")), int(peer_port), port
+    wanted = (_without_mapping(host.strip("[]")), int(peer_port), port)
     for descriptor in [each for each in Path("/dev/fd").iterdir() if each.is_socket()]:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(descriptor.name))) as sock:
-            if sock.family in (socket.AF_INET, socket.AF_INET6) and _ends_of(sock) == wanted:
-                sock.shutdown(socket.SHUT_RDWR)
-                return True
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                host, peer_port = sock.getpeername()[:2]
+                if (_without_mapping(host), peer_port, sock.getsockname()[1]) == wanted:
+                    sock.shutdown(socket.SHUT_RDWR)
+                    return True
     return False
 
 
-def _ends_of(sock: socket.socket) -> tuple[object, int, int]:
-    """The peer's address and port, and this side's port."""
-    host, peer_port = sock.getpeername()[:2]
-    return _plain(host), peer_port, sock.getsockname()[1]
-
-
-def _plain(host: str) -> object:
-    """An address; of an IPv4 caller of an IPv6 socket the IPv4 one."""
-    address = ipaddress.ip_address(host)
-    return getattr(address, "ipv4_mapped", None) or address
+def _without_mapping(host: str) -> str:
+    return host.removeprefix("::ffff:")  # of an IPv4 caller of an IPv6 socket

@@ -350,7 +350,7 @@ def test_a_stream_keeps_neither_message_nor_reply_once_it_is_sent(make_engine):
 
     async def scenario():
         context = Context()
-        await Calls(make_engine()).stream("StreamLookup", context, respond)
+        await Calls(make_engine()).stream("StreamLookup", respond, None, context)
         return context.num_names
 
     assert asyncio.run(scenario()) == [3, 3]  # the list's, the loop's and the call's

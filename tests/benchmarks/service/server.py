@@ -28,6 +28,7 @@ from service.engine import Engine
 from service.grpc_api import SERVICE, EmbeddingServicer, GrpcServer
 from service.http_schema import LookupReply
 from service.metrics import Metrics
+from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.settings import Settings
 
 _CONSTANT = "/constant/"  # and how many bytes
@@ -91,10 +92,10 @@ def _threaded(engine: Engine, port: int) -> grpc.Server:
     servicer = EmbeddingServicer(engine)
 
     def lookup(request: bytes, context: Any) -> bytes:
-        return servicer.answer_one(request)
+        return b"".join(servicer._lookup([pb.LookupRequest.FromString(request)])[0])
 
     def stream(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        return map(servicer.answer_one, requests)
+        return (lookup(request, context) for request in requests)
 
     handlers = {
         "Lookup": grpc.unary_unary_rpc_method_handler(lookup),

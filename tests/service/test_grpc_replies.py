@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpq_rec import Lookup
-from service.grpc_format import batch_reply, reply_pieces
+from service.grpc_api import batch_reply, reply_pieces
 from service.proto.dpq.v1 import embedding_pb2 as pb
 
 
