@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dpq_rec import EmbeddingStore
 from service import worker
 from service.engine import largest_reply_bytes
-from service.metrics import SharedCounts
+from service.metrics import WorkerCounts
 from service.served_files import ServedFiles
 from service.settings import Settings
 
@@ -162,7 +162,7 @@ class Supervisor:
         self._http_socket = http_socket
         self._http_address, self._grpc_address = address_of(http_socket), address_of(grpc_socket)
         self._files = ServedFiles(store)
-        self._counts = SharedCounts(settings.workers, _NUM_SERIES + len(store.tables))
+        self._counts = [WorkerCounts(_NUM_SERIES + len(store.tables)) for _ in range(settings.workers)]
         self._selector = selectors.DefaultSelector()
         self._children: dict[int, Child] = {}  # by ready_fd
         self._starts_at: list[float] = [0.0] * settings.workers  # of workers that are to be started
@@ -283,7 +283,7 @@ class Supervisor:
         del self._children[child.ready_fd]
         _, status = os.waitpid(child.pid, 0)
         code = os.waitstatus_to_exitcode(status)
-        self._counts.forget_worker(child.worker)
+        self._counts[child.worker].forget_gauges()
         if self._kill_at is not None:
             self._exit_code = self._exit_code or (0 if code in (0, -signal.SIGTERM) else 1)
             return

@@ -24,7 +24,7 @@ from service.engine import Engine
 from service.http_api import create_app
 from service.http_head import Heads
 from service.http_protocol import LAST_SECONDS, LookupProtocol
-from service.metrics import Metrics, SharedCounts
+from service.metrics import Metrics, WorkerCounts
 from service.served_files import ServedFiles, watch_descriptors
 from service.settings import Settings
 
@@ -50,7 +50,7 @@ class Wiring(NamedTuple):
         grpc_address: HOST:PORT, which each worker listens on beside the others.
         files: of the artifact, as they were opened.
         counts: where the workers count.
-        worker: which of the blocks of `counts` is this worker's.
+        worker: which of `counts` is this worker's.
         ready_fd: a pipe that READY is written to, once, when the worker serves, and then ALIVE, every BEAT_SECONDS.
         parent_fd: a pipe that closes when the parent is gone; the worker then stops too.
     """
@@ -58,7 +58,7 @@ class Wiring(NamedTuple):
     http_socket: socket.socket
     grpc_address: str
     files: ServedFiles
-    counts: SharedCounts
+    counts: list[WorkerCounts]
     worker: int
     ready_fd: int
     parent_fd: int

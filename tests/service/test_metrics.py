@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from service import metrics
-from service.metrics import Metrics, SharedCounts
+from service.metrics import Metrics, WorkerCounts
 
 
 def lines_of(text):
@@ -66,7 +66,7 @@ def test_threads_count_each_of_their_lookups_once():
 
 
 def test_what_a_worker_counted_is_there_after_its_end_and_goes_on_in_the_one_that_replaces_it():
-    counts = SharedCounts(2)
+    counts = [WorkerCounts(), WorkerCounts()]
     for worker in (0, 1, 1):
         in_a_child(lambda worker=worker: Metrics("v", counts, worker).looked_up("t", 10 + worker, 1))
     assert {'dpq_ids_total{table="t"} 32.0', 'dpq_missing_ids_total{table="t"} 3.0'} <= lines_of(
@@ -75,14 +75,14 @@ def test_what_a_worker_counted_is_there_after_its_end_and_goes_on_in_the_one_tha
 
 
 def test_gauges_are_those_of_living_workers():
-    counts = SharedCounts(2)
+    counts = [WorkerCounts(), WorkerCounts()]
     for worker in (0, 1):
         worker_metrics = Metrics("v", counts, worker)
         worker_metrics.set_ready(ready=True)
         worker_metrics.set_in_flight(worker + 3)
         worker_metrics.measure_memory()
     assert {"dpq_ready_workers 2.0", "dpq_in_flight_requests 7.0"} <= lines_of(worker_metrics.render())
-    counts.forget_worker(0)
+    counts[0].forget_gauges()
     lines = lines_of(worker_metrics.render())
     assert {"dpq_ready_workers 1.0", "dpq_in_flight_requests 4.0"} <= lines
     assert len({line for line in lines if line.startswith("dpq_worker_memory_bytes")}) == 2
@@ -90,7 +90,7 @@ def test_gauges_are_those_of_living_workers():
 
 @pytest.mark.parametrize("table", ["t", "t" * 1000])
 def test_what_finds_no_room_is_counted_as_other(table):
-    counted = Metrics("v", SharedCounts(1, max_series=4))
+    counted = Metrics("v", [WorkerCounts(max_series=4)])
     for at in range(2):
         counted.answered("http", f"GET /{at}", "200", 0.1)
     for _ in range(3):

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service import supervisor, worker
 from service.grpc_api import GrpcServer
-from service.metrics import SharedCounts
+from service.metrics import WorkerCounts
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
 from service.served_files import ServedFiles
@@ -153,7 +153,7 @@ def test_a_worker_listens_on_http_once_all_else_serves(store, monkeypatch, tmp_p
     grpc_address = supervisor.address_of(supervisor.bind("127.0.0.1", 0, shared=True))
     ready_read, ready_write = os.pipe()
     parent_read, parent_write = os.pipe()
-    wiring = worker.Wiring(sock, grpc_address, ServedFiles(store), SharedCounts(), 0, ready_write, parent_read)
+    wiring = worker.Wiring(sock, grpc_address, ServedFiles(store), [WorkerCounts()], 0, ready_write, parent_read)
     settings = Settings(artifact=tmp_path, drain_seconds=0, stop_seconds=0)
 
     async def scenario():
