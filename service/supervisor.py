@@ -50,25 +50,16 @@ def run(store: EmbeddingStore, settings: Settings) -> int:
         OSError: a port cannot be listened on.
     """
     largest_reply_bytes(store, settings.max_ids)
-    _allow_descriptors()
-    with contextlib.ExitStack() as stack:
-        http_socket = stack.enter_context(bind(settings.host, settings.http_port, shared=False))
-        grpc_socket = stack.enter_context(bind(settings.host, settings.grpc_port, shared=True))
-        stack.enter_context(hold_ipv6(grpc_socket))
-        return Supervisor(store, settings, http_socket, grpc_socket).run()
-
-
-def _allow_descriptors() -> None:
-    """As many as the system lets this process have: a connection takes one, and the usual limit is 1,024."""
+    # A connection takes a descriptor, and the usual limit is 1,024: take as many as the system gives.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # where "unlimited" is more than the kernel gives
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _heard_signals() -> list[signal.Signals]:
-    """Those that stop the server; SIGHUP is none of them where `nohup` had it ignored."""
-    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [number for number in _SIGNALS if not (is_ignored and number == signal.SIGHUP)]
+    with (
+        bind(settings.host, settings.http_port, shared=False) as http_socket,
+        bind(settings.host, settings.grpc_port, shared=True) as grpc_socket,
+        hold_ipv6(grpc_socket),
+    ):
+        return Supervisor(store, settings, http_socket, grpc_socket).run()
 
 
 def bind(host: str, port: int, *, shared: bool) -> socket.socket:
@@ -89,44 +80,46 @@ def bind(host: str, port: int, *, shared: bool) -> socket.socket:
         raise OSError(f"host: got {host!r}, want a name or an address of this machine: {reason}") from error
     if shared and port:
         # A shared port can be bound beside another server's, which would then get half of the calls.
-        _bound(family, kind, protocol, address, reuse_port=False).close()
-    return _bound(family, kind, protocol, address, reuse_port=shared)
-
-
-def _bound(family: int, kind: int, protocol: int, address: object, *, reuse_port: bool) -> socket.socket:
+        bind(host, port, shared=False).close()
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
         if family == socket.AF_INET6:  # :: is every interface, of IPv4 too, as for gRPC, whatever the system's default
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind(address)  # type: ignore[arg-type]
+        sock.bind(address)
     except OSError as error:
         sock.close()
         raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from error
     return sock
 
 
-def hold_ipv6(sock: socket.socket) -> contextlib.AbstractContextManager[object]:
-    """What keeps gRPC, which takes 0.0.0.0 for every interface, from listening on those of IPv6 too.
+@contextlib.contextmanager
+def hold_ipv6(sock: socket.socket) -> Iterator[None]:
+    """Keep gRPC, which takes 0.0.0.0 for every interface, from listening on those of IPv6 too.
 
     Its port is bound there, and not listened on: gRPC then has IPv4 alone, and callers by IPv6 are refused.
     """
     host, port = sock.getsockname()[:2]
-    held = contextlib.ExitStack()
-    if host in ("0.0.0.0", "::ffff:0.0.0.0"):
-        with contextlib.suppress(OSError):  # a machine without IPv6, or with another server there: gRPC cannot either
-            ipv6 = held.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_STREAM))
-            ipv6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            ipv6.bind(("::", port))
-    return held
+    with contextlib.ExitStack() as held:
+        if host in ("0.0.0.0", "::ffff:0.0.0.0"):
+            with contextlib.suppress(OSError):  # a machine without IPv6, or with another server there: nor can gRPC
+                ipv6 = held.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_STREAM))
+                ipv6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                ipv6.bind(("::", port))
+        yield
 
 
 def address_of(sock: socket.socket) -> str:
     """HOST:PORT; an IPv6 host in brackets, with the interface of an address that needs one."""
     host, port = socket.getnameinfo(sock.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """Those that stop the server; SIGHUP is none of them where `nohup` had it ignored."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in _SIGNALS if not (is_ignored and number == signal.SIGHUP)]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -152,11 +145,7 @@ class Supervisor:
     """
 
     def __init__(
-        self,
-        store: EmbeddingStore,
-        settings: Settings,
-        http_socket: socket.socket,
-        grpc_socket: socket.socket,
+        self, store: EmbeddingStore, settings: Settings, http_socket: socket.socket, grpc_socket: socket.socket
     ) -> None:
         self._store, self._settings = store, settings
         self._http_socket = http_socket
@@ -170,63 +159,54 @@ class Supervisor:
         self._num_failed_starts = 0  # in a row, of workers that never served
         self._is_announced = False
         self._next_tick_at = 0.0
-        self._kill_at: float | None = None
+        self._kill_at: float | None = None  # once the server is to stop
         self._exit_code = 0
         self._alive_read, self._alive_write = os.pipe()
 
     def run(self) -> int:
         """Keep the workers running until a signal; the exit code."""
-        with self._signals() as wake_fd:
-            self._selector.register(wake_fd, selectors.EVENT_READ)
-            while self._children or (self._starts_at and self._kill_at is None):
-                self._start_due()
-                self._tick()
-                for key, _ in self._selector.select(self._pause_seconds()):
-                    if key.fd == wake_fd:
-                        self._forward(os.read(wake_fd, 64))
-                    else:
-                        self._hear(self._children[key.fd])
-                self._kill_late()
+        wake_fd, wake_write = os.pipe()  # gets a byte, its number, for each signal
+        os.set_blocking(wake_write, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in _stop_signals():
+            signal.signal(number, lambda *_: None)
+        self._selector.register(wake_fd, selectors.EVENT_READ)
+        while self._children or (self._starts_at and self._kill_at is None):
+            self._start_due()
+            self._tick()
+            for key, _ in self._selector.select(self._pause_seconds()):
+                if key.fd != wake_fd:
+                    self._hear(self._children[key.fd])
+                    continue
+                for heard in os.read(wake_fd, 64):
+                    if heard in _SIGNALS:
+                        logger.info("%s: stopping", signal.Signals(heard).name)
+                        self._stop()
+            self._kill_late()
         return self._exit_code
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[int]:
-        """A descriptor that gets a byte, its number, for each signal."""
-        read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        previous = {number: signal.signal(number, lambda *_: None) for number in _heard_signals()}
-        try:
-            yield read_end
-        finally:
-            signal.set_wakeup_fd(previous_fd)
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            os.close(read_end)
-            os.close(write_end)
+    def _pause_seconds(self) -> float:
+        """How long nothing but signals and workers can happen."""
+        times = [*self._starts_at, self._next_tick_at] if self._kill_at is None else [self._kill_at]
+        return max(0.0, min(times) - time.monotonic())
 
     # Starting
 
     def _start_due(self) -> None:
         now = time.monotonic()
-        due = [at for at in self._starts_at if at <= now] if self._kill_at is None else []
-        for at in due:
+        for at in [at for at in self._starts_at if at <= now and self._kill_at is None]:
             self._starts_at.remove(at)
-            child = self._fork()
-            self._children[child.ready_fd] = child
-            self._selector.register(child.ready_fd, selectors.EVENT_READ)
-
-    def _fork(self) -> Child:
-        ready_read, ready_write = os.pipe()
-        number = min(set(range(self._settings.workers)) - {child.worker for child in self._children.values()})
-        # A signal between the fork and the child's own handlers would be taken for the parent's.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        pid = os.fork()
-        if pid == 0:
-            self._become_worker(number, ready_write)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        os.close(ready_write)
-        return Child(pid=pid, worker=number, ready_fd=ready_read, started_at=time.monotonic())
+            number = min(set(range(self._settings.workers)) - {child.worker for child in self._children.values()})
+            ready_read, ready_write = os.pipe()
+            # A signal between the fork and the child's own handlers would be taken for the parent's.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            pid = os.fork()
+            if pid == 0:
+                self._become_worker(number, ready_write)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            os.close(ready_write)
+            self._children[ready_read] = Child(pid=pid, worker=number, ready_fd=ready_read, started_at=time.monotonic())
+            self._selector.register(ready_read, selectors.EVENT_READ)
 
     def _become_worker(self, number: int, ready_fd: int) -> None:
         """Serve in the child; never returns."""
@@ -235,7 +215,7 @@ class Supervisor:
             faulthandler.enable()  # where it stood, should it die of a signal
             os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
             signal.set_wakeup_fd(-1)
-            for heard in _heard_signals():
+            for heard in _stop_signals():
                 signal.signal(heard, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             os.close(self._alive_write)
@@ -265,15 +245,12 @@ class Supervisor:
             return
         child.is_ready = True
         self._num_failed_starts = 0
-        if not self._is_announced and sum(c.is_ready for c in self._children.values()) == self._settings.workers:
+        if not self._is_announced and sum(each.is_ready for each in self._children.values()) == self._settings.workers:
             self._is_announced = True
-            self._announce()
-
-    def _announce(self) -> None:
-        tables = ", ".join(sorted(self._store.tables))
-        addresses = f"http://{self._http_address} grpc://{self._grpc_address}"
-        sys.stdout.write(f"ready: {addresses} version {self._store.version} tables {tables}\n")
-        sys.stdout.flush()
+            tables = ", ".join(sorted(self._store.tables))
+            addresses = f"http://{self._http_address} grpc://{self._grpc_address}"
+            sys.stdout.write(f"ready: {addresses} version {self._store.version} tables {tables}\n")
+            sys.stdout.flush()
 
     # Ending
 
@@ -281,26 +258,26 @@ class Supervisor:
         self._selector.unregister(child.ready_fd)
         os.close(child.ready_fd)
         del self._children[child.ready_fd]
-        _, status = os.waitpid(child.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
+        code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
         self._counts[child.worker].forget_gauges()
-        if self._kill_at is not None:
-            self._exit_code = self._exit_code or (0 if code in (0, -signal.SIGTERM) else 1)
-            return
-        self._plan_restart(child, code)
+        if self._kill_at is None:
+            self._plan_restart(child, code)
+        elif code not in (0, -signal.SIGTERM):
+            self._exit_code = 1
 
     def _plan_restart(self, child: Child, code: int) -> None:
         steady = child.is_ready and time.monotonic() - child.started_at > _STEADY_SECONDS
         self._num_early_deaths = 0 if steady else self._num_early_deaths + 1
         self._num_failed_starts += not child.is_ready
         is_serving = self._is_announced and any(other.is_ready for other in self._children.values())
+        died = f"worker {child.pid} died with {code}" + (f" ({signal.Signals(-code).name})" if code < 0 else "")
         if self._num_failed_starts >= _MAX_FAILED_STARTS and not is_serving:
-            logger.error("worker %s died with %s before it was ready; giving up", child.pid, _named(code))
+            logger.error("%s before it was ready; giving up", died)
             self._exit_code = 1
             self._stop()
             return
         pause = min(_FIRST_PAUSE_SECONDS * 2 ** min(self._num_early_deaths, 10), _LONGEST_PAUSE_SECONDS)
-        logger.warning("worker %s died with %s; another starts in %.1f s", child.pid, _named(code), pause)
+        logger.warning("%s; another starts in %.1f s", died, pause)
         if code == -signal.SIGBUS:
             self._explain_bus_error()
         self._starts_at.append(time.monotonic() + pause)
@@ -332,12 +309,6 @@ class Supervisor:
             elif num_late_ticks > _NUM_ABORT_TICKS:
                 os.kill(child.pid, signal.SIGKILL)
 
-    def _forward(self, numbers: bytes) -> None:
-        for number in numbers:
-            if number in _SIGNALS:
-                logger.info("%s: stopping", signal.Signals(number).name)
-                self._stop()
-
     def _stop(self) -> None:
         if self._kill_at is None:
             wait = self._settings.drain_seconds + self._settings.stop_seconds + _KILL_SECONDS
@@ -355,13 +326,3 @@ class Supervisor:
             self._exit_code = 1
             os.kill(child.pid, signal.SIGKILL)
         self._kill_at += _KILL_SECONDS
-
-    def _pause_seconds(self) -> float:
-        """How long nothing but signals and workers can happen."""
-        times = [*self._starts_at, self._next_tick_at] if self._kill_at is None else [self._kill_at]
-        return max(0.0, min(times) - time.monotonic())
-
-
-def _named(code: int) -> str:
-    """An exit code, and the signal that it stands for."""
-    return f"{code} ({signal.Signals(-code).name})" if code < 0 else str(code)

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import uvicorn
 import uvloop
@@ -75,11 +75,9 @@ async def serve(store: EmbeddingStore, settings: Settings, wiring: Wiring) -> in
     # Not before the fork: gRPC's threads belong to one process.
     from service.grpc_api import GrpcServer
 
-    signals = _listen_for_stop(wiring.parent_fd)
-    metrics = Metrics(store.version, wiring.counts, wiring.worker)
-    engine = Engine(store, settings, metrics)
-    grpc_server = GrpcServer(engine)
-    http_server = HttpServer(http_config(engine))
+    stops = _listen_for_stop(wiring.parent_fd)
+    engine = Engine(store, settings, Metrics(store.version, wiring.counts, wiring.worker))
+    grpc_server, http_server = GrpcServer(engine), HttpServer(http_config(engine))
     await _note_damage(engine, grpc_server, wiring.files)
     await grpc_server.start(wiring.grpc_address)
     engine.start()
@@ -94,11 +92,14 @@ async def serve(store: EmbeddingStore, settings: Settings, wiring: Wiring) -> in
         if http.done():
             raise http.exception() or RuntimeError("the HTTP server ended before it started")
     beat = asyncio.create_task(_beat(wiring.ready_fd))
-    stop = asyncio.create_task(signals.get())
+    stop = asyncio.create_task(stops.get())
     await asyncio.wait([stop, http, watch, check, beat], return_when=asyncio.FIRST_COMPLETED)
     failed = not stop.done()
     logger.info("draining for %s s", settings.drain_seconds)
-    await _drain(engine, grpc_server, signals)
+    engine.drain()  # readiness fails, and requests are answered until the callers know
+    await grpc_server.drain()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stops.get(), settings.drain_seconds)  # a second signal ends the wait
     http_server.should_exit = True
     await asyncio.wait([http], timeout=_LAST_SECONDS)
     engine.stop()
@@ -123,14 +124,6 @@ def _listen_for_stop(parent_fd: int) -> asyncio.Queue[None]:
 
     loop.add_reader(parent_fd, parent_is_gone)
     return stops
-
-
-async def _drain(engine: Engine, grpc_server: GrpcServer, signals: asyncio.Queue[None]) -> None:
-    """Fail readiness, and go on serving until the callers know; a second signal ends the wait."""
-    engine.drain()
-    await grpc_server.drain()
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(signals.get(), engine.settings.drain_seconds)
 
 
 async def _beat(ready_fd: int) -> None:
@@ -185,18 +178,6 @@ def http_config(engine: Engine) -> uvicorn.Config:
     )
 
 
-def _accept_all(listening: socket.socket) -> list[socket.socket]:
-    """The connections that nobody has accepted yet; the socket is closed before another may come."""
-    accepted = []
-    listening.setblocking(False)
-    with listening, contextlib.suppress(BlockingIOError):
-        while True:
-            accepted.append(listening.accept()[0])
-    for connection in accepted:
-        connection.setblocking(False)
-    return accepted
-
-
 class HttpServer(uvicorn.Server):
     """uvicorn, without hands on the signals: it would refuse connections before readiness has failed."""
 
@@ -210,19 +191,21 @@ class HttpServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn does, but answer who has connected already: whoever closes the socket last would reset them."""
-        own = [listening.dup() for listening in sockets or []]
+        own, waiting = [listening.dup() for listening in sockets or []], []
         for server in self.servers:
             server.close()
         await asyncio.sleep(_POLL_SECONDS)  # until the loop has closed its own
         for listening in own:
-            for connection in _accept_all(listening):
-                await asyncio.get_running_loop().connect_accepted_socket(self._connection, connection)
+            listening.setblocking(False)
+            with listening, contextlib.suppress(BlockingIOError):  # closed once none waits, before another may come
+                while True:
+                    waiting.append(listening.accept()[0])
+        make: Any = self.config.http_protocol_class
+        of_server = {"config": self.config, "server_state": self.server_state, "app_state": {}}
+        for connection in waiting:
+            connection.setblocking(False)
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: make(**of_server), connection)
         await super().shutdown(sockets)
-
-    def _connection(self) -> asyncio.Protocol:
-        return self.config.http_protocol_class(  # type: ignore[call-arg]
-            config=self.config, server_state=self.server_state, app_state={}
-        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
