@@ -1,4 +1,4 @@
-"""What lets requests into an engine. In: its settings and state. Out: an Admission or a Slot of each request."""
+"""What lets requests into an engine. In: its settings and state. Out: an Admission of each request."""
 
 from __future__ import annotations
 
@@ -24,22 +24,31 @@ class Admission:
     """One request, from its head to the end of its reply: entered and left by `with`.
 
     What a body holds while it arrives is limited for all of them together; a slot is taken when it has arrived, so that
-    callers who send nothing keep nobody waiting.
+    callers who send nothing keep nobody waiting. A class, for a generator's context manager would take twice the time.
+
+    Args:
+        engine: that lets it in.
+        has_arrived: whether it is here whole: it takes its slot as it is entered.
 
     Raises:
         NotReadyError: on entering; the worker is starting or stopping.
+        OverloadedError: as `take_slot`, on entering what has arrived.
     """
 
-    __slots__ = ("_has_slot", "_num_bytes", "engine")
+    __slots__ = ("_has_arrived", "_has_slot", "_num_bytes", "engine")
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, has_arrived: bool = False) -> None:
         self.engine = engine
-        self._has_slot, self._num_bytes = False, 0
+        self._has_arrived, self._has_slot, self._num_bytes = has_arrived, False, 0
 
     def __enter__(self) -> Admission:
-        if self.engine.state in (State.STARTING, State.STOPPING):
-            self.engine.check_ready()
-        self.engine.count_requests(1)
+        engine = self.engine
+        if engine.state in (State.STARTING, State.STOPPING):
+            engine.check_ready()
+        if self._has_arrived:
+            self.take_slot()
+        engine.num_requests += 1
+        engine.metrics.set_in_flight(engine.num_requests)
         return self
 
     def receive(self, num_bytes: int) -> None:
@@ -68,26 +77,8 @@ class Admission:
         self._has_slot, self._num_bytes = True, 0
 
     def __exit__(self, *error: object) -> None:
-        self.engine.num_in_flight -= self._has_slot
-        self.engine.num_bytes_arriving -= self._num_bytes
-        self.engine.count_requests(-1)
-
-
-class Slot(Admission):
-    """An admission of what has arrived whole; a generator's context manager would take twice the time.
-
-    Raises:
-        NotReadyError: the worker is starting or stopping.
-        OverloadedError: it holds `max_in_flight` requests already.
-    """
-
-    __slots__ = ()
-
-    def __enter__(self) -> Slot:
-        super().__enter__()
-        try:
-            self.take_slot()
-        except OverloadedError:
-            self.__exit__()
-            raise
-        return self
+        engine = self.engine
+        engine.num_in_flight -= self._has_slot
+        engine.num_bytes_arriving -= self._num_bytes
+        engine.num_requests -= 1
+        engine.metrics.set_in_flight(engine.num_requests)

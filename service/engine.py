@@ -1,6 +1,4 @@
-"""What both APIs call. In: TableRequests, SearchRequests. Out: Answer(version, lookups), SearchAnswer.
-
-Limits and readiness are its own; `admission` lets requests in.
+"""The tables behind limits, which both APIs call. In: TableRequests, SearchRequests. Out: Answer, SearchAnswer.
 
 It knows neither HTTP nor gRPC: it raises the errors of `service.errors` and `dpq_rec.errors`, which they translate.
 """
@@ -21,7 +19,7 @@ from dpq_rec.artifact import Table
 from dpq_rec.lookup import MissingPolicy, Rows
 from dpq_rec.octets import ID_BYTES, Form, FoundOctets
 from dpq_rec.packed import PackedRows
-from service.admission import Admission, Slot, State
+from service.admission import Admission, State
 from service.errors import InvalidRequestError, NotReadyError, OverloadedError, TooManyIdsError
 from service.messages import Answer, SearchAnswer, SearchRequest, TableList, TableRequest, describe
 from service.metrics import Metrics
@@ -100,18 +98,13 @@ class Engine:
 
     # Limits
 
-    def count_requests(self, change: int) -> None:
-        """Note that a request has begun, or ended."""
-        self.num_requests += change
-        self.metrics.set_in_flight(self.num_requests)
-
     def admission(self) -> Admission:
         """Of a request whose body is still to arrive; entering it raises what `Admission` says."""
         return Admission(self)
 
-    def slot(self) -> Slot:
-        """Room for one request that has arrived, until its reply is sent; entering it raises what `Slot` says."""
-        return Slot(self)
+    def slot(self) -> Admission:
+        """Room for one request that has arrived, until its reply is sent; entering it raises what `Admission` says."""
+        return Admission(self, has_arrived=True)
 
     @property
     def has_room(self) -> bool:
@@ -202,22 +195,65 @@ class Engine:
         return Answer(self.store.version, [self._lookup(request) for request in requests])
 
     def find_rows(self, requests: Sequence[TableRequest]) -> list[Rows]:
-        """Where `lookup` would look for the vectors of several requests without bags.
-
-        Raises:
-            UnknownTableError, UnknownIdsError, IdTypeError, TooManyIdsError: as there.
-        """
+        """Where `lookup` would look for the vectors of several requests without bags; it raises what that raises."""
         self._check_limits(requests)
         return [self._find_rows(request) for request in requests]
 
-    def _check_limits(self, requests: Sequence[TableRequest]) -> None:
-        num_ids = num_rows = 0
-        for request in requests:
-            num_ids += len(request.ids)
-            num_rows += request.num_rows
+    def _find_rows(self, request: TableRequest) -> Rows:
+        self._check(request)
+        return self.store.rows(request.table, request.ids, missing=request.missing)
+
+    def _lookup(self, request: TableRequest) -> Lookup:
+        self._check(request)
+        table, ids, dtype, missing, pooling, bag_lengths_B = request
+        if pooling == "none":
+            found = self.store.lookup(table, ids, dtype=dtype, missing=missing)
+        else:
+            found = self.store.lookup_bags(table, ids, bag_lengths_B, pooling=pooling, dtype=dtype, missing=missing)
+        self.metrics.looked_up(table, len(ids), len(found.missing))
+        return found
+
+    def lookup_octets(self, table: str, asked: bytes, form: Form, missing: MissingPolicy = "zeros") -> FoundOctets:
+        """What `lookup`, or `lookup_codes`, finds for a request without bags, as it travels; it raises what they do."""
+        num_ids = len(asked) // ID_BYTES
         self.check_num_ids(num_ids)
-        self.check_num_ids(num_rows, "rows of the reply")
+        self.table(table)
+        found = self.store.lookup_octets(table, asked, form=form, missing=missing)
+        self.metrics.looked_up(table, num_ids, found.num_missing)
+        return found
+
+    def lookup_codes(
+        self, table: str, ids: NDArray[np.int64] | list[str], missing: MissingPolicy = "zeros"
+    ) -> PackedRows:
+        """Packed codes of ids of one table, which is not dense; it raises what `lookup` does."""
+        self.check_num_ids(len(ids))
+        self._check(TableRequest(table, ids))
+        found = self.store.codes(table, ids, missing=missing)
+        self.metrics.looked_up(table, len(ids), len(found.missing))
+        return found
+
+    def _check_limits(self, requests: Sequence[TableRequest]) -> None:
+        self.check_num_ids(sum(len(request.ids) for request in requests))
+        self.check_num_ids(sum(request.num_rows for request in requests), "rows of the reply")
         self.check_num_ids(len(requests), "requests")
+
+    def _check(self, request: TableRequest) -> None:
+        """See that ids are strings where the vocabulary has strings, else integers; and that bags have all of them.
+
+        Strings must not reach numpy, whose arrays of strings are as wide as the longest of them.
+        """
+        ids, bag_lengths_B = request.ids, request.bag_lengths_B
+        wants_strings = self.table(request.table).vocabulary.kind == "string"
+        if len(ids) and wants_strings != isinstance(ids, list):
+            got, wanted = ("integers", "strings") if wants_strings else ("strings", "integers")
+            raise IdTypeError(f"ids: got {got}, table {request.table!r} wants {wanted}")
+        if request.pooling == "none":
+            if bag_lengths_B is not None:
+                raise InvalidRequestError("bag_lengths: got some without pooling; ask for pooling SUM or MEAN")
+        elif bag_lengths_B is None:
+            raise InvalidRequestError("pooling: got no bag_lengths; they say how many ids, in order, each bag has")
+        elif (num_pooled := int(bag_lengths_B.sum())) != len(ids):
+            raise InvalidRequestError(f"bag_lengths: got a sum of {num_pooled}, want the {len(ids)} ids")
 
     def search(self, request: SearchRequest, check: Callable[[], None] | None = None) -> SearchAnswer:
         """The rows most similar to queries; check() is called now and then, and what it raises ends the search.
@@ -229,7 +265,7 @@ class Engine:
             InvalidRequestError: queries that do not fit the table, no k, or neither queries nor ids.
             TooManyIdsError: more than `max_queries` queries, or `max_ids` answers.
         """
-        store, ids = self.store, request.ids
+        table, ids = request.table, request.ids
         if (request.queries is None) == (ids is None):
             raise InvalidRequestError("queries, ids: got both or neither, want one of them")
         num_queries = len(request.queries if ids is None else ids)
@@ -238,82 +274,13 @@ class Engine:
             raise TooManyIdsError(f"queries: got {num_queries}, want {wanted}")
         self.check_num_ids(num_queries * max(0, request.k), "answers")
         queries, missing = request.queries, np.empty(0, np.uint32)
-        table = self.table(request.table)
+        self._check(TableRequest(table, [] if ids is None else ids))
         if ids is not None:
-            _check_kind(table, request.table, ids)
-            queries, missing = store.lookup(request.table, ids, missing=request.missing)
+            queries, missing = self.store.lookup(table, ids, missing=request.missing)
             queries = np.delete(queries, missing, axis=0)
-            self.metrics.looked_up(request.table, num_queries, len(missing))
+            self.metrics.looked_up(table, num_queries, len(missing))
         try:
-            found = store.search(request.table, queries, request.k, similarity=request.similarity, check=check)
+            found = self.store.search(table, queries, request.k, similarity=request.similarity, check=check)
         except ConfigError as error:
             raise InvalidRequestError(str(error)) from error
-        return SearchAnswer(store.version, found, missing)
-
-    def lookup_octets(self, table: str, asked: bytes, form: Form, missing: MissingPolicy = "zeros") -> FoundOctets:
-        """What `lookup`, or `lookup_codes`, finds for one request without bags, as it travels.
-
-        Raises:
-            UnknownTableError, UnknownIdsError, IdTypeError, TooManyIdsError: as there.
-        """
-        num_ids = len(asked) // ID_BYTES
-        self.check_num_ids(num_ids)
-        self.table(table)
-        found = self.store.lookup_octets(table, asked, form=form, missing=missing)
-        self.metrics.looked_up(table, num_ids, found.num_missing)
-        return found
-
-    def lookup_codes(
-        self, table: str, ids: NDArray[np.int64] | list[str], missing: MissingPolicy = "zeros"
-    ) -> PackedRows:
-        """Packed codes of ids of one table, which is not dense.
-
-        Raises:
-            UnknownTableError, UnknownIdsError, IdTypeError, TooManyIdsError: as `lookup`.
-        """
-        self.check_num_ids(len(ids))
-        _check_kind(self.table(table), table, ids)
-        found = self.store.codes(table, ids, missing=missing)
-        self.metrics.looked_up(table, len(ids), len(found.missing))
-        return found
-
-    def _find_rows(self, request: TableRequest) -> Rows:
-        table, ids, _, missing, _, _ = request
-        _check_kind(self.table(table), table, ids)
-        _check_bags(request)
-        return self.store.rows(table, ids, missing=missing)
-
-    def _lookup(self, request: TableRequest) -> Lookup:
-        table, ids, dtype, missing, pooling, bag_lengths_B = request
-        _check_kind(self.table(table), table, ids)
-        _check_bags(request)
-        if pooling == "none" or bag_lengths_B is None:
-            found = self.store.lookup(table, ids, dtype=dtype, missing=missing)
-        else:
-            found = self.store.lookup_bags(table, ids, bag_lengths_B, pooling=pooling, dtype=dtype, missing=missing)
-        self.metrics.looked_up(table, len(ids), len(found.missing))
-        return found
-
-
-def _check_kind(table: Table, name: str, ids: NDArray[np.int64] | list[str]) -> None:
-    """Strings for a string vocabulary, integers for the others.
-
-    Looked at here so that no strings reach numpy, whose arrays of strings are as wide as the longest of them.
-    """
-    wants_strings = table.vocabulary.kind == "string"
-    if len(ids) and wants_strings != isinstance(ids, list):
-        got, wanted = ("integers", "strings") if wants_strings else ("strings", "integers")
-        raise IdTypeError(f"ids: got {got}, table {name!r} wants {wanted}")
-
-
-def _check_bags(request: TableRequest) -> None:
-    bag_lengths_B = request.bag_lengths_B
-    if request.pooling == "none":
-        if bag_lengths_B is not None:
-            raise InvalidRequestError("bag_lengths: got some without pooling; ask for pooling SUM or MEAN")
-        return
-    if bag_lengths_B is None:
-        raise InvalidRequestError("pooling: got no bag_lengths; they say how many ids, in order, each bag has")
-    num_pooled = int(bag_lengths_B.sum())
-    if num_pooled != len(request.ids):
-        raise InvalidRequestError(f"bag_lengths: got a sum of {num_pooled}, want the {len(request.ids)} ids")
+        return SearchAnswer(self.store.version, found, missing)
