@@ -6,18 +6,18 @@ Read the modules in this order and you have read DPQ:
 2. `nn.quantizer`   queries -> codes -> vectors, and how gradients pass (the paper's equations)
 3. `nn.tables`      rows -> vectors; on it `nn.embedding` and `nn.collection` stand in for torch's and TorchRec's
 4. `nn.freeze`      every row's query is encoded once; codes and values are all that remain
-5. `codes`          codes <-> bytes (`tiers`: rows that have fewer than others)
+5. `codes`          codes <-> bytes, and tiers: rows that have fewer codes than others
 6. `vocabulary`     ids -> rows (`ids` takes them from lists and arrays of any library; `strings` holds many in two
                     arrays)
-7. `artifact`       the folder that is published (`manifest` says what may be in it, `contents` writes a table of it,
-                    `tensorfile` is one of its files, `files` lets it appear whole, `store` publishes it,
-                    `reopen` maps it again where it is sent)
-8. `kernels`        the loops that must be fast, each beside the plain one it equals (`kernels.ids` find ids)
-9. `lookup`         ids -> vectors, from the mapped artifact (`decode`: from rows on; `search`: back to the nearest ids)
-10. `octets`        lookups as they travel, from bytes to bytes (`packed`: codes, far fewer bytes than vectors, for a
-                    `client` that holds the values; `http_reply` reads what a server says)
-11. `code_use`      how rows use their codes; `report` shows it, and more, as a page
-12. `export`, `cli`, `errors`
+7. `artifact`       the folder that is published (`manifest` says what may be in it, `tensorfile` is one of its files,
+                    `files` lets it appear whole, `publish` copies it into a store)
+8. `kernels`        the loops that must be fast (`kernels.ids` find ids, `kernels.lookup` goes on to their vectors)
+9. `table`          ids -> rows -> codes -> vectors, from the mapped artifact (`search`: back to the nearest ids)
+10. `lookup`        `EmbeddingStore`: the tables of an artifact by their name
+11. `wire`          lookups as bytes that travel, for a `client` that holds the values (`http_reply` reads what a server
+                    says)
+12. `code_use`      how rows use their codes; `report` shows it, and more, as a page
+13. `export`, `cli`, `errors`
 
 Importing this package needs numpy alone. `dpq_rec.nn` imports torch; nothing else does, but for `bench`, which
 compares with it where it is installed.
@@ -36,9 +36,10 @@ from dpq_rec.errors import (
     UnknownIdsError,
     UnknownTableError,
 )
-from dpq_rec.lookup import EmbeddingStore, Lookup
+from dpq_rec.lookup import EmbeddingStore
+from dpq_rec.publish import publish
 from dpq_rec.search import Neighbours
-from dpq_rec.store import publish
+from dpq_rec.table import Lookup
 from dpq_rec.vocabulary import IdentityVocabulary, Int64Vocabulary, ModuloVocabulary, StringVocabulary, Vocabulary
 
 __all__ = [

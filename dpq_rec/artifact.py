@@ -11,6 +11,25 @@ values stand level by level, those of a tier are the first of all.
 `manifest` says how versions, tables and features may be called, and how large things may be. A file's header takes at
 most 1 MiB. Other tensors, of any type, may stand in a file. Several tables may name the same one: it is mapped once.
 
+>>> from dpq_rec import Int64Vocabulary
+>>> contents = TableContents(
+...     num_embeddings=3,
+...     embedding_dim=4,
+...     vocabulary=Int64Vocabulary.from_ids([70, 7, 9]),
+...     layout=CodeLayout(num_subspaces=2, num_codes=4),  # 2 codes of 2 bits a row
+...     chunks=[np.array([[0b0100], [0b0000], [0b1011]], np.uint8)],  # (0, 1), (0, 0), (3, 2)
+...     values=np.arange(16, dtype=np.float32).reshape(2, 4, 2),
+... )
+>>> path = write_artifact("artifact", {"item_id": contents}, version="v1")
+>>> table = open_artifact(path).tables["item_id"]
+>>> vectors_NE, missing = table.lookup([9, 8, 70])
+>>> vectors_NE.tolist()  # 9 is in row 2: values[0, 3] and values[1, 2]
+[[6.0, 7.0, 12.0, 13.0], [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 10.0, 11.0]]
+>>> missing.tolist()
+[1]
+>>> (table.full_bytes, table.artifact_bytes)  # 3 x 4 numbers; 3 bytes of codes, and 64 of values
+(48, 67)
+
 `write_artifact` writes beside the target and renames, so that a reader sees the whole artifact or none. `open_artifact`
 checks the structure and takes no time that grows with the tables; `verify` reads every byte, and wants numbers finite.
 """
@@ -19,39 +38,41 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import json
 import math
 import os
 import reprlib
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.codes import find_damaged_row
-from dpq_rec.contents import TableContents as TableContents  # what this module writes
-from dpq_rec.contents import find_not_finite, value_shapes, write_table
+from dpq_rec.codes import CodeLayout, Tier, cut_into_tiers, find_damaged_row
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError
-from dpq_rec.files import renamed_into, write_file
-from dpq_rec.kernels import Coded, Stored
+from dpq_rec.files import PickledByPath, renamed_into, write_file
 from dpq_rec.manifest import (
     CURRENT,
+    DENSE,
+    DPQ,
+    DPQ_TIERS,
     FORMAT,
     FORMAT_VERSION,
+    MAX_EMBEDDING_DIM,
     MAX_MANIFEST_BYTES,
-    Manifest,
+    MAX_VALUES,
     TableManifest,
     fault_of_features,
     fault_of_name,
     parse_manifest,
+    parse_tiers,
+    tier_entries,
 )
-from dpq_rec.reopen import Reopened
-from dpq_rec.tensorfile import map_tensors, sha256_of, shorten
-from dpq_rec.tiers import PackedTier, codes_name
+from dpq_rec.search import find_not_finite
+from dpq_rec.table import VALUES_FP32, Table, codes_name
+from dpq_rec.tensorfile import Stream, map_tensors, sha256_of, shorten, write_tensors
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
 
 MANIFEST = "manifest.json"
@@ -59,74 +80,10 @@ PRODUCER = "dpq_rec 0.1.0"
 _MOST_OF_CURRENT = 300  # bytes of CURRENT that are read: more than a version may have
 _CHECK_ROWS = 1 << 16
 _CHECK_NUMBERS = 1 << 22  # or codes, looked at together
-VALUES_FP32 = "values_fp32"  # of a table's tensors: in memory alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Table(Reopened):
-    """One table of an opened artifact; the tensors are mapped from the file, values are in memory as float32."""
-
-    name: str
-    manifest: TableManifest
-    tensors: Mapping[str, NDArray[Any]]
-    vocabulary: Vocabulary
-
-    @functools.cached_property
-    def tiers(self) -> tuple[PackedTier, ...]:
-        """The packed codes in the order of rows: one tier of all rows in a table of kind "dpq"; none where dense."""
-        if not self.manifest.has_codes:
-            return ()
-        return tuple(
-            PackedTier(tier.first_row, tier.layout, self.tensors[codes_name(at)])
-            for at, tier in enumerate(self.manifest.cut())
-        )
-
-    @functools.cached_property
-    def stored(self) -> Stored:
-        """The vectors of all rows, as the kernels take them."""
-        return Coded(self.tiers, self.tensors[VALUES_FP32]) if self.manifest.has_codes else self.tensors["vectors"]
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of packed codes as they lie on disk."""
-        return sum(tier.packed_VW.nbytes for tier in self.tiers)
-
-    @property
-    def artifact_bytes(self) -> int:
-        """Bytes of packed codes and values, or of the vectors, as they lie on disk."""
-        rest = (self.tensors[name].nbytes for name in ("values", "vectors") if name in self.tensors)
-        return self.packed_bytes + sum(rest)
-
-    @property
-    def vocabulary_bytes(self) -> int:
-        """Bytes of the vocabulary as it lies on disk."""
-        return sum(tensor.nbytes for tensor in self.vocabulary.tensors().values())
-
-    @property
-    def full_bytes(self) -> int:
-        """Bytes of the fp32 table that this one replaces."""
-        return 4 * self.manifest.num_embeddings * self.manifest.embedding_dim
-
-    @property
-    def compression_ratio(self) -> float:
-        """`full_bytes` / `artifact_bytes`; the vocabulary's bytes are not in it."""
-        return self.full_bytes / max(1, self.artifact_bytes)
-
-
-def sizes(tables: Collection[Table]) -> dict[str, Any]:
-    """Rows and bytes of tables, added up, and their compression ratio: what `inspect` and metrics.json show."""
-    full_bytes, artifact_bytes = sum(t.full_bytes for t in tables), sum(t.artifact_bytes for t in tables)
-    return {
-        "num_embeddings": sum(t.manifest.num_embeddings for t in tables),
-        "full_bytes": full_bytes,
-        "artifact_bytes": artifact_bytes,
-        "vocabulary_bytes": sum(t.vocabulary_bytes for t in tables),
-        "compression_ratio": full_bytes / max(1, artifact_bytes),
-    }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Artifact(Reopened):
+class Artifact(PickledByPath):
     """An opened artifact. It, its tables and their vocabularies are pickled as path and version, and mapped again."""
 
     path: Path
@@ -144,6 +101,32 @@ class Artifact(Reopened):
 
 
 # Writing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableContents:
+    """What goes into one table of an artifact.
+
+    Attributes:
+        num_embeddings: V, rows.
+        embedding_dim: E.
+        vocabulary: the map from ids to rows.
+        chunks: the rows in order, in pieces of any size: packed codes [N, W] (uint8), or vectors [N, E] (float32) of a
+            dense table. No piece holds rows of two tiers.
+        layout: how the codes of a row are laid out, of the first tier where there are several; None is a dense table.
+        tiers: of the rows, where there are several.
+        values: float32 or float16 [L*D, K, S], or [L, K, S] where the subspaces share them; None for a dense table.
+        features: the names under which a model looks the table up.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    vocabulary: Vocabulary
+    chunks: Iterable[NDArray[Any]]
+    layout: CodeLayout | None = None
+    values: NDArray[Any] | None = None
+    features: tuple[str, ...] = ()
+    tiers: tuple[Tier, ...] = ()
 
 
 def write_artifact(
@@ -177,10 +160,122 @@ def write_artifact(
             "version": version,
             "created_at": now.isoformat(timespec="seconds"),
             "producer": PRODUCER,
-            "tables": {name: write_table(folder, name, t).as_dict() for name, t in tables.items()},
+            "tables": {name: _write_table(folder, name, t).as_dict() for name, t in tables.items()},
         }
         write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return target
+
+
+def _write_table(folder: Path, name: str, contents: TableContents) -> TableManifest:
+    """Write a table's file.
+
+    Args:
+        folder: of the artifact.
+        name: of the table.
+        contents: what goes into it.
+
+    Raises:
+        ConfigError: contents that `open_artifact` or `verify` would refuse.
+        ValueError: chunks that do not add up to the rows.
+    """
+    rows, dim, layout, values = contents.num_embeddings, contents.embedding_dim, contents.layout, contents.values
+    try:
+        _check_contents(contents)
+    except (ConfigError, DamagedArtifactError) as error:
+        raise ConfigError(f"table {name!r}: {error}") from error
+    tensors: dict[str, NDArray[Any] | Stream] = dict(contents.vocabulary.indexed().tensors())
+    if layout is None:
+        tensors["vectors"] = Stream(np.float32, (rows, dim), _finite_chunks(name, contents.chunks))
+    else:
+        assert values is not None
+        tensors["values"] = values
+        tensors |= _packed_streams(contents.tiers or cut_into_tiers(layout, rows), contents.chunks)
+    file = f"tables/{name}.safetensors"
+    written = write_tensors(folder / file, tensors)
+    return TableManifest(
+        file=file,
+        bytes=written.num_bytes,
+        sha256=written.sha256,
+        kind=DENSE if layout is None else DPQ_TIERS if contents.tiers else DPQ,
+        num_embeddings=int(rows),
+        embedding_dim=int(dim),
+        num_subspaces=layout.num_subspaces if layout else 0,
+        num_levels=layout.num_levels if layout else 0,
+        num_codes=layout.num_codes if layout else 0,
+        code_bits=layout.code_bits if layout else 0,
+        row_bytes=layout.row_bytes if layout else 4 * int(dim),
+        shared_values=bool(layout and values is not None and values.shape != value_shapes(layout, dim)[0]),
+        features=contents.features,
+        vocabulary={"kind": contents.vocabulary.kind},
+        tiers=tier_entries(contents.tiers),
+    )
+
+
+def _packed_streams(tiers: Sequence[Tier], chunks: Iterable[NDArray[Any]]) -> dict[str, Stream]:
+    """The packed codes by tensor, to be written in this order: each takes its rows from the same chunks."""
+    rest = iter(chunks) if len(tiers) == 1 else (chunk for chunk in chunks if len(chunk))  # of no rows are of no tier
+    return {
+        codes_name(at): Stream(
+            np.uint8,
+            (tier.num_rows, tier.layout.row_bytes),
+            rest if at == len(tiers) - 1 else _taken(rest, tier.num_rows),  # the last would take too many, too
+        )
+        for at, tier in enumerate(tiers)
+    }
+
+
+def _taken(chunks: Iterator[NDArray[Any]], num_rows: int) -> Iterator[NDArray[Any]]:
+    while num_rows > 0:
+        chunk = next(chunks, None)
+        if chunk is None:  # too few rows, as whoever counts them will say
+            return
+        num_rows -= len(chunk)
+        yield chunk
+
+
+def _check_contents(contents: TableContents) -> None:
+    """All but the chunks, which come as they are written.
+
+    Raises:
+        ConfigError, DamagedArtifactError: sizes, values, tiers or vocabulary that cannot be.
+    """
+    rows, dim, layout, values = contents.num_embeddings, contents.embedding_dim, contents.layout, contents.values
+    if isinstance(rows, bool) or not isinstance(rows, int | np.integer) or rows < 0:
+        raise ConfigError(f"num_embeddings: got {rows!r}, want a count")
+    if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim <= MAX_EMBEDDING_DIM:
+        raise ConfigError(f"embedding_dim: got {dim!r}, want 1 to {MAX_EMBEDDING_DIM}")
+    contents.vocabulary.check(rows)
+    if layout is None:
+        return
+    if dim % layout.num_subspaces:
+        raise ConfigError(f"num_subspaces {layout.num_subspaces} does not divide {dim}")
+    shapes = value_shapes(layout, dim)
+    if values is None or values.shape not in shapes or values.dtype not in (np.float32, np.float16):
+        got = "nothing" if values is None else f"{values.dtype} {values.shape}"
+        raise ConfigError(f"values: got {got}, want float32 or float16 in one of {shapes}")
+    if values.size > MAX_VALUES:
+        raise ConfigError(f"values: got {values.size} numbers, want at most {MAX_VALUES}")
+    at = find_not_finite(values)
+    if at is not None:
+        raise ConfigError(f"values{list(at)}: got {values[at]}, want finite numbers")
+    if contents.tiers:
+        parse_tiers(tier_entries(contents.tiers), layout, rows, "contents")
+
+
+def _finite_chunks(name: str, chunks: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    row = 0
+    for chunk in chunks:
+        at = find_not_finite(chunk)
+        if at is not None:
+            raise ConfigError(f"table {name!r}: row {row + at[0]}: got {chunk[at]}, want finite numbers")
+        row += len(chunk)
+        yield chunk
+
+
+def value_shapes(layout: CodeLayout, embedding_dim: int) -> list[tuple[int, ...]]:
+    """The shape of values of one's own, and of shared ones."""
+    tail = (layout.num_codes, embedding_dim // layout.num_subspaces)
+    return [(layout.codes_per_row, *tail), (layout.num_levels, *tail)]
 
 
 # Reading
@@ -195,24 +290,18 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     """
     try:
         folder = find_artifact(Path(path))
-        manifest = _read_manifest(folder / MANIFEST)
-        if folder != Path(path) and manifest.version != folder.name:
-            got = f"the manifest in {folder.name} says version {manifest.version}"
+        texts, entries = _read_manifest(folder / MANIFEST)
+        if folder != Path(path) and texts["version"] != folder.name:
+            got = f"the manifest in {folder.name} says version {texts['version']}"
             raise DamagedArtifactError(f"{Path(path) / CURRENT}: names {folder.name!r}, but {got}")
         files: dict[str, dict[str, NDArray[Any]]] = {}
-        tables = {name: _open_table(folder, name, entry, files) for name, entry in manifest.tables.items()}
+        tables = {name: _open_table(folder, name, entry, files) for name, entry in entries.items()}
     except (OSError, MemoryError) as error:
         raise ArtifactError(f"{path}: cannot be read: {shorten(error)}") from error
-    return Artifact(
-        path=folder,
-        version=manifest.version,
-        created_at=manifest.created_at,
-        producer=manifest.producer,
-        tables=tables,
-    )
+    return Artifact(path=folder, tables=tables, **texts)
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _read_manifest(path: Path) -> tuple[dict[str, str], dict[str, TableManifest]]:
     num_bytes = path.stat().st_size
     if num_bytes > MAX_MANIFEST_BYTES:
         raise DamagedArtifactError(f"{path}: got {num_bytes} bytes, want at most {MAX_MANIFEST_BYTES}")
@@ -301,8 +390,8 @@ def _check_content(table: Table, progress: Callable[[int], object]) -> None:
             _check_finite(what, table.tensors[what])
     except DamagedArtifactError as error:
         raise DamagedArtifactError(f"table {table.name!r}: {error}") from error
-    for tier in table.tiers:
-        _check_codes(table.name, tier, progress)
+    for tier, packed_VW in zip(table.tiers, table.packed, strict=True):
+        _check_codes(table.name, tier, packed_VW, progress)
 
 
 def _check_finite(what: str, numbers: NDArray[Any]) -> None:
@@ -314,10 +403,10 @@ def _check_finite(what: str, numbers: NDArray[Any]) -> None:
             raise DamagedArtifactError(f"{what}{list(at)} is {numbers[at]}, want finite numbers")
 
 
-def _check_codes(name: str, tier: PackedTier, progress: Callable[[int], object]) -> None:
+def _check_codes(name: str, tier: Tier, packed_VW: NDArray[np.uint8], progress: Callable[[int], object]) -> None:
     num_rows = min(_CHECK_ROWS, max(1, _CHECK_NUMBERS // tier.layout.codes_per_row))
-    for start in range(0, len(tier.packed_VW), num_rows):
-        piece_NW = tier.packed_VW[start : start + num_rows]
+    for start in range(0, len(packed_VW), num_rows):
+        piece_NW = packed_VW[start : start + num_rows]
         damaged = find_damaged_row(piece_NW, tier.layout)
         if damaged is not None:
             row = tier.first_row + start + damaged

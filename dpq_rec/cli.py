@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from dpq_rec.artifact import Artifact, Table, open_artifact, sizes, verify
+from dpq_rec.artifact import Artifact, open_artifact, verify
 from dpq_rec.errors import ConfigError, DamagedArtifactError, DpqRecError
 from dpq_rec.export import ExportConfig, export_table
-from dpq_rec.lookup import EmbeddingStore, ids_of_texts
+from dpq_rec.lookup import EmbeddingStore
+from dpq_rec.publish import publish
 from dpq_rec.report import ReportConfig, num_report_steps, write_report
-from dpq_rec.store import publish
-from dpq_rec.tiers import shown_levels, shown_row_bytes
+from dpq_rec.table import Table, sizes
 
 OK, DAMAGED_OR_MISSING, USAGE = 0, 1, 2
 
@@ -137,7 +137,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _lookup(arguments: argparse.Namespace) -> int:
     store = EmbeddingStore.open(arguments.artifact)
-    vectors_NE, missing = store.lookup(arguments.table, ids_of_texts(store.table(arguments.table), arguments.ids))
+    vectors_NE, missing = store.lookup(arguments.table, store.table(arguments.table).ids_of_texts(arguments.ids))
     reply = {
         "table": arguments.table,
         "version": store.version,
@@ -257,11 +257,11 @@ def _as_text(artifact: Artifact) -> str:
 def _table_line(table: Table) -> tuple[str, ...]:
     manifest = table.manifest
     values = f"{_values_type(table)}{', shared' if manifest.shared_values else ''}"
-    code_sizes = (str(manifest.num_subspaces), shown_levels(table.tiers), f"{manifest.num_codes:,}")
+    code_sizes = (str(manifest.num_subspaces), table.shown_levels, f"{manifest.num_codes:,}")
     return (
         *(table.name, manifest.kind, f"{manifest.num_embeddings:,}", str(manifest.embedding_dim)),
         *((*code_sizes, str(manifest.code_bits)) if manifest.has_codes else "----"),
-        *(shown_row_bytes(table.tiers) or f"{manifest.row_bytes:,}", values, table.vocabulary.kind),
+        *(table.shown_row_bytes, values, table.vocabulary.kind),
         *_size_cells(sizes([table])),
     )
 

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from dpq_rec.errors import ConfigError, ServerError
 from dpq_rec.http_reply import Reply, read_reply
 from dpq_rec.ids import ids_of_any_kind
-from dpq_rec.lookup import Lookup, MissingPolicy
-from dpq_rec.packed import PackedRows, Values, values_of_bytes
+from dpq_rec.table import Lookup, MissingPolicy
+from dpq_rec.wire import PackedRows, Values
 
 CODES = "application/vnd.dpq-rec.codes"
 _HEAD_END = b"\r\n\r\n"
@@ -96,7 +96,7 @@ class CodesClient:
             values = self._values.get(table)
             if values is None or values.version != version:
                 answer = self._ask(self._head("GET", f"{quote(table, safe='')}/values"), b"")
-                values = self._values[table] = values_of_bytes(answer.body)
+                values = self._values[table] = Values.from_bytes(answer.body)
             if values.version == version:
                 return Lookup(values.decode(rows), rows.missing)
         raise ServerError(0, "versions", "codes and values were of different versions, again and again; ask later")

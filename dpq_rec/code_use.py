@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.artifact import Table
 from dpq_rec.codes import unpack_codes
 from dpq_rec.errors import DamagedArtifactError
+from dpq_rec.table import Table
 
 _BLOCK_CODES = 1 << 21  # unpacked at a time
 
@@ -25,11 +25,11 @@ def blocks_of_codes(table: Table) -> Iterator[NDArray[np.uint16]]:
     Raises:
         DamagedArtifactError: a row holds a code of K or more.
     """
-    for tier in table.tiers:
+    for tier, packed_VW in zip(table.tiers, table.packed, strict=True):
         layout = tier.layout
         num_rows = max(1, _BLOCK_CODES // layout.codes_per_row)
-        for start in range(0, len(tier.packed_VW), num_rows):
-            codes_NM = unpack_codes(tier.packed_VW[start : start + num_rows], layout)
+        for start in range(0, tier.num_rows, num_rows):
+            codes_NM = unpack_codes(packed_VW[start : start + num_rows], layout)
             wrong_N = (codes_NM >= layout.num_codes).any(axis=1)
             if wrong_N.any():
                 row = tier.first_row + start + int(wrong_N.argmax())

@@ -6,7 +6,10 @@ the least significant bit of byte 0; the last byte is filled up with zeros.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +17,28 @@ from numpy.typing import NDArray
 from dpq_rec.errors import ConfigError
 
 MAX_NUM_CODES = 65_536
+MAX_TIERS = 256  # a tier's number travels in a byte
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodeLayout:
     """How many codes a row has, and how many bits each takes.
+
+    Four codes of up to 8 choices take 3 bits each, 12 in all, and so two bytes; code 0 is in the lowest bits:
+
+    >>> layout = CodeLayout(num_subspaces=4, num_codes=8)
+    >>> (layout.codes_per_row, layout.code_bits, layout.row_bytes)
+    (4, 3, 2)
+    >>> packed_NW = pack_codes(np.array([[1, 2, 3, 7]]), layout)
+    >>> [f"{byte:08b}" for byte in packed_NW[0]]
+    ['11010001', '00001110']
+    >>> unpack_codes(packed_NW, layout).tolist()
+    [[1, 2, 3, 7]]
+
+    A table of 1,000,000 vectors of 64 numbers takes 256 MB in fp32; with these codes, and values in fp16:
+
+    >>> layout.table_bytes((1_000_000, 64), value_bytes=2)
+    2001024
 
     Attributes:
         num_subspaces: D, groups a vector is split into.
@@ -64,6 +84,42 @@ class CodeLayout:
         num_embeddings, embedding_dim = shape
         width = embedding_dim // self.num_subspaces if share_subspaces else embedding_dim
         return num_embeddings * self.row_bytes + value_bytes * self.num_levels * self.num_codes * width
+
+
+class Tier(NamedTuple):
+    """Rows, next to each other in a table sorted by importance, that have a code layout of their own.
+
+    Later tiers have fewer levels. As values are stored level by level, the values of a tier are the first ones of all.
+
+    Attributes:
+        first_row: where they begin.
+        num_rows: how many there are, possibly none.
+        layout: of their codes.
+    """
+
+    first_row: int
+    num_rows: int
+    layout: CodeLayout
+
+
+def cut_into_tiers(
+    layout: CodeLayout, num_embeddings: int, shares: Sequence[tuple[float, int]] = ()
+) -> tuple[Tier, ...]:
+    """The tiers of a table, in the order of rows; one of all rows where no share is given.
+
+    >>> tiers = cut_into_tiers(CodeLayout(num_subspaces=8, num_codes=256, num_levels=4), 1_000, [(0.1, 2), (0.5, 1)])
+    >>> [(tier.first_row, tier.num_rows, tier.layout.row_bytes) for tier in tiers]
+    [(0, 100, 32), (100, 400, 16), (500, 500, 8)]
+
+    Args:
+        layout: of the first tier.
+        num_embeddings: V.
+        shares: share and levels, by rising share: rows from round(share * V) on have only so many levels.
+    """
+    starts = [0, *(round(share * num_embeddings) for share, _ in shares), num_embeddings]
+    layouts = [layout, *(replace(layout, num_levels=num_levels) for _, num_levels in shares)]
+    ranges = zip(itertools.pairwise(starts), layouts, strict=True)
+    return tuple(Tier(first, stop - first, of_tier) for (first, stop), of_tier in ranges)
 
 
 def pack_codes(codes_NM: NDArray[np.integer], layout: CodeLayout) -> NDArray[np.uint8]:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from dpq_rec.codes import CodeLayout
+from dpq_rec.codes import MAX_TIERS, CodeLayout, Tier, cut_into_tiers
 from dpq_rec.errors import ConfigError
-from dpq_rec.tiers import MAX_TIERS, Tier, cut_into_tiers
 
 Metric = Literal["dot", "euclidean", "cosine"]
 ValuesDtype = Literal["float32", "float16"]

@@ -17,13 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.artifact import Table
 from dpq_rec.codes import find_damaged_row, unpack_codes
-from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError, DamagedArtifactError, MissingDependencyError
 from dpq_rec.files import renamed_into
-from dpq_rec.lookup import VectorType
-from dpq_rec.tiers import by_tier
+from dpq_rec.table import Table, VectorType
 
 _BATCH_BYTES = 1 << 24  # of a row group's vectors, or of its ids where they are longer
 
@@ -149,14 +146,14 @@ class _Column:
 
     def _vectors(self, rows_N: NDArray[np.int64]) -> NDArray[Any]:
         """Vectors [N, E] of rows."""
-        return decode_rows(self.table, rows_N, dtype=self.config.dtype)
+        return self.table.decode(rows_N, dtype=self.config.dtype)
 
     def _codes(self, rows_N: NDArray[np.int64]) -> list[NDArray[np.uint16]]:
         """Codes [P, M] of ascending rows, tier by tier."""
         parts = []
-        for tier, here_P in by_tier(self.table.tiers, rows_N):
+        for tier, packed_VW, here_P in self.table.by_tier(rows_N):
             rows_P = rows_N[here_P]
-            packed_PW = tier.packed_VW[rows_P - tier.first_row]
+            packed_PW = packed_VW[rows_P - tier.first_row]
             damaged = find_damaged_row(packed_PW, tier.layout)
             if damaged is not None:
                 raise DamagedArtifactError(

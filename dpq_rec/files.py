@@ -1,4 +1,7 @@
-"""Files and folders that appear whole or not at all. In: a target. Out: what was written beside it, renamed to it."""
+"""Files and folders that appear whole or not at all. In: a target. Out: what was written beside it, renamed to it.
+
+And objects whose data is mapped from files: pickled, they are a path, and another process maps the files again.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
+
+from dpq_rec.errors import ArtifactError
 
 _MOST_SHOWN = 50  # characters of a name, of up to 4 bytes each
 
@@ -80,3 +86,34 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class PickledByPath:
+    """Base of what a copy, or another process that it is sent to, opens again. Made in memory, it is pickled as it is.
+
+    Attributes:
+        opened_as: the arguments of `reopen` that give the same; none of what was made in memory.
+    """
+
+    opened_as: ClassVar[tuple[str, ...]] = ()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return (reopen, self.opened_as) if self.opened_as else super().__reduce_ex__(protocol)
+
+
+def reopen(path: str, version: str, table: str = "", attribute: str = "") -> Any:
+    """The artifact that was at a path before, and no other; or a table of it; or an attribute of that.
+
+    Raises:
+        ArtifactError: it is there no more, or another is in its place.
+    """
+    from dpq_rec.artifact import open_artifact  # it imports this module
+
+    try:
+        artifact = open_artifact(path)
+    except ArtifactError as error:
+        raise type(error)(f"version {version!r}, which was pickled, cannot be opened again: {error}") from error
+    if artifact.version != version:
+        raise ArtifactError(f"{path}: got version {artifact.version!r}, want {version!r}, which was pickled")
+    found: Any = artifact.tables[table] if table else artifact
+    return getattr(found, attribute) if attribute else found

@@ -101,7 +101,7 @@ def plain_array(held: Any) -> NDArray[Any]:
 
 def _flat_array(ids: Any, wanted: str) -> NDArray[Any]:
     if isinstance(ids, bytes | bytearray) or (isinstance(ids, memoryview) and ids.format in ("B", "c")):
-        raise _refused(type(ids).__name__, f"{wanted}; `lookup_octets` takes bytes")
+        raise _refused(type(ids).__name__, f"{wanted}; `lookup_bytes` takes bytes")
     try:
         array = plain_array(ids)
     except ValueError as error:

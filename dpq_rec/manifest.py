@@ -1,4 +1,4 @@
-"""manifest.json, checked. In: its bytes, from wherever they come. Out: Manifest.
+"""manifest.json, checked. In: its bytes, from wherever they come. Out: its texts, and a TableManifest for each table.
 
 Names of versions, tables and features end up in paths, URLs, headers of replies and terminals, so that one pattern
 holds for each wherever it comes in: when an artifact is written, opened and published.
@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpq_rec.codes import CodeLayout
+from dpq_rec.codes import MAX_TIERS, CodeLayout, Tier
 from dpq_rec.errors import ArtifactError, ConfigError, DamagedArtifactError
 from dpq_rec.tensorfile import parse_json, shorten
-from dpq_rec.tiers import Tier, of_entries
 
 FORMAT, FORMAT_VERSION = "dpq-rec", 1
 DPQ, DPQ_TIERS, DENSE = "dpq", "dpq-tiers", "dense"  # kinds of tables
@@ -92,12 +92,12 @@ class TableManifest:
         return CodeLayout(num_subspaces=self.num_subspaces, num_codes=self.num_codes, num_levels=self.num_levels)
 
     def cut(self) -> tuple[Tier, ...]:
-        """The tiers of the rows; one of all rows, where there are none.
+        """The tiers of the rows; one of all rows, where the table has none.
 
         Raises:
             DamagedArtifactError: `tiers` contradicts the sizes.
         """
-        return of_entries(self.tiers, self.layout, self.num_embeddings, self.file)
+        return parse_tiers(self.tiers, self.layout, self.num_embeddings, self.file)
 
     def as_dict(self) -> dict[str, Any]:
         """As manifest.json holds it: only a table with tiers has `tiers`."""
@@ -107,18 +107,44 @@ class TableManifest:
         return entry
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What manifest.json says of an artifact."""
-
-    version: str
-    created_at: str
-    producer: str
-    tables: Mapping[str, TableManifest]
+def tier_entries(tiers: Sequence[Tier]) -> tuple[Mapping[str, int], ...]:
+    """Tiers as manifest.json holds them."""
+    return tuple({"rows": tier.num_rows, "num_levels": tier.layout.num_levels} for tier in tiers)
 
 
-def parse_manifest(content: bytes) -> Manifest:
-    """A manifest of its bytes.
+def parse_tiers(
+    entries: Sequence[Mapping[str, int]], layout: CodeLayout, num_embeddings: int, file: str
+) -> tuple[Tier, ...]:
+    """Tiers of what manifest.json holds of them; one of all rows of what it holds of a table without.
+
+    Args:
+        entries: `rows` and `num_levels` of each.
+        layout: of the first tier.
+        num_embeddings: V.
+        file: of the table, to be named in an error.
+
+    Raises:
+        DamagedArtifactError: they are no rows that add up to all, or no levels that fall from the table's own.
+    """
+    entries = entries or [{"rows": num_embeddings, "num_levels": layout.num_levels}]
+    if len(entries) > MAX_TIERS:
+        raise DamagedArtifactError(f"{file}: tiers: got {len(entries)}, want at most {MAX_TIERS}")
+    rows, levels = [entry["rows"] for entry in entries], [entry["num_levels"] for entry in entries]
+    if not all(type(count) is int and count >= 0 for count in (*rows, *levels)):
+        raise DamagedArtifactError(f"{file}: tiers: got {reprlib.repr(entries)}, want counts")
+    falls = all(before > after > 0 for before, after in itertools.pairwise(levels))
+    if sum(rows) != num_embeddings or levels[0] != layout.num_levels or not falls:
+        wanted = f"{num_embeddings} rows in all, and levels that fall from {layout.num_levels}"
+        raise DamagedArtifactError(f"{file}: tiers: got {reprlib.repr(entries)}, want {wanted}")
+    starts = itertools.accumulate(rows, initial=0)
+    tiers = zip(starts, rows, levels, strict=False)
+    return tuple(
+        Tier(first, num_rows, dataclasses.replace(layout, num_levels=level)) for first, num_rows, level in tiers
+    )
+
+
+def parse_manifest(content: bytes) -> tuple[dict[str, str], dict[str, TableManifest]]:
+    """The texts of a manifest (`version`, `created_at`, `producer`) and its tables.
 
     Raises:
         ArtifactError: of a format, or with a kind of table, that this version does not know.
@@ -148,7 +174,7 @@ def parse_manifest(content: bytes) -> Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedArtifactError(f"table {name!r}: {shorten(error)}") from error
     texts = {what: found[what] for what in ("version", "created_at", "producer")}
-    return Manifest(**texts, tables=tables)
+    return texts, tables
 
 
 def _refuse(fault: str | None) -> None:

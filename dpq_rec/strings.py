@@ -1,7 +1,6 @@
 """Many strings in two arrays. In: str. Out: their UTF-8 in one array of bytes, and where each begins; and str again.
 
-String i is bytes_T[offsets_U1[i] : offsets_U1[i + 1]]. The arrays may be mapped from a file: whatever the offsets say,
-nothing outside the bytes is read.
+The arrays may be mapped from a file: whatever the offsets say, nothing outside the bytes is read.
 """
 
 from __future__ import annotations
@@ -13,13 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.errors import DamagedArtifactError
-from dpq_rec.kernels.ids import find_disorder
 
 _CHECK_STRINGS = 1 << 16  # whose UTF-8 is looked at together
 
 
 class PackedStrings(NamedTuple):
-    """U strings: their UTF-8, T bytes (uint8 [T]), and where each begins, the end behind them (int64 [U + 1])."""
+    """U strings: their UTF-8, T bytes (uint8 [T]), and where each begins, the end behind them (int64 [U + 1]).
+
+    >>> packed = PackedStrings.pack([b"red", b"", b"blue"])
+    >>> packed.offsets_U1.tolist()
+    [0, 3, 3, 7]
+    >>> packed.unpack(np.array([2, 0]))
+    ['blue', 'red']
+    """
 
     bytes_T: NDArray[np.uint8]
     offsets_U1: NDArray[np.int64]
@@ -48,26 +53,30 @@ class PackedStrings(NamedTuple):
         except UnicodeDecodeError as error:
             raise DamagedArtifactError(f"the vocabulary holds an id that is not UTF-8: {error}") from error
 
-    def contradiction(self) -> str | None:
-        """Why the two arrays cannot belong together, without a look at what is between their ends."""
-        bytes_T, offsets_U1 = self
-        if bytes_T.dtype != np.uint8 or bytes_T.ndim != 1:
-            return f"the ids' bytes: got {bytes_T.dtype} {bytes_T.shape}, want uint8 [T]"
-        if offsets_U1.dtype != np.int64 or offsets_U1.ndim != 1 or not len(offsets_U1):
-            return f"the ids' offsets: got {offsets_U1.dtype} {offsets_U1.shape}, want int64 [U + 1]"
-        if offsets_U1[0] != 0 or offsets_U1[-1] != len(bytes_T):
-            return f"the ids' offsets: got {offsets_U1[0]} to {offsets_U1[-1]}, want 0 to {len(bytes_T)}, all the bytes"
-        return None
+    def check_arrays(self) -> None:
+        """See that the two arrays belong together, without a look at what is between their ends.
 
-    def check_sorted(self) -> None:
+        Raises:
+            DamagedArtifactError: they do not.
+        """
+        bytes_T, offsets_U1 = self
+        wrong = None
+        if bytes_T.dtype != np.uint8 or bytes_T.ndim != 1:
+            wrong = f"the ids' bytes: got {bytes_T.dtype} {bytes_T.shape}, want uint8 [T]"
+        elif offsets_U1.dtype != np.int64 or offsets_U1.ndim != 1 or not len(offsets_U1):
+            wrong = f"the ids' offsets: got {offsets_U1.dtype} {offsets_U1.shape}, want int64 [U + 1]"
+        elif offsets_U1[0] != 0 or offsets_U1[-1] != len(bytes_T):
+            ends = f"{offsets_U1[0]} to {offsets_U1[-1]}"
+            wrong = f"the ids' offsets: got {ends}, want 0 to {len(bytes_T)}, all the bytes"
+        if wrong:
+            raise DamagedArtifactError(wrong)
+
+    def check_utf8(self) -> None:
         """Look at every string.
 
         Raises:
-            DamagedArtifactError: one is not UTF-8, or not above the one before it in the order of bytes.
+            DamagedArtifactError: as `unpack`.
         """
-        at = find_disorder(self.bytes_T, self.offsets_U1)
-        if at is not None:
-            raise DamagedArtifactError(f"the vocabulary's ids are not strictly ascending: see number {at}")
         num_strings = len(self.offsets_U1) - 1
         for start in range(0, num_strings, _CHECK_STRINGS):
             self.unpack(np.arange(start, min(start + _CHECK_STRINGS, num_strings)))

@@ -15,10 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec import ConfigError, EmbeddingStore, IdTypeError, Lookup
-from dpq_rec.artifact import Table
-from dpq_rec.lookup import MissingPolicy, Rows
-from dpq_rec.octets import ID_BYTES, Form, FoundOctets
-from dpq_rec.packed import PackedRows
+from dpq_rec.table import MissingPolicy, Rows, Table
+from dpq_rec.wire import ID_BYTES, Form, LookupBytes, PackedRows
 from service.admission import Admission, State
 from service.errors import InvalidRequestError, NotReadyError, OverloadedError, TooManyIdsError
 from service.messages import Answer, SearchAnswer, SearchRequest, TableList, TableRequest, describe
@@ -213,12 +211,12 @@ class Engine:
         self.metrics.looked_up(table, len(ids), len(found.missing))
         return found
 
-    def lookup_octets(self, table: str, asked: bytes, form: Form, missing: MissingPolicy = "zeros") -> FoundOctets:
+    def lookup_octets(self, table: str, asked: bytes, form: Form, missing: MissingPolicy = "zeros") -> LookupBytes:
         """What `lookup`, or `lookup_codes`, finds for a request without bags, as it travels; it raises what they do."""
         num_ids = len(asked) // ID_BYTES
         self.check_num_ids(num_ids)
         self.table(table)
-        found = self.store.lookup_octets(table, asked, form=form, missing=missing)
+        found = self.store.lookup_bytes(table, asked, form=form, missing=missing)
         self.metrics.looked_up(table, num_ids, found.num_missing)
         return found
 

@@ -24,9 +24,9 @@ from grpc_reflection.v1alpha import reflection
 from numpy.typing import NDArray
 
 from dpq_rec import Lookup
-from dpq_rec.lookup import MissingPolicy, VectorType
-from dpq_rec.octets import Octets, bytes_of
 from dpq_rec.search import Similarity
+from dpq_rec.table import MissingPolicy, VectorType
+from dpq_rec.wire import Buffer, bytes_of
 from service import errors
 from service.engine import Engine, largest_reply_bytes
 from service.grpc_calls import Calls, is_of_use
@@ -194,7 +194,7 @@ class EmbeddingServicer:
         reply: bytes = pb.ListTablesReply(version=version, tables=infos).SerializeToString()
         return reply
 
-    def _lookup(self, messages: Sequence[pb.LookupRequest]) -> list[list[Octets]]:
+    def _lookup(self, messages: Sequence[pb.LookupRequest]) -> list[list[Buffer]]:
         self._engine.check_num_ids(sum(len(message.ids) + len(message.string_ids) for message in messages))
         version, lookups = self._engine.lookup([_request_of(message) for message in messages])
         return [reply_pieces(version, message.dtype, found) for message, found in zip(messages, lookups, strict=True)]
@@ -276,7 +276,7 @@ def _array(numbers: Sequence[int]) -> NDArray[np.int64]:
 # message's fields may be written one behind the other, each as its tag, its length and its content.
 
 
-def reply_pieces(version: str, dtype: int, found: Lookup) -> list[Octets]:
+def reply_pieces(version: str, dtype: int, found: Lookup) -> list[Buffer]:
     """A serialized LookupReply, in pieces that are to be joined."""
     vectors = bytes_of(found.vectors)
     dim, missing = found.vectors.shape[1], found.missing.tolist()
@@ -286,9 +286,9 @@ def reply_pieces(version: str, dtype: int, found: Lookup) -> list[Octets]:
     return [_head_of_field_1(len(vectors)), vectors, rest] if len(vectors) else [rest]
 
 
-def batch_reply(replies: Sequence[Sequence[Octets]]) -> bytes:
+def batch_reply(replies: Sequence[Sequence[Buffer]]) -> bytes:
     """A serialized BatchLookupReply of the pieces of its replies."""
-    pieces: list[Octets] = []
+    pieces: list[Buffer] = []
     for reply in replies:
         pieces += [_head_of_field_1(sum(map(len, reply))), *reply]
     return b"".join(pieces)

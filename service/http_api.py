@@ -18,9 +18,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from dpq_rec import ConfigError
-from dpq_rec.lookup import MissingPolicy, VectorType
-from dpq_rec.octets import ID_BYTES
-from dpq_rec.packed import values_to_bytes
+from dpq_rec.table import MissingPolicy, VectorType
+from dpq_rec.wire import ID_BYTES
 from service import http_schema
 from service.auth import check_key
 from service.engine import INLINE_VALUES, Engine
@@ -279,7 +278,7 @@ class HttpApi:
 
         def answer() -> Response:
             try:
-                return Response(values_to_bytes(found, version), headers={"X-Version": version}, media_type=OCTETS)
+                return Response(found.values(version).to_bytes(), headers={"X-Version": version}, media_type=OCTETS)
             except ConfigError as error:
                 raise InvalidRequestError(str(error)) from error
 

@@ -12,9 +12,7 @@ import orjson
 from numpy.typing import NDArray
 
 from dpq_rec import Lookup
-from dpq_rec.client import CODES
-from dpq_rec.octets import ID_BYTES, Octets, to_octets
-from dpq_rec.packed import PackedRows
+from dpq_rec.wire import CODES, ID_BYTES, Buffer, PackedRows, to_bytes
 from service.errors import InvalidRequestError, MalformedError, NotAcceptableError, UnsupportedMediaTypeError
 from service.messages import SearchAnswer
 
@@ -49,7 +47,7 @@ class Headers(dict[str, str]):
 class Reply(NamedTuple):
     """A body and its headers."""
 
-    body: Octets
+    body: Buffer
     headers: Headers
 
 
@@ -273,7 +271,7 @@ def lookup_to_octets(version: str, lookup: Lookup) -> Reply:
     vectors_NE, missing = lookup
     num_rows, dim = vectors_NE.shape
     headers = octets_headers(version, num_rows, dim, vectors_NE.dtype.name, len(missing))
-    return Reply(to_octets(vectors_NE, missing), headers)
+    return Reply(to_bytes(vectors_NE, missing), headers)
 
 
 @functools.lru_cache(_MOST_HEADERS)
@@ -294,7 +292,7 @@ def codes_to_octets(version: str, rows: PackedRows) -> Reply:
     """The octets of packed codes, missing positions and tiers."""
     packed_NW, missing, tiers_N = rows
     headers = codes_headers(version, *packed_NW.shape, len(missing), has_tiers=tiers_N is not None)
-    return Reply(to_octets(*rows), headers)
+    return Reply(to_bytes(*rows), headers)
 
 
 @functools.lru_cache(_MOST_HEADERS)

@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec import Lookup
-from dpq_rec.decode import decode_rows
 from dpq_rec.kernels import Coded
 from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
-from dpq_rec.lookup import Rows, VectorType
+from dpq_rec.table import Rows, VectorType
 from service.engine import Engine
 from service.http_format import to_json
 from service.messages import TableRequest
@@ -39,7 +38,7 @@ class JsonLookups:
 
     def has_texts(self, table: str) -> bool:
         """Whether a table's vectors are copied together from texts; else every number is written."""
-        return _has_texts(self._engine.table(table).stored)
+        return _has_texts(self._engine.table(table).vectors)
 
     def of_one(self, request: TableRequest) -> bytes:
         """The body of one request's reply.
@@ -71,21 +70,21 @@ class JsonLookups:
 
     def _write(self, request: TableRequest, found: Rows) -> bytes:
         table, version = self._engine.table(request.table), self._engine.store.version
-        texts, stored = self._texts(table.name, request.dtype), table.stored
+        texts, stored = self._texts(table.name, request.dtype), table.vectors
         if texts is None or not isinstance(stored, Coded):
-            vectors_NE = decode_rows(table, found.rows_N, dtype=request.dtype)
+            vectors_NE = table.decode(found.rows_N, dtype=request.dtype)
             return lookup_to_json(table.name, version, Lookup(vectors_NE, found.missing))
         before, after = _around(table.name, version, stored.embedding_dim, found.missing)
         return decode_to_json(stored, texts, found.rows_N, before=before, after=after)
 
     def _write_texts(self, name: str, dtype: VectorType) -> JsonTexts | None:
         """The texts of a table's values; None where its vectors are not made of them, or they are too many."""
-        stored = self._engine.table(name).stored
+        stored = self._engine.table(name).vectors
         return JsonTexts.of(stored, dtype, _to_items) if _has_texts(stored) else None
 
 
 def _has_texts(stored: object) -> TypeGuard[Coded]:
-    return isinstance(stored, Coded) and stored.num_levels == 1 and stored.values_MKS.size <= _MOST_TEXT_VALUES
+    return isinstance(stored, Coded) and stored.layout.num_levels == 1 and stored.values_MKS.size <= _MOST_TEXT_VALUES
 
 
 def lookup_to_json(table: str, version: str, lookup: Lookup) -> bytes:

@@ -15,10 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Scope
 
-from dpq_rec.artifact import Table
-from dpq_rec.client import CODES
-from dpq_rec.lookup import MissingPolicy, VectorType
-from dpq_rec.octets import ID_BYTES
+from dpq_rec.table import MissingPolicy, Table, VectorType
+from dpq_rec.wire import CODES, ID_BYTES
 from service.engine import Engine
 from service.errors import InvalidRequestError, NotAcceptableError, UnsupportedMediaTypeError
 from service.http_arrow import load_pyarrow, lookup_to_arrow

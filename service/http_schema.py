@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel, Field
 
-from dpq_rec.client import CODES
+from dpq_rec.wire import CODES
 from service.http_format import ARROW, JSON, OCTETS
 from service.messages import TableInfo
 

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec import Lookup, Neighbours
-from dpq_rec.artifact import Table
-from dpq_rec.lookup import MissingPolicy, VectorType
 from dpq_rec.search import Similarity
+from dpq_rec.table import MissingPolicy, Table, VectorType
 
 Pooling = Literal["none", "sum", "mean"]
 

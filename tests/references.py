@@ -13,13 +13,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.codes import CodeLayout, unpack_codes
-from dpq_rec.kernels import Best, Coded, SoftmaxGradients, Stored
+from dpq_rec.kernels import Best, Coded, SoftmaxGradients, Vectors
 from dpq_rec.kernels.json_texts import JsonTexts
-from dpq_rec.tiers import PackedTier
 
 
 def decode(
-    stored: Stored, rows_N: NDArray[np.int64], *, dtype: DTypeLike = np.float32, num_threads: int = 1
+    stored: Vectors, rows_N: NDArray[np.int64], *, dtype: DTypeLike = np.float32, num_threads: int = 1
 ) -> NDArray[Any]:
     """Vectors [N, E], from the tier that each row is in; its first row is the one behind the last of those before."""
     del num_threads  # as many do the same
@@ -29,24 +28,23 @@ def decode(
         vectors_NE[present_N] = stored[rows_N[present_N]]
         return vectors_NE.astype(dtype)
     first = 0
-    for tier in stored.tiers:
-        here_N = present_N & (rows_N >= first) & (rows_N < first + len(tier.packed_VW))
-        vectors_NE[here_N] = _decode_tier(stored, tier, rows_N[here_N] - first)
-        first += len(tier.packed_VW)
+    for layout, packed_VW in zip(stored.layouts, stored.packed, strict=True):
+        here_N = present_N & (rows_N >= first) & (rows_N < first + len(packed_VW))
+        vectors_NE[here_N] = _decode_tier(stored, layout, packed_VW[rows_N[here_N] - first])
+        first += len(packed_VW)
     return vectors_NE.astype(dtype)
 
 
-def _embedding_dim(stored: Stored) -> int:
+def _embedding_dim(stored: Vectors) -> int:
     return stored.embedding_dim if isinstance(stored, Coded) else int(stored.shape[1])
 
 
-def _decode_tier(stored: Coded, tier: PackedTier, rows_N: NDArray[np.int64]) -> NDArray[np.float32]:
+def _decode_tier(stored: Coded, layout: CodeLayout, packed_NW: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Group j is the sum over the tier's levels l of values[l*D + j, code(row, l*D + j)], added in order."""
-    layout, values_MKS = tier.layout, stored.values_MKS
-    codes_NM = unpack_codes(tier.packed_VW[rows_N], layout)
+    values_MKS, codes_NM = stored.values_MKS, unpack_codes(packed_NW, layout)
     group_values = values_MKS.repeat(layout.num_subspaces, axis=0) if stored.shared else values_MKS
     chosen_NMS = np.stack([group_values[m][codes_NM[:, m]] for m in range(layout.codes_per_row)], axis=1)
-    levels_NLE = chosen_NMS.reshape(len(rows_N), layout.num_levels, stored.embedding_dim)
+    levels_NLE = chosen_NMS.reshape(len(packed_NW), layout.num_levels, stored.embedding_dim)
     vectors_NE: NDArray[np.float32] = levels_NLE[:, 0]
     for level in range(1, layout.num_levels):
         vectors_NE = vectors_NE + levels_NLE[:, level]
@@ -54,7 +52,7 @@ def _decode_tier(stored: Coded, tier: PackedTier, rows_N: NDArray[np.int64]) -> 
 
 
 def decode_bags(
-    stored: Stored,
+    stored: Vectors,
     rows_N: NDArray[np.int64],
     bag_lengths_B: NDArray[np.int64],
     *,
@@ -82,10 +80,10 @@ def decode_to_json(
     stored: Coded, texts: JsonTexts, rows_N: NDArray[np.int64], *, before: bytes = b"", after: bytes = b""
 ) -> bytes:
     """Vectors, from the texts of their groups; the last one's comma gives way to the bracket."""
-    layout, ends = stored.tiers[0].layout, texts.ends_G.tolist()
+    layout, ends = stored.layout, texts.ends_G.tolist()
     groups = [texts.groups[begin:end] for begin, end in itertools.pairwise([0, *ends])]
     first_M = 0 if stored.shared else layout.num_codes * np.arange(layout.codes_per_row)
-    packed_VW = np.concatenate([tier.packed_VW for tier in stored.tiers])
+    packed_VW = np.concatenate(stored.packed)
     chosen = iter((first_M + unpack_codes(packed_VW[rows_N[rows_N >= 0]], layout)).tolist())
     vectors = [
         texts.zeros[:-1] if row < 0 else b"[%b]" % b"".join(groups[g] for g in next(chosen))[:-1]
@@ -214,16 +212,18 @@ def find_integer_rows(
 
 def copy_codes(stored: Coded, rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Packed codes [N, W] of rows, zeros where one is missing or short, and the tier [N] of each."""
-    width = stored.tiers[0].layout.row_bytes
+    width = stored.layout.row_bytes
     packed_NW, tiers_N = np.zeros((len(rows_N), width), np.uint8), np.zeros(len(rows_N), np.uint8)
     for n, row in enumerate(rows_N):
-        for at, tier in enumerate(stored.tiers):
-            if 0 <= row - tier.first_row < len(tier.packed_VW):
-                packed_NW[n, : tier.layout.row_bytes], tiers_N[n] = tier.packed_VW[row - tier.first_row], at
+        for at, packed_VW in enumerate(stored.packed):
+            if 0 <= row < len(packed_VW):
+                packed_NW[n, : packed_VW.shape[1]], tiers_N[n] = packed_VW[row], at
+                break
+            row -= len(packed_VW)  # a missing one stays negative
     return packed_NW, tiers_N
 
 
-def find_rows(
+def find_string_rows(
     ids: Sequence[str], id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], rows_U: NDArray[np.uint32]
 ) -> NDArray[np.int64]:
     """Rows [N] of strings; -1 where one is not in the list."""
@@ -232,7 +232,7 @@ def find_rows(
 
 
 def fill_slots(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], num_slots: int) -> NDArray[np.uint32]:
-    """A hash table [H] of strings, as `dpq_rec.id_index` lays it down."""
+    """A hash table [H] of strings, as `dpq_rec.kernels.ids` lays it down."""
     slots, texts = [0] * num_slots, _texts(id_bytes_T, id_offsets_U1)
     for entry, text in enumerate(texts):
         hashed = _hash(text)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dpq_rec import EmbeddingStore
-from dpq_rec.artifact import Table, sizes
+from dpq_rec.table import Table, sizes
 from training.checkpoint import Progress
 from training.config import RunConfig
 
@@ -58,7 +58,7 @@ def paper_ratio(table: Table) -> float:
     manifest = table.manifest
     if not manifest.has_codes:
         return 1.0
-    num_codes = sum(len(tier.packed_VW) * tier.layout.codes_per_row for tier in table.tiers)
+    num_codes = sum(tier.num_rows * tier.layout.codes_per_row for tier in table.tiers)
     code_bits = num_codes * math.log2(manifest.num_codes)
     full_bits = 32 * manifest.num_embeddings * manifest.embedding_dim
     return full_bits / (code_bits + 8 * table.tensors["values"].nbytes)

@@ -16,8 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import ConfigError, DamagedArtifactError
-from dpq_rec.kernels.arguments import MadeAnew, call, check_array, new_array, shown
-from dpq_rec.tiers import PackedTier
+from dpq_rec.kernels.arguments import HasNative, call, check_array, new_array, shown
 
 try:
     from dpq_rec.kernels import _native
@@ -29,62 +28,66 @@ MISSING_ROW = -1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Coded(MadeAnew):
+class Coded(HasNative):
     """Vectors that are stored as codes.
 
     Attributes:
-        tiers: packed codes, and how they are laid out, in the order of rows; one tier where all have as many levels.
+        layouts: of a row's codes in each tier, in the order of rows; one where all rows have as many levels.
+        packed: packed codes [V, W] (uint8) of each tier.
         values_MKS: values (float32) [L*D, K, S], or [L, K, S] where the subspaces share them; L is the first tier's.
     """
 
-    tiers: Sequence[PackedTier]
+    layouts: Sequence[CodeLayout]
+    packed: Sequence[NDArray[np.uint8]]
     values_MKS: NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        if not self.tiers:
+        if not self.layouts:
             raise ConfigError("tiers: got none, want one or more")
         check_array("values", self.values_MKS, np.float32, None, None, None)
 
     @classmethod
     def of(cls, packed_VW: NDArray[np.uint8], values_MKS: NDArray[np.float32], layout: CodeLayout) -> Coded:
         """Of one tier."""
-        return cls((PackedTier(0, layout, packed_VW),), values_MKS)
+        return cls((layout,), (packed_VW,), values_MKS)
 
-    def with_codes(self, packed_VW: NDArray[np.uint8]) -> Coded:
-        """The same values, of other rows, which are all of the first tier."""
-        layout = self.tiers[0].layout
-        other = Coded.of(packed_VW, self.values_MKS, layout)
-        vars(other)["native"] = call(_native.Vectors, self.native, [(packed_VW, layout.num_levels)])
+    def with_codes(self, packed: Sequence[NDArray[np.uint8]]) -> Coded:
+        """Other rows with the same values, which are not copied again."""
+        other = dataclasses.replace(self, packed=packed)
+        vars(other)["native"] = call(_native.Vectors, self.native, other._native_tiers)
         return other
+
+    @property
+    def layout(self) -> CodeLayout:
+        """Of the first tier, which has the most levels."""
+        return self.layouts[0]
 
     @property
     def shared(self) -> bool:
         """Whether the subspaces share their values."""
-        layout = self.tiers[0].layout
-        return len(self.values_MKS) == layout.num_levels != layout.codes_per_row
-
-    @property
-    def num_levels(self) -> int:
-        """The most that a tier has: the first one's."""
-        return self.tiers[0].layout.num_levels
+        return len(self.values_MKS) == self.layout.num_levels != self.layout.codes_per_row
 
     @functools.cached_property
     def embedding_dim(self) -> int:
         """E = D * S."""
-        return self.tiers[0].layout.num_subspaces * int(self.values_MKS.shape[2])
+        return self.layout.num_subspaces * int(self.values_MKS.shape[2])
+
+    @property
+    def _native_tiers(self) -> list[tuple[NDArray[np.uint8], int]]:
+        return [(packed, layout.num_levels) for packed, layout in zip(self.packed, self.layouts, strict=True)]
 
     @functools.cached_property
     def native(self) -> _native.Vectors:
-        """The same, as the C++ takes it: made once, it would take longer than a small lookup."""
-        layout, packed = self.tiers[0].layout, [(tier.packed_VW, tier.layout.num_levels) for tier in self.tiers]
-        return call(_native.Vectors, packed, self.values_MKS, layout.num_subspaces, layout.code_bits, self.shared)
+        """The C++ object: kept, as making it takes longer than a small lookup."""
+        sizes = self.layout.num_subspaces, self.layout.code_bits
+        return call(_native.Vectors, self._native_tiers, self.values_MKS, *sizes, self.shared)
 
 
-Stored = Coded | NDArray[np.float32]  # vectors as codes, or as they are: [V, E]
+Vectors = Coded | NDArray[np.float32]  # of all rows of a table: as codes, or as they are [V, E]
 
 
 def decode(
-    stored: Stored, rows_N: NDArray[np.int64], *, dtype: DTypeLike = np.float32, num_threads: int = 1
+    stored: Vectors, rows_N: NDArray[np.int64], *, dtype: DTypeLike = np.float32, num_threads: int = 1
 ) -> NDArray[Any]:
     """Vectors of rows.
 
@@ -107,7 +110,7 @@ def decode(
 
 
 def decode_bags(
-    stored: Stored,
+    stored: Vectors,
     rows_N: NDArray[np.int64],
     bag_lengths_B: NDArray[np.int64],
     *,
@@ -155,8 +158,8 @@ def copy_codes(stored: Coded, rows_N: NDArray[np.int64]) -> tuple[NDArray[np.uin
         DamagedArtifactError: a row outside the table.
     """
     check_coded(stored)
-    packed_NW = new_array(rows_N, stored.tiers[0].layout.row_bytes, dtype=np.uint8)
-    tiers_N = new_array(rows_N, dtype=np.uint8) if len(stored.tiers) > 1 else None
+    packed_NW = new_array(rows_N, stored.layout.row_bytes, dtype=np.uint8)
+    tiers_N = new_array(rows_N, dtype=np.uint8) if len(stored.layouts) > 1 else None
     check_damage(stored, rows_N, call(_native.copy_codes, stored.native, rows_N, packed_NW, tiers_N))
     return packed_NW, tiers_N
 
@@ -171,12 +174,12 @@ def check_coded(stored: Any) -> None:
         raise ConfigError(f"stored: got {shown(stored)}, want vectors as codes")
 
 
-def native_of(stored: Stored) -> _native.Vectors:
+def native_of(stored: Vectors) -> _native.Vectors:
     """The vectors, as the C++ takes them."""
     return stored.native if isinstance(stored, Coded) else call(_native.Vectors, stored)
 
 
-def check_damage(stored: Stored, rows_N: NDArray[np.int64], bad_at: Sequence[int]) -> None:
+def check_damage(stored: Vectors, rows_N: NDArray[np.int64], bad_at: Sequence[int]) -> None:
     """Say what a kernel found damaged.
 
     Args:
@@ -189,10 +192,10 @@ def check_damage(stored: Stored, rows_N: NDArray[np.int64], bad_at: Sequence[int
     """
     bad_row_at, bad_code_at = bad_at
     if bad_row_at >= 0:
-        num_rows = sum(len(tier.packed_VW) for tier in stored.tiers) if isinstance(stored, Coded) else len(stored)
+        num_rows = sum(map(len, stored.packed)) if isinstance(stored, Coded) else len(stored)
         raise DamagedArtifactError(f"row {rows_N[bad_row_at]} is outside the table's {num_rows} rows")
     if bad_code_at >= 0 and isinstance(stored, Coded):
-        num_codes = stored.tiers[0].layout.num_codes
+        num_codes = stored.layout.num_codes
         raise DamagedArtifactError(f"row {rows_N[bad_code_at]} holds a code of {num_codes} or more")
 
 

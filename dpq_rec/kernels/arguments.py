@@ -13,8 +13,8 @@ from dpq_rec.errors import ConfigError
 T = TypeVar("T")
 
 
-class MadeAnew:
-    """What has a `native`, as the C++ takes it: a copy, or another process that it is sent to, makes its own."""
+class HasNative:
+    """Base of what has a cached property `native`, its C++ object: copies and other processes make their own."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "native"}

@@ -1,171 +1,106 @@
-"""The hot loops that find ids, and that go on from there. In: ids; a vocabulary's arrays. Out: rows, vectors, bytes.
+"""The hot loops that find ids. In: ids; a vocabulary's arrays. Out: rows; the indexes that find them fast.
+
+An index stands beside a sorted list of ids in the artifact, may be missing, and holds nothing that does not follow from
+the list. What it finds is compared with the id in the list. A damaged tree shows; a lost slot, and with it a string, is
+found by `verify` alone.
+
+    id_tree     int64. The ids are cut into leaves of 16. A level holds the first id of each leaf, the level above it
+                every 16th key of it, and so on up to a level of 16 keys or fewer, the root. The levels stand from the
+                root down, each filled up with 2**63 - 1 to a multiple of 16. 16 ids or fewer need none: it has no keys.
+    id_slots    uint32 [U + U // 2 + 1], a hash table with linear probing. A slot is 0, or has i + 1 in its lowest
+                U.bit_length() bits and the lowest bits of the hash of id i above them. Id i is in the first slot that
+                was free from slot (hash * number of slots) >> 64 on, the ids in their order, slot 0 after the last.
+
+The hash of a text begins with its size times B (all modulo 2**64). With each of its words, the hash becomes
+fold((hash ^ word) * A), in the end fold(hash * B), where fold is the exclusive or of the two halves of 128 bits, A is
+0x9e3779b97f4a7c15 and B is 0xd1b54a32d192ed03. The words are 8 bytes each, the lowest first, the last one ends with the
+text; a text of less than 8 bytes is one word, filled up with zeros.
 
 As in `dpq_rec.kernels`, arguments of another type or size raise ConfigError.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from dpq_rec.errors import ConfigError, DamagedArtifactError, IdTypeError
-from dpq_rec.kernels import Stored, _native, check_damage, native_of
-from dpq_rec.kernels.arguments import MadeAnew, call, new_array
+import dpq_rec.kernels._native as _native
+from dpq_rec.errors import DamagedArtifactError, IdTypeError
+from dpq_rec.kernels.arguments import call, check_array, new_array
+
+NODE_KEYS = 16  # of the tree: two cache lines
+MOST_SLOTTED = (1 << 32) - 1  # ids that a slot can number
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SortedIntegers(MadeAnew):
-    """A sorted list of integers, and the row of each.
+def build_tree(ids_U: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The `id_tree` of ascending ids; the memory it takes beside them is 1/15 of theirs."""
+    levels, keys = [np.empty(0, np.int64)], ids_U
+    while len(keys) > NODE_KEYS:
+        keys = keys[::NODE_KEYS]
+        levels.append(np.pad(keys, (0, -len(keys) % NODE_KEYS), constant_values=np.iinfo(np.int64).max))
+    return np.concatenate(levels[::-1])
 
-    Attributes:
+
+def num_tree_keys(num_ids: int) -> int:
+    """How long the `id_tree` of a number of ids is."""
+    num_keys, left = 0, num_ids
+    while left > NODE_KEYS:
+        left = -(-left // NODE_KEYS)
+        num_keys += left + -left % NODE_KEYS
+    return num_keys
+
+
+def sorted_integers(
+    ids_U: NDArray[np.int64], rows_U: NDArray[np.uint32], tree_T: NDArray[np.int64] | None = None
+) -> _native.Integers:
+    """A sorted list of integers and the row of each, as the functions that find them take it.
+
+    Args:
         ids_U: strictly ascending (int64).
         rows_U: the row of each (uint32).
-        tree_T: the list's `id_tree` (see `dpq_rec.id_index`), of the length that belongs to U; without it the list is
-            halved, which is slower.
+        tree_T: the list's `id_tree`, `num_tree_keys(U)` long; without it the list is halved, which is slower.
     """
-
-    ids_U: NDArray[np.int64]
-    rows_U: NDArray[np.uint32]
-    tree_T: NDArray[np.int64] | None = None
-
-    @functools.cached_property
-    def native(self) -> _native.Integers:
-        """The same, as the C++ takes it."""
-        return call(_native.Integers, self.ids_U, self.rows_U, self.tree_T)
+    return call(_native.Integers, ids_U, rows_U, tree_T)
 
 
-def find_integer_rows(ids_N: NDArray[np.int64], known: SortedIntegers) -> NDArray[np.int64]:
-    """Rows of integers, found in a sorted list of them.
+def find_integer_rows(ids_N: NDArray[np.int64], known: _native.Integers) -> NDArray[np.int64]:
+    """Rows (int64) of integers, found in a sorted list of them; MISSING_ROW where an id is not in the list.
 
     Args:
         ids_N: what is looked for (int64), contiguous.
-        known: the list.
-
-    Returns:
-        rows_N (int64), MISSING_ROW where an id is not in the list.
+        known: of `sorted_integers`.
 
     Raises:
         DamagedArtifactError: the tree leads an id to where it cannot be: it is not said to be missing.
     """
     out_N = new_array(ids_N, dtype=np.int64)
-    _check_id(ids_N, call(_native.find_integer_rows, known.native, ids_N, out_N))
+    check_found(ids_N, call(_native.find_integer_rows, known, ids_N, out_N))
     return out_N
 
 
-class FoundVectors(NamedTuple):
-    """Rows of ids, and their vectors.
-
-    Attributes:
-        rows_N: int64; MISSING_ROW where an id is not known.
-        vectors_NE: zeros there.
-        num_missing: how often that is so.
-    """
-
-    rows_N: NDArray[np.int64]
-    vectors_NE: NDArray[Any]
-    num_missing: int
-
-
-def lookup_integers(
-    ids_N: NDArray[np.int64],
-    known: SortedIntegers,
-    stored: Stored,
-    *,
-    dtype: DTypeLike = np.float32,
-    num_threads: int = 1,
-) -> FoundVectors:
-    """`find_integer_rows` and `decode` in one: codes are on their way from memory while the next ids are searched.
-
-    Args:
-        ids_N: what is looked for (int64), contiguous.
-        known: the list of ids.
-        stored: the vectors of all rows.
-        dtype: as in `decode`.
-        num_threads: likewise.
-
-    Raises:
-        DamagedArtifactError: as in both.
-    """
-    vectors = native_of(stored)
-    out_NE = new_array(ids_N, vectors.dim, dtype=dtype)
-    rows_N = np.empty(len(out_NE), np.int64)
-    num_missing, bad_id_at, *bad_at = call(
-        _native.lookup_integers, known.native, vectors, ids_N, rows_N, out_NE, num_threads
-    )
-    _check_id(ids_N, bad_id_at)
-    check_damage(stored, rows_N, bad_at)
-    return FoundVectors(rows_N, out_NE, num_missing)
-
-
-class FoundBytes(NamedTuple):
-    """A reply to ids, and how many of them are not known."""
-
-    reply: bytes
-    num_missing: int
-
-
-def lookup_bytes(asked: bytes, known: SortedIntegers, stored: Stored, *, form: str) -> FoundBytes:
-    """`lookup_integers` or, with the form "codes", `find_integer_rows` and `copy_codes`, from bytes to bytes.
-
-    The numbers are as this machine has them.
-
-    Args:
-        asked: what is looked for (int64).
-        known: the list of ids.
-        stored: the vectors of all rows; coded where codes are wanted.
-        form: "float32", "float16" or "codes".
-
-    Returns:
-        rows, then the positions of those that are missing (uint32), then, of codes that have tiers, the tier of each.
-
-    Raises:
-        DamagedArtifactError: as there.
-    """
-    if form not in _NUMBER_BYTES:
-        raise ConfigError(f"form: got {form!r}, want {', '.join(_NUMBER_BYTES)}")
-    number_bytes = _NUMBER_BYTES[form]
-    reply, num_missing, *bad_at = call(_native.lookup_bytes, known.native, native_of(stored), asked, number_bytes)
-    if max(bad_at) >= 0:
-        ids_N, bad_id_at, at = np.frombuffer(asked, np.int64), bad_at[0], max(bad_at[1:])
-        _check_id(ids_N, bad_id_at)
-        row_1 = find_integer_rows(ids_N[at : at + 1], known)
-        check_damage(stored, row_1, [min(position, 0) for position in bad_at[1:]])
-        raise DamagedArtifactError(f"id {ids_N[at]}: its row was damaged, and is no more: the file changed meanwhile")
-    return FoundBytes(reply, num_missing)
-
-
-_MOST_SLOTS = 1 << 34  # ids that a slot can number are fewer than 2**32
-_NUMBER_BYTES = {"float32": 4, "float16": 2, "codes": 0}
-
-
-def _check_id(ids_N: NDArray[np.int64], bad_at: int) -> None:
+def check_found(ids_N: NDArray[np.int64], bad_at: int) -> None:
+    """Raises DamagedArtifactError where an id, at a position that is not -1, was led astray by the tree."""
     if bad_at >= 0:
         raise DamagedArtifactError(f"the vocabulary's id_tree leads id {ids_N[bad_at]} to where it cannot be")
 
 
-def find_rows(
+def find_string_rows(
     ids: Sequence[object],
     id_bytes_T: NDArray[np.uint8],
     id_offsets_U1: NDArray[np.int64],
     rows_U: NDArray[np.uint32],
     slots_H: NDArray[np.uint32] | None = None,
 ) -> NDArray[np.int64]:
-    """Rows of strings, found in a sorted list of them.
+    """Rows (int64) of strings, found in a sorted list of them; MISSING_ROW where an id is not in the list.
 
     Args:
         ids: N str, in a list or a tuple.
         id_bytes_T: the UTF-8 of the list's ids, one behind the other (uint8 [T]).
         id_offsets_U1: id i is id_bytes[id_offsets[i] : id_offsets[i + 1]] (int64 [U + 1]).
         rows_U: the row of each (uint32).
-        slots_H: the list's `id_slots` (see `dpq_rec.id_index`); without them the list is halved, which is slower.
-
-    Returns:
-        rows_N (int64), MISSING_ROW where an id is not in the list.
+        slots_H: the list's `id_slots`; without them the list is halved, which is slower.
 
     Raises:
         IdTypeError: something that is no str, or that holds half a surrogate pair, which UTF-8 cannot.
@@ -184,41 +119,37 @@ def find_rows(
         raise DamagedArtifactError(
             f"the vocabulary's id_slots name an id that is none of its {len(rows_U)}, or have no end"
         )
-    if bad_entry >= 0:
-        raise _outside(bad_entry, id_bytes_T)
+    _check_entry(bad_entry, id_bytes_T)
     return out_N
 
 
-def fill_slots(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64], num_slots: int) -> NDArray[np.uint32]:
-    """The `id_slots` [H] of a list of strings (see `dpq_rec.id_index`).
-
-    Args:
-        id_bytes_T: as in `find_rows`.
-        id_offsets_U1: likewise.
-        num_slots: H, more than there are ids.
+def build_slots(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """The `id_slots` of a list of strings, which `find_string_rows` describes.
 
     Raises:
         DamagedArtifactError: offsets outside the bytes: nothing is read there.
-        ConfigError: too few slots.
     """
-    if not isinstance(num_slots, int) or not 0 < num_slots < _MOST_SLOTS:
-        raise ConfigError(f"num_slots: got {num_slots!r}, want more than there are ids, and less than {_MOST_SLOTS}")
-    slots_H = np.empty(num_slots, np.uint32)
-    bad_entry = call(_native.fill_slots, id_bytes_T, id_offsets_U1, slots_H)
-    if bad_entry >= 0:
-        raise _outside(bad_entry, id_bytes_T)
+    check_array("id_offsets", id_offsets_U1, np.int64, None)
+    slots_H = np.empty(num_slots(max(0, len(id_offsets_U1) - 1)), np.uint32)
+    _check_entry(call(_native.fill_slots, id_bytes_T, id_offsets_U1, slots_H), id_bytes_T)
     return slots_H
 
 
-def _outside(entry: int, id_bytes_T: NDArray[np.uint8]) -> DamagedArtifactError:
-    return DamagedArtifactError(f"the vocabulary's id {entry} lies outside its {len(id_bytes_T)} bytes")
+def num_slots(num_ids: int) -> int:
+    """How long the `id_slots` of a number of ids are: two thirds are taken, and never all."""
+    return num_ids + num_ids // 2 + 1
+
+
+def _check_entry(bad_entry: int, id_bytes_T: NDArray[np.uint8]) -> None:
+    if bad_entry >= 0:
+        raise DamagedArtifactError(f"the vocabulary's id {bad_entry} lies outside its {len(id_bytes_T)} bytes")
 
 
 def find_disorder(id_bytes_T: NDArray[np.uint8], id_offsets_U1: NDArray[np.int64]) -> int | None:
-    """The first id that is not above the one before it, or that lies outside the bytes; None if there is none.
+    """The first string that is not above the one before it, or that lies outside the bytes; None if there is none.
 
     Args:
-        id_bytes_T: as in `find_rows`.
+        id_bytes_T: as in `find_string_rows`.
         id_offsets_U1: likewise.
     """
     at = call(_native.find_disorder, id_bytes_T, id_offsets_U1)

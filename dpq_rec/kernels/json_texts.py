@@ -14,11 +14,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.kernels import Coded, _native, check_coded, check_damage
-from dpq_rec.kernels.arguments import MadeAnew, call
+from dpq_rec.kernels.arguments import HasNative, call
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class JsonTexts(MadeAnew):
+class JsonTexts(HasNative):
     """What the JSON of the vectors of a Coded is made of.
 
     Attributes:
@@ -45,7 +45,7 @@ class JsonTexts(MadeAnew):
             ConfigError: vectors of several levels, which are sums and have no texts of their groups; or another dtype.
         """
         check_coded(stored)
-        layout = stored.tiers[0].layout
+        layout = stored.layout
         if layout.num_levels > 1 or np.dtype(dtype) not in (np.float32, np.float16):
             raise ConfigError(f"texts: got {layout.num_levels} levels and {dtype!r}, want 1, and float32 or float16")
         with np.errstate(over="ignore"):  # decode rounds to infinity, too

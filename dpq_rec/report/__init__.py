@@ -14,7 +14,6 @@ from typing import NamedTuple
 from dpq_rec.artifact import Artifact
 from dpq_rec.errors import ConfigError, UnknownTableError
 from dpq_rec.files import replace_file
-from dpq_rec.lookup import ids_of_texts
 from dpq_rec.report.facts import measure, num_steps
 from dpq_rec.report.history import find_run, read_run
 from dpq_rec.report.names import Id, Names, find_names
@@ -106,4 +105,4 @@ def _chosen_ids(artifact: Artifact, config: ReportConfig, names: Names | None) -
     if name is None:
         listed = ", ".join(artifact.tables)
         raise ConfigError(f"--ids: this artifact has the tables {listed}; say whose ids they are with --table")
-    return {name: ids_of_texts(artifact.tables[name], config.ids)}
+    return {name: artifact.tables[name].ids_of_texts(config.ids)}

@@ -10,15 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.artifact import Table
 from dpq_rec.code_use import chance_of_agreement, count_codes, perplexity
 from dpq_rec.codes import unpack_codes
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.report.names import Id
 from dpq_rec.report.neighbours import nearest_rows, telling_rows
 from dpq_rec.report.spectrum import Spectrum, spectrum
+from dpq_rec.table import Table, codes_name
 from dpq_rec.tensorfile import PADDING
-from dpq_rec.tiers import by_tier, codes_name
 
 NUM_NEIGHBOURS = 8
 _NUM_CHOSEN = 5
@@ -169,6 +168,6 @@ def _neighbourhoods(
 def _codes_of_row(table: Table, row: int) -> NDArray[np.uint16] | None:
     if not table.manifest.has_codes:
         return None
-    tier = next(tier for tier, _ in by_tier(table.tiers, np.array([row])))
+    tier, packed_VW, _ = next(table.by_tier(np.array([row])))
     at = row - tier.first_row
-    return np.asarray(unpack_codes(tier.packed_VW[at : at + 1], tier.layout)[0])
+    return np.asarray(unpack_codes(packed_VW[at : at + 1], tier.layout)[0])

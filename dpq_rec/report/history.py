@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.artifact import Artifact, Table
+from dpq_rec.artifact import Artifact
 from dpq_rec.errors import ConfigError
+from dpq_rec.table import Table
 
 METRICS, ARTIFACT = "metrics.json", "artifact"  # as training names them (contract 2)
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dpq_rec.artifact import Table
 from dpq_rec.errors import ConfigError
 from dpq_rec.export import import_pyarrow
+from dpq_rec.table import Table
 
 _TITLES = ("title", "name", "label", "word", "text")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.artifact import Table
-from dpq_rec.decode import decode_rows
+from dpq_rec.table import Table
 
 _BLOCK_NUMBERS = 1 << 22  # fp32 numbers decoded at a time
 _DECIMALS = 6  # of a cosine: what a matrix product leaves below them depends on the block a row stands in
@@ -45,11 +44,11 @@ def nearest_rows(
         DamagedArtifactError: an impossible code.
     """
     num_rows, width = table.manifest.num_embeddings, max(1, _BLOCK_NUMBERS // table.manifest.embedding_dim)
-    queries_QE = directions(decode_rows(table, rows_Q))
+    queries_QE = directions(table.decode(rows_Q))
     best = [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in rows_Q]
     for start in range(0, num_rows, width):
         block_N = np.arange(start, min(start + width, num_rows))
-        cosines_QN = np.round(queries_QE @ directions(decode_rows(table, block_N)).T, _DECIMALS)
+        cosines_QN = np.round(queries_QE @ directions(table.decode(block_N)).T, _DECIMALS)
         for q, row in enumerate(rows_Q.tolist()):
             cosines_N = cosines_QN[q]
             worst = best[q][1][-1] if len(best[q][1]) == most else -np.inf
@@ -87,7 +86,7 @@ def telling_rows(table: Table, candidates_N: NDArray[np.int64], most: int) -> ND
 
     Rows that say the same twice are left out: the median cosine of two candidates is the limit.
     """
-    directions_NE = directions(decode_rows(table, candidates_N))
+    directions_NE = directions(table.decode(candidates_N))
     cosines_NN = directions_NE @ directions_NE.T
     usual = float(np.median(cosines_NN[np.triu_indices(len(candidates_N), 1)])) if len(candidates_N) > 1 else 0.0
     chosen: list[int] = []

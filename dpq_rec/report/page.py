@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dpq_rec.artifact import Artifact, sizes
+from dpq_rec.artifact import Artifact
 from dpq_rec.report.facts import TableFacts
 from dpq_rec.report.history import RunHistory
 from dpq_rec.report.markup import Markup, byte_text, element, from_data, percent
 from dpq_rec.report.names import Id, Names
 from dpq_rec.report.section import chips, most_rank, section
 from dpq_rec.report.style import STYLE
-from dpq_rec.tiers import shown_levels, shown_row_bytes
+from dpq_rec.table import sizes
 
 # Forbids scripts and everything from elsewhere, should a way be found to smuggle it in.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -129,14 +129,14 @@ def _overview_cells(facts: TableFacts) -> tuple[object, ...]:
     manifest, use = facts.table.manifest, facts.code_use
     layout, used = [_NONE] * 3, [_NONE] * 2
     if use is not None:
-        layout = [f"{manifest.num_subspaces:,}", shown_levels(facts.table.tiers), f"{manifest.num_codes:,}"]
+        layout = [f"{manifest.num_subspaces:,}", facts.table.shown_levels, f"{manifest.num_codes:,}"]
         used = [f"{use.perplexity_M.mean():,.1f}", percent(float((use.counts_MK == 0).mean()))]
     return (
         element("a", facts.table.name, href=f"#{facts.table.name}"),
         f"{manifest.num_embeddings:,}",
         f"{manifest.embedding_dim:,}",
         *layout,
-        shown_row_bytes(facts.table.tiers) or f"{manifest.row_bytes:,}",
+        facts.table.shown_row_bytes,
         *_size_cells(sizes([facts.table])),
         *used,
         _NONE if facts.spectrum is None else f"{facts.spectrum.rank} of {most_rank(facts)}",

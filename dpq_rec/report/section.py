@@ -10,7 +10,6 @@ from dpq_rec.report.facts import CANDIDATES, CodeUse, Member, TableFacts
 from dpq_rec.report.history import CodeHistory, RunHistory
 from dpq_rec.report.markup import Markup, byte_text, element, from_data, join, percent, shortened
 from dpq_rec.report.names import Id
-from dpq_rec.tiers import shown_levels, shown_row_bytes
 
 
 def section(facts: TableFacts, run: RunHistory | None, titles: Mapping[Id, str]) -> Markup:
@@ -25,14 +24,12 @@ def section(facts: TableFacts, run: RunHistory | None, titles: Mapping[Id, str])
     pairs: list[tuple[object, object]] = [("kind", manifest.kind), ("rows", f"{manifest.num_embeddings:,}")]
     pairs.append(("E", f"{manifest.embedding_dim:,}"))
     if manifest.has_codes:
-        pairs.extend(
-            [("D", manifest.num_subspaces), ("L", shown_levels(table.tiers)), ("K", f"{manifest.num_codes:,}")]
-        )
+        pairs.extend([("D", manifest.num_subspaces), ("L", table.shown_levels), ("K", f"{manifest.num_codes:,}")])
         values = f"{table.tensors['values'].dtype}{', shared' if manifest.shared_values else ''}"
         pairs.extend([("bits a code", manifest.code_bits), ("values", values)])
     pairs.extend(
         [
-            ("bytes a row", shown_row_bytes(table.tiers) or f"{manifest.row_bytes:,}"),
+            ("bytes a row", table.shown_row_bytes),
             ("vocabulary", table.vocabulary.kind),
         ]
     )

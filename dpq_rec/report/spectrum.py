@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.artifact import Table
-from dpq_rec.decode import decode_rows
+from dpq_rec.table import Table
 
 _SAMPLE_NUMBERS = 1 << 23  # fp64 numbers of the rows that are decomposed: 64 MiB
 _LEAST_ROWS_PER_COLUMN = 2
@@ -46,7 +45,7 @@ def spectrum(table: Table) -> Spectrum | None:
     training put there: at a million rows all below a tenth of the largest.)
     """
     rows_N = spread_rows(table.manifest.num_embeddings, most_rows(table.manifest.embedding_dim))
-    vectors_NE = decode_rows(table, rows_N).astype(np.float64)
+    vectors_NE = table.decode(rows_N).astype(np.float64)
     if not np.isfinite(vectors_NE).all():
         return None
     singular_values_R: NDArray[np.float64] = np.linalg.svd(vectors_NE, compute_uv=False).astype(np.float64)

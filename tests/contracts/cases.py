@@ -26,8 +26,8 @@ from dpq_rec import (
     pack_codes,
     write_artifact,
 )
+from dpq_rec.codes import cut_into_tiers
 from dpq_rec.nn import DPQEmbeddingBagCollection, freeze
-from dpq_rec.tiers import cut_into_tiers
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 NUM_ROWS = 50

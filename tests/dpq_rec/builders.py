@@ -51,7 +51,7 @@ def dense_contents(vectors_VE, vocabulary=None):
 
 def write_unchecked(path: Path, tables) -> Path:
     """As `write_artifact`, which refuses numbers that are not finite: artifacts that hold them are out there."""
-    with mock.patch("dpq_rec.contents.find_not_finite", return_value=None):
+    with mock.patch("dpq_rec.artifact.find_not_finite", return_value=None):
         return write_artifact(path, tables)
 
 

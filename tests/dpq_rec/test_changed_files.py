@@ -31,7 +31,7 @@ def uses(store, name, asked, query_QE):
     yield lambda: store.lookup_bags(name, asked, [num_rows], dtype="float16")
     yield lambda: store.rows(name, asked)
     yield lambda: store.codes(name, asked)
-    yield lambda: store.lookup_octets(name, np.arange(num_rows).tobytes())
+    yield lambda: store.lookup_bytes(name, np.arange(num_rows).tobytes())
     yield lambda: store.search(name, query_QE, 5)
     yield lambda: store.search(name, query_QE, 5, similarity="cosine")
     yield lambda: store.tables[name].vocabulary.ids_of_rows(0, num_rows).ids_N[:]

@@ -12,7 +12,7 @@ from dpq_rec import ConfigError, DamagedArtifactError, EmbeddingStore, Int64Voca
 from dpq_rec.client import CodesClient
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import IdTypeError, ServerError
-from dpq_rec.packed import values_of_bytes, values_to_bytes
+from dpq_rec.wire import Values
 
 IDS = [7, -1, 2**53 + 1]
 
@@ -90,7 +90,7 @@ def codes(store, version="one"):
 
 
 def values(store, version="one"):
-    return reply(values_to_bytes(store.tables["t"], version))
+    return reply(store.tables["t"].values(version).to_bytes())
 
 
 def test_client_gives_the_vectors_of_the_store_and_asks_for_values_once(store):
@@ -378,9 +378,9 @@ def test_client_refuses_other_urls(url):
 
 
 def test_values_of_other_sizes_are_refused(store):
-    content = values_to_bytes(store.tables["t"], "one")
+    content = store.tables["t"].values("one").to_bytes()
     for old, new in ((b'"num_codes":"256"', b'"num_codes":"255"'), (b'"num_levels":"[1]"', b'"num_levels":"[3]"'),
                      (b'"num_levels":"[1]"', b'"num_levels":"[]" '), (b'"values"', b'"valuez"')):  # fmt: skip
         assert old in content
         with pytest.raises(DamagedArtifactError, match="values: got"):
-            values_of_bytes(content.replace(old, new))
+            Values.from_bytes(content.replace(old, new))

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpq_rec.id_index import build_slots, build_tree, num_slots, num_tree_keys
+from dpq_rec.kernels.ids import build_slots, build_tree, num_slots, num_tree_keys
 from dpq_rec.strings import PackedStrings
 from tests import references
 
@@ -29,11 +29,11 @@ def test_num_tree_keys_is_the_length_of_the_tree(num_ids):
 @given(st.lists(st.text(max_size=40), unique=True, max_size=60))
 def test_build_slots_equals_the_reference(texts):
     strings = PackedStrings.pack(sorted(text.encode() for text in texts))
-    slots_H = build_slots(strings)
+    slots_H = build_slots(*strings)
     assert slots_H.dtype == np.uint32
     assert slots_H.tolist() == references.fill_slots(*strings, num_slots(len(texts))).tolist()
 
 
 def test_build_slots_equals_the_reference_in_a_long_list():
     strings = PackedStrings.pack(sorted(f"item_{i}".encode() for i in range(5000)))
-    assert build_slots(strings).tolist() == references.fill_slots(*strings, num_slots(5000)).tolist()
+    assert build_slots(*strings).tolist() == references.fill_slots(*strings, num_slots(5000)).tolist()

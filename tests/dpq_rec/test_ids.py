@@ -156,9 +156,9 @@ NO_INTEGERS = {
     "torch meta": (torch.empty(1, dtype=torch.int64, device="meta"), "meta"),
     "128 bits": (pl.Series([1], dtype=pl.Int128), "128-bit"),
     "bytes of numpy": (np.array([b"1"]), "bytes, which are of no encoding"),
-    "bytes": (b"\1\0\0\0\0\0\0\0", "bytes, want .*lookup_octets"),
-    "bytearray": (bytearray(8), "bytearray, want .*lookup_octets"),
-    "memoryview": (memoryview(bytes(8)), "memoryview, want .*lookup_octets"),
+    "bytes": (b"\1\0\0\0\0\0\0\0", "bytes, want .*lookup_bytes"),
+    "bytearray": (bytearray(8), "bytearray, want .*lookup_bytes"),
+    "memoryview": (memoryview(bytes(8)), "memoryview, want .*lookup_bytes"),
     "pandas strings": (pd.Series(["1"]), "strings"),
     "polars strings": (pl.Series(["1"]), "strings"),
     "pyarrow strings": (pa.array(["1"]), "strings"),
@@ -246,10 +246,10 @@ def test_search_takes_queries_of_torch_with_gradients(store):
 @pytest.mark.parametrize("octets", [bytearray, memoryview])
 def test_octets_may_be_any_bytes(store, octets):
     asked = np.array(NUMBERS, "<i8").tobytes()
-    assert store.lookup_octets("numbers", octets(asked)) == store.lookup_octets("numbers", asked)
+    assert store.lookup_bytes("numbers", octets(asked)) == store.lookup_bytes("numbers", asked)
 
 
 @pytest.mark.parametrize("octets", [[1], np.array([1]), "12345678", None])
 def test_octets_that_are_no_bytes_are_refused(store, octets):
     with pytest.raises(IdTypeError, match="want bytes"):
-        store.lookup_octets("numbers", octets)
+        store.lookup_bytes("numbers", octets)

@@ -14,7 +14,6 @@ from dpq_rec import (
     UnknownTableError,
     write_artifact,
 )
-from dpq_rec.decode import decode_rows
 from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite, small_artifact, word_artifact
 
 DENSE = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -112,7 +111,7 @@ def test_lookup_notices_a_vocabulary_that_names_a_row_outside_the_table(path):
 @pytest.mark.parametrize("row", [-2, 3, 2**40])
 def test_decode_rows_notices_a_row_outside_a_dense_table(store, row):
     with pytest.raises(DamagedArtifactError, match=f"row {row} is outside the table's 3 rows"):
-        decode_rows(store.table("dense"), np.array([0, row]))
+        store.table("dense").decode(np.array([0, row]))
 
 
 def test_lookup_of_ids_that_share_a_row_gives_them_the_same_vector(tmp_path):

@@ -21,11 +21,9 @@ from dpq_rec import (
     pack_codes,
     write_artifact,
 )
-from dpq_rec.packed import packed_rows, values_of_bytes, values_to_bytes
+from dpq_rec.codes import cut_into_tiers
 from dpq_rec.tensorfile import pack_tensors
-from dpq_rec.tiers import cut_into_tiers
-
-NONE = np.empty(0, np.uint32)
+from dpq_rec.wire import Values
 
 
 def store_of(folder, layout, *, num_rows=20, shares=(), shared=False, dtype="float32"):
@@ -63,7 +61,7 @@ def test_values_decode_packed_rows_to_the_vectors_of_the_store(
     folder = tmp_path_factory.mktemp("packed")
     store = store_of(folder, layout, shares=shares, shared=shared, dtype=dtype)
     rows, wanted = store.codes("t", ids), store.lookup("t", ids)
-    values = values_of_bytes(values_to_bytes(store.tables["t"], store.version))
+    values = Values.from_bytes(store.tables["t"].values(store.version).to_bytes())
     assert values.decode(rows).tobytes() == wanted.vectors.tobytes()
     assert rows.missing.tolist() == wanted.missing.tolist()
     assert not rows.packed_NW[rows.missing].any()
@@ -86,7 +84,7 @@ def test_values_decode_packed_rows_to_the_vectors_of_the_store(
 )
 def test_rows_of_another_table_are_damage(tmp_path, changes, match):
     store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=256, num_levels=3), shares=((0.5, 1),))
-    values = values_of_bytes(values_to_bytes(store.tables["t"], "v"))
+    values = Values.from_bytes(store.tables["t"].values("v").to_bytes())
     rows = store.codes("t", [0, 1, 19])
     assert len(values.decode(rows)) == 3
     with pytest.raises(DamagedArtifactError, match=match):
@@ -95,14 +93,14 @@ def test_rows_of_another_table_are_damage(tmp_path, changes, match):
 
 def test_values_of_tiers_that_have_more_levels_than_the_first_are_damage(tmp_path):
     store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=256, num_levels=3), shares=((0.5, 1),))
-    content = values_to_bytes(store.tables["t"], "v")
+    content = store.tables["t"].values("v").to_bytes()
     with pytest.raises(DamagedArtifactError, match="values"):
-        values_of_bytes(content.replace(b"[3, 1]", b"[3, 4]"))
+        Values.from_bytes(content.replace(b"[3, 1]", b"[3, 4]"))
 
 
 def test_values_are_read_by_the_safetensors_library(tmp_path):
     store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=5), dtype="float16")
-    found = safetensors.numpy.load(values_to_bytes(store.tables["t"], "v"))
+    found = safetensors.numpy.load(store.tables["t"].values("v").to_bytes())
     np.testing.assert_array_equal(found["values"], store.tables["t"].tensors["values"])
 
 
@@ -120,13 +118,14 @@ def test_codes_refuse_unknown_ids_when_asked_to(tmp_path):
 @pytest.mark.parametrize("shares", [(), ((0.5, 1),)])
 def test_a_row_outside_the_table_is_damage(tmp_path, shares):
     store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=5, num_levels=2), shares=shares)
+    table = dataclasses.replace(store.tables["t"], vocabulary=IdentityVocabulary(21))
     with pytest.raises(DamagedArtifactError, match="row 20 is outside the table's 20 rows"):
-        packed_rows(store.tables["t"], np.array([3, 20]), NONE)
+        table.codes([3, 20])
 
 
 def test_a_code_that_the_values_do_not_know_is_damage(tmp_path):
     store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=5))
-    values = values_of_bytes(values_to_bytes(store.tables["t"], "v"))
+    values = Values.from_bytes(store.tables["t"].values("v").to_bytes())
     rows = store.codes("t", [1])
     with pytest.raises(DamagedArtifactError, match="a code of 5 or more"):
         values.decode(rows._replace(packed_NW=np.full_like(rows.packed_NW, 0x3F)))
@@ -139,7 +138,7 @@ def test_values_of_more_tiers_than_a_byte_can_number_are_damage():
         levels = json.dumps([*range(257, 257 - num_tiers, -1)])
         content = pack_tensors({"values": values}, {**metadata, "num_levels": levels})
         with contextlib.nullcontext() if is_sound else pytest.raises(DamagedArtifactError, match="values: got"):
-            assert len(values_of_bytes(content).layouts) == num_tiers
+            assert len(Values.from_bytes(content).layouts) == num_tiers
 
 
 @pytest.mark.parametrize("levels", ["[2.0]", "[true]", "[NaN]", "2", "[]", "[null]", '["2"]', "[0]", "[" * 99_999])
@@ -147,7 +146,7 @@ def test_values_of_levels_that_are_no_counts_are_damage(levels):
     metadata = {"version": "v", "num_subspaces": "1", "num_codes": "2", "code_bits": "1", "num_levels": levels}
     content = pack_tensors({"values": np.ones((2, 2, 1), np.float32)}, metadata)
     with pytest.raises(DamagedArtifactError, match="values: got"):
-        values_of_bytes(content)
+        Values.from_bytes(content)
 
 
 def test_a_dense_table_has_neither_codes_nor_values(tmp_path):
@@ -157,11 +156,11 @@ def test_a_dense_table_has_neither_codes_nor_values(tmp_path):
     with pytest.raises(ConfigError, match="'t' is of kind 'dense': it has vectors, and no codes"):
         store.codes("t", [1])
     with pytest.raises(ConfigError, match="it has vectors, and no values"):
-        values_to_bytes(store.tables["t"], "v")
+        store.tables["t"].values("v").to_bytes()
 
 
 def test_values_cannot_be_changed_by_mistake(tmp_path):
     store = store_of(tmp_path, CodeLayout(num_subspaces=2, num_codes=5))
-    values = values_of_bytes(values_to_bytes(store.tables["t"], "v"))
+    values = Values.from_bytes(store.tables["t"].values("v").to_bytes())
     with pytest.raises(dataclasses.FrozenInstanceError):
         values.version = "w"

@@ -26,7 +26,7 @@ from dpq_rec import (
 from dpq_rec.client import CodesClient
 from dpq_rec.kernels import Coded, decode
 from dpq_rec.kernels.json_texts import JsonTexts
-from dpq_rec.packed import values_of_bytes, values_to_bytes
+from dpq_rec.wire import Values
 
 NUM_ROWS = 3_000
 IDS = np.arange(NUM_ROWS) * 7
@@ -61,7 +61,7 @@ def used(store):
     """After all that makes something beside what was opened."""
     vectors_NE = store.lookup("number", IDS[:3]).vectors
     store.search("number", vectors_NE, 2, similarity="cosine")
-    store.lookup_octets("number", IDS[:3].tobytes(), form="codes")
+    store.lookup_bytes("number", IDS[:3].tobytes(), form="codes")
     store.lookup("text", ["id-7"])
     return store
 
@@ -97,7 +97,6 @@ HELD = {
     "table of strings": lambda store: store.tables["text"],
     "integers": lambda store: store.tables["number"].vocabulary,
     "strings": lambda store: store.tables["text"].vocabulary,
-    "search": lambda store: store._searches["number"],
     "all in one": lambda store: {"store": store, "tables": dict(store.tables), "artifact": store.artifact},
 }
 
@@ -110,13 +109,13 @@ def test_what_lies_in_files_is_pickled_as_where_it_lies(path, name, way):
     assert len(pickle.dumps(held)) < 2_000
 
 
-def test_a_table_a_vocabulary_and_a_search_find_the_same_after(path):
+def test_a_table_and_a_vocabulary_find_the_same_after(path):
     store = used(EmbeddingStore.open(path))
     table, vocabulary = again_by_pickle(store.tables["text"]), again_by_pickle(store.tables["text"].vocabulary)
     assert vocabulary.rows(["id-7", "x"]).tolist() == table.vocabulary.rows(["id-7", "x"]).tolist() == [1, -1]
     query_QE = store.lookup("number", IDS[:1]).vectors
-    again, search = again_by_pickle(store._searches["number"]), store._searches["number"]
-    assert again(query_QE, 3, "dot").ids.tolist() == search(query_QE, 3, "dot").ids.tolist()
+    again = again_by_pickle(store.tables["number"])
+    assert again.search(query_QE, 3).ids.tolist() == store.search("number", query_QE, 3).ids.tolist()
 
 
 def test_what_was_made_in_memory_is_pickled_as_it_is():
@@ -181,7 +180,7 @@ def test_a_relative_path_and_a_link_are_followed_when_it_is_opened(tmp_path, pat
 
 def test_a_client_and_its_values_are_pickled_without_what_is_of_a_process(path):
     client = CodesClient("http://localhost:1/prefix", api_key="key")
-    values = values_of_bytes(values_to_bytes(open_artifact(path).tables["number"], "one"))
+    values = Values.from_bytes(open_artifact(path).tables["number"].values("one").to_bytes())
     rows = EmbeddingStore.open(path).codes("number", IDS[:2])
     client._values["number"], wanted = values, values.decode(rows).tobytes()
     again = again_by_pickle(client)

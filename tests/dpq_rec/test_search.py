@@ -20,7 +20,7 @@ from dpq_rec import (
     search,
     write_artifact,
 )
-from dpq_rec.tiers import cut_into_tiers
+from dpq_rec.codes import cut_into_tiers
 from tests.dpq_rec.builders import dense_contents, dpq_contents, write_unchecked
 
 NUM_ROWS = 300
@@ -202,8 +202,8 @@ def test_no_queries_have_no_answers(store):
         ([["a"] * 8], 1, "dot", "queries: got something else than numbers"),
         ([[10**400] * 8], 1, "dot", "queries: got something else than numbers"),
         ([[3e38] * 8], 1, "dot", "queries: their scores are more than 32 bits hold"),
-        ([[np.nan] * 8], 1, "dot", "queries: got numbers that are infinite or none"),
-        ([[1e300] * 8], 1, "dot", "queries: got numbers that are infinite or none"),
+        ([[np.nan] * 8], 1, "dot", "queries: got NaN or infinity, want finite"),
+        ([[1e300] * 8], 1, "dot", "queries: got NaN or infinity, want finite"),
         (np.ones((1, 8)), 0, "dot", "k: got 0, want 1 or more"),
         (np.ones((1, 8)), 2.5, "dot", r"k: got 2\.5, want 1 or more"),
         (np.ones((1, 8)), 1, "l2", "similarity: got 'l2', want dot or cosine"),

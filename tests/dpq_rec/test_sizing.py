@@ -9,11 +9,11 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from dpq_rec import DPQConfig, EmbeddingStore
-from dpq_rec.artifact import sizes
 from dpq_rec.codes import pack_codes
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn import DPQEmbedding, freeze
 from dpq_rec.sizing import choose_layout
+from dpq_rec.table import sizes
 
 TABLES = {
     "num_embeddings": st.integers(1, 3_000_000),

@@ -25,11 +25,10 @@ from dpq_rec import (
 )
 from dpq_rec.cli import main
 from dpq_rec.code_use import chance_of_agreement, count_codes
-from dpq_rec.decode import decode_rows
+from dpq_rec.codes import cut_into_tiers
 from dpq_rec.kernels import MISSING_ROW
-from dpq_rec.packed import values_of_bytes, values_to_bytes
 from dpq_rec.report.facts import measure
-from dpq_rec.tiers import cut_into_tiers
+from dpq_rec.wire import Values
 from tests.dpq_rec.builders import dpq_contents, edit_manifest, overwrite, random_codes, random_values
 
 LAYOUT = CodeLayout(num_subspaces=3, num_codes=5, num_levels=4)  # 3 bits a code: impossible codes, and padding bits
@@ -169,7 +168,7 @@ def test_codes_of_every_row_of_256_tiers_give_the_vectors_of_lookup(tmp_path):
     layout = CodeLayout(num_subspaces=1, num_codes=2, num_levels=256)
     contents = case(layout, shares_of(256), 300).contents()
     store = EmbeddingStore.open(write_artifact(tmp_path / "a", {"item": contents}))
-    values = values_of_bytes(values_to_bytes(store.table("item"), store.version))
+    values = Values.from_bytes(store.table("item").values(store.version).to_bytes())
     by_codes = values.decode(store.codes("item", np.arange(300)))
     np.testing.assert_array_equal(by_codes, store.lookup("item", np.arange(300)).vectors)
 
@@ -226,7 +225,7 @@ def test_rows_of_any_tiers_are_decoded_as_the_loop_does(tmp_path_factory, table,
     num_rows = len(table.codes_VM)
     rows_N = np.random.default_rng(seed).integers(MISSING_ROW, num_rows, 2 * num_rows)
     wanted = [np.zeros(opened.manifest.embedding_dim, np.float32) if r < 0 else table.vector(r) for r in rows_N]
-    assert decode_rows(opened, rows_N).tobytes() == np.stack(wanted).tobytes()
+    assert opened.decode(rows_N).tobytes() == np.stack(wanted).tobytes()
     packed = sum(
         -(-table.levels(row) * opened.manifest.num_subspaces * opened.manifest.code_bits // 8)
         for row in range(num_rows)
@@ -256,13 +255,13 @@ def test_a_tier_is_a_table_of_the_first_levels_values(tmp_path_factory, table):
 
 
 def test_no_rows_are_decoded_to_no_vectors(written):
-    assert decode_rows(open_artifact(written).tables["item"], np.empty(0, np.int64)).shape == (0, 6)
+    assert open_artifact(written).tables["item"].decode(np.empty(0, np.int64)).shape == (0, 6)
 
 
 @pytest.mark.parametrize("rows", [[0, V], [-2]])
 def test_a_row_outside_the_table_is_damage(written, rows):
     with pytest.raises(DamagedArtifactError, match=f"row {rows[-1]} is outside the table's 50 rows"):
-        decode_rows(open_artifact(written).tables["item"], np.array(rows))
+        open_artifact(written).tables["item"].decode(np.array(rows))
 
 
 @pytest.mark.parametrize(("change", "got"), [(1, "31 rows"), (-1, "29 rows")])
@@ -301,9 +300,9 @@ def test_verify_finds_damage_in_every_tier(written, tensor, at, byte, row):
 def test_lookup_reports_an_impossible_code_of_a_later_tier(written):
     overwrite(written, "item", "packed_codes.1", 7 * 4, bytes([0b111]))
     table = open_artifact(written).tables["item"]
-    assert decode_rows(table, np.array([11])).shape == (1, 6)
+    assert table.decode(np.array([11])).shape == (1, 6)
     with pytest.raises(DamagedArtifactError, match="row 12 holds a code of 5 or more"):
-        decode_rows(table, np.array([0, 12]))
+        table.decode(np.array([0, 12]))
 
 
 def tiers_of(manifest):

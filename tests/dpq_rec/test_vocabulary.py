@@ -14,8 +14,8 @@ from dpq_rec import (
     StringVocabulary,
 )
 from dpq_rec import vocabulary as vocabulary_module
-from dpq_rec.id_index import build_slots, build_tree, num_slots
 from dpq_rec.kernels import MISSING_ROW
+from dpq_rec.kernels.ids import build_slots, build_tree, num_slots
 from dpq_rec.strings import PackedStrings
 from dpq_rec.vocabulary import load_vocabulary
 
@@ -142,6 +142,13 @@ def test_from_ids_refuses_an_id_in_two_rows():
 def test_int64_vocabulary_refuses_ids_and_rows_of_different_lengths():
     with pytest.raises(ConfigError, match="want two equal lengths"):
         Int64Vocabulary(np.arange(3), np.arange(2, dtype=np.uint32))
+
+
+@pytest.mark.parametrize("texts", [[b"b", b"a"], [b"a", b"a"], [b"a", b"b", b""], [b"ab", b"a"]], ids=str)
+def test_check_finds_strings_that_are_not_strictly_ascending(texts):
+    vocabulary = StringVocabulary(PackedStrings.pack(texts), np.zeros(len(texts), np.uint32))
+    with pytest.raises(DamagedArtifactError, match="not strictly ascending"):
+        vocabulary.check(1)
 
 
 @pytest.mark.parametrize("scan_rows", [2, 3, 100])
@@ -407,7 +414,7 @@ def test_load_vocabulary_calls_slots_that_do_not_fit_damaged(slots_H):
 @pytest.mark.parametrize("at", range(7))
 def test_check_finds_slots_that_are_not_those_of_the_ids(at):
     ids, rows_U = PackedStrings.pack([b"a", b"b", b"c", b"d"]), np.arange(4, dtype=np.uint32)
-    slots_H = build_slots(ids)
+    slots_H = build_slots(*ids)
     StringVocabulary(ids, rows_U, slots_H).check(4)
     slots_H[at] ^= 8
     with pytest.raises(DamagedArtifactError, match="id_slots are not those of its ids"):

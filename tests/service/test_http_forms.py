@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, EmbeddingStore, IdentityVocabulary, TableContents, pack_codes, write_artifact
-from dpq_rec.packed import PackedRows, values_of_bytes
-from dpq_rec.tiers import cut_into_tiers
+from dpq_rec.codes import cut_into_tiers
+from dpq_rec.wire import PackedRows, Values
 from tests.service.http_requests import ARROW, CODES, ITEMS, JSON, NAMES, OCTETS, USERS, octets
 
 TIERED = "/v1/tables/tiered/lookup"
@@ -64,7 +64,7 @@ def test_codes_and_values_give_the_vectors_of_the_store(call, make_engine, store
     assert (answer.status_code, answer.headers["content-type"], values.status_code) == (200, CODES, 200)
     assert answer.headers["X-Version"] == values.headers["X-Version"] == store.version
     rows, wanted = rows_of(answer), store.lookup(table, ids)
-    assert values_of_bytes(values.content).decode(rows).tobytes() == wanted.vectors.tobytes()
+    assert Values.from_bytes(values.content).decode(rows).tobytes() == wanted.vectors.tobytes()
     assert rows.missing.tolist() == wanted.missing.tolist()
     assert len(answer.content) == len(ids) * (rows.packed_NW.shape[1] + (table == "tiered")) + 4 * num_unknown
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.artifact import Table
 from dpq_rec.code_use import blocks_of_codes, count_codes, perplexity
+from dpq_rec.table import Table
 
 
 class CodeStats(NamedTuple):

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from dpq_rec import ConfigError, EmbeddingStore
-from dpq_rec.artifact import Table
-from dpq_rec.decode import decode_rows
+from dpq_rec.table import Table
 from training.data.histories import Histories
 from training.evaluation.ranking import EvaluatedUsers, RetrievalMetrics, evaluate, evaluated_users
 from training.evaluation.served import ServedEmbeddingBag
@@ -85,4 +84,4 @@ class Retrieval:
 
 
 def _decoded(table: Table, rows_N: NDArray[np.int64]) -> torch.Tensor:
-    return torch.from_numpy(decode_rows(table, rows_N))
+    return torch.from_numpy(table.decode(rows_N))

@@ -11,8 +11,7 @@ from torchrec import KeyedJaggedTensor, KeyedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from dpq_rec import EmbeddingStore
-from dpq_rec.artifact import Table
-from dpq_rec.decode import decode_rows
+from dpq_rec.table import Table
 
 
 class ServedTables(nn.Module):
@@ -87,4 +86,4 @@ class ServedEmbeddingBag(nn.Module):
 def _distinct_vectors(table: Table, rows_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The vectors [N, E] of the distinct rows, and the position of each row among them [T]."""
     rows_N, at_T = torch.unique(rows_T, return_inverse=True)
-    return torch.from_numpy(decode_rows(table, rows_N.cpu().numpy())).to(rows_T.device), at_T
+    return torch.from_numpy(table.decode(rows_N.cpu().numpy())).to(rows_T.device), at_T

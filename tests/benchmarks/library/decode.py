@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from dpq_rec import kernels
-from dpq_rec.artifact import Table, open_artifact, write_artifact
+from dpq_rec.artifact import open_artifact, write_artifact
 from dpq_rec.codes import CodeLayout
-from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError
+from dpq_rec.table import Table
 from dpq_rec.vocabulary import IdentityVocabulary
 from tests.benchmarks.library import fbgemm
 from tests.benchmarks.record import PACKAGES, add_config_flags, add_results_flag, append, head, line_of
@@ -85,11 +85,11 @@ def _contenders(config: DecodeConfig, table: Table) -> dict[str, Callable[[NDArr
     full_VE = torch.randn(config.num_embeddings, config.embedding_dim)
     one_row_N = np.zeros(config.num_ids, np.int64)
     return {
-        "decode": lambda rows_N: decode_rows(table, rows_N),
-        "decode, fp16": lambda rows_N: decode_rows(table, rows_N, dtype=np.float16),
-        NO_MISSES: lambda _: decode_rows(table, one_row_N),
-        "decode, 2 threads": lambda rows_N: decode_rows(table, rows_N, num_threads=2),
-        "decode, fp16, 2 threads": lambda rows_N: decode_rows(table, rows_N, dtype=np.float16, num_threads=2),
+        "decode": lambda rows_N: table.decode(rows_N),
+        "decode, fp16": lambda rows_N: table.decode(rows_N, dtype=np.float16),
+        NO_MISSES: lambda _: table.decode(one_row_N),
+        "decode, 2 threads": lambda rows_N: table.decode(rows_N, num_threads=2),
+        "decode, fp16, 2 threads": lambda rows_N: table.decode(rows_N, dtype=np.float16, num_threads=2),
         BASELINE: lambda rows_N: torch.index_select(full_VE, 0, torch.from_numpy(rows_N)),
         GATHER: lambda rows_N: kernels.decode(full_VE.numpy(), rows_N),
         **fbgemm.lookups(config.num_embeddings, config.embedding_dim, config.num_ids),

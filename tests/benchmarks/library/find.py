@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.kernels import MISSING_ROW
-from dpq_rec.kernels.ids import SortedIntegers, find_integer_rows, find_rows
+from dpq_rec.kernels.ids import find_integer_rows, find_string_rows, sorted_integers
 from dpq_rec.tensorfile import map_tensors, write_tensors
 from dpq_rec.vocabulary import Int64Vocabulary, StringVocabulary, Vocabulary, load_vocabulary
 from tests import references
@@ -88,12 +88,12 @@ def _contenders(vocabulary: Vocabulary, num_known: int) -> dict[str, Callable[[A
     tensors = vocabulary.tensors()
     if vocabulary.kind == "int64":
         known_U, rows_U = tensors["ids"], tensors["rows"]
-        without_tree = SortedIntegers(known_U, rows_U)
+        without_tree = sorted_integers(known_U, rows_U)
         contenders["find, no index"] = lambda ids_N: find_integer_rows(ids_N, without_tree)
         contenders["numpy.searchsorted"] = lambda ids_N: references.find_integer_rows(ids_N, known_U, rows_U)
     else:
         packed = tensors["id_bytes"], tensors["id_offsets"], tensors["rows"]
-        contenders["find, no index"] = lambda ids: find_rows(ids, *packed)
+        contenders["find, no index"] = lambda ids: find_string_rows(ids, *packed)
     if num_known <= _MOST_IN_DICT or vocabulary.kind == "string":
         row_of_id = _row_of_id(vocabulary.kind, num_known)
         contenders["dict"] = lambda ids: _look_up(row_of_id, ids)

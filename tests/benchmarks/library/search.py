@@ -17,11 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from dpq_rec.artifact import Table
 from dpq_rec.codes import unpack_codes
-from dpq_rec.decode import decode_rows
 from dpq_rec.errors import ConfigError
-from dpq_rec.search import TableSearch
+from dpq_rec.table import Table
 from tests.benchmarks.library.decode import DecodeConfig, random_table
 from tests.benchmarks.record import add_results_flag, append, head, line_of
 from tests.benchmarks.rounds import POPULARITIES, Popularity, draw_rows, take_turns
@@ -56,7 +54,7 @@ def measure(config: SearchConfig, popularity: Popularity) -> dict[str, Any]:
     faiss.omp_set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="dpq-rec-bench-") as folder, threadpool_limits(1):
         table = random_table(config, Path(folder) / "artifact", generator)
-        search, full_VE = TableSearch(table), decode_rows(table, np.arange(config.num_embeddings))
+        full_VE = table.decode(np.arange(config.num_embeddings))
 
         def by_numpy(query_1E: NDArray[np.float32]) -> NDArray[np.int64]:
             scores_V = full_VE @ query_1E[0]
@@ -64,8 +62,8 @@ def measure(config: SearchConfig, popularity: Popularity) -> dict[str, Any]:
             return np.asarray(best_T[np.argsort(-scores_V[best_T])])
 
         contenders = {
-            "search, dot": lambda query_1E: search(query_1E, config.k, "dot"),
-            "search, cosine": lambda query_1E: search(query_1E, config.k, "cosine"),
+            "search, dot": lambda query_1E: table.search(query_1E, config.k),
+            "search, cosine": lambda query_1E: table.search(query_1E, config.k, similarity="cosine"),
             BASELINE: by_numpy,
         }
         if (index := faiss_index(table)) is not None:
@@ -82,7 +80,7 @@ def measure(config: SearchConfig, popularity: Popularity) -> dict[str, Any]:
 
 def faiss_index(table: Table) -> Any | None:
     """An IndexPQ of the same codes and values; None where faiss has none, of residual levels or odd widths of codes."""
-    layout, values_MKS = table.manifest.layout, table.tensors["values_fp32"]
+    layout, values_MKS = table.manifest.layout, table.values_fp32
     if layout.num_levels > 1 or layout.num_codes != 1 << layout.code_bits or len(values_MKS) == 1:
         return None
     index = faiss.IndexPQ(

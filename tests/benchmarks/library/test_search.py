@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from dpq_rec.search import TableSearch
 from tests.benchmarks.library.decode import DecodeConfig, random_table
 from tests.benchmarks.library.search import faiss_index
 from tests.benchmarks.library.test_decode import bench
@@ -19,7 +18,7 @@ def table_of(tmp_path, num_codes, num_levels=1):
 def test_faiss_index_answers_as_the_search_does(tmp_path, num_codes):
     table = table_of(tmp_path, num_codes)
     query_1E = np.random.default_rng(1).standard_normal((1, 8)).astype(np.float32)
-    ids, scores = TableSearch(table)(query_1E, 5, "dot")
+    ids, scores = table.search(query_1E, 5)
     scores_1T, rows_1T = faiss_index(table).search(query_1E, 5)
     np.testing.assert_array_equal(ids, rows_1T)
     np.testing.assert_allclose(scores, scores_1T, rtol=1e-5)

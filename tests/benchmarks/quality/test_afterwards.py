@@ -10,7 +10,6 @@ from sklearn.decomposition import TruncatedSVD
 
 from dpq_rec import ConfigError, DPQConfig, EmbeddingStore, verify
 from dpq_rec.codes import CodeLayout, unpack_codes
-from dpq_rec.decode import decode_rows
 from dpq_rec.vocabulary import IdentityVocabulary
 from tests.benchmarks.quality.afterwards import METHODS
 from tests.benchmarks.quality.faiss_codes import FaissCodes
@@ -158,7 +157,7 @@ def test_written_artifact_serves_what_was_decoded(tmp_path, fitted):
     verify(tmp_path / "small")
     store = EmbeddingStore.open(tmp_path / "small")
     for name, stored in tables.items():
-        np.testing.assert_array_equal(decode_rows(store.table(name), np.arange(300)), stored.vectors_VE)
+        np.testing.assert_array_equal(store.table(name).decode(np.arange(300)), stored.vectors_VE)
         assert store.table(name).manifest.features == ("seen",)
         if stored.layout is not None:
             assert store.table(name).artifact_bytes == stored.num_bytes

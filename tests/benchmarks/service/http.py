@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec.client import CODES
+from dpq_rec.wire import CODES
 from service.http_format import ARROW, JSON, OCTETS
 from tests.benchmarks.record import append, line_of
 from tests.benchmarks.rounds import POPULARITIES, Popularity

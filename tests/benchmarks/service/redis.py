@@ -22,7 +22,8 @@ import redis
 from numpy.typing import NDArray
 
 from dpq_rec import ConfigError, EmbeddingStore
-from dpq_rec.client import CODES, CodesClient
+from dpq_rec.client import CodesClient
+from dpq_rec.wire import CODES
 from service.http_format import OCTETS
 from service.supervisor import bind
 from tests.benchmarks.record import append, line_of

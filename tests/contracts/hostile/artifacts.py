@@ -21,9 +21,9 @@ from dpq_rec import (
     pack_codes,
     write_artifact,
 )
+from dpq_rec.codes import cut_into_tiers
 from dpq_rec.manifest import MAX_MANIFEST_BYTES
 from dpq_rec.tensorfile import MAX_HEADER_BYTES
-from dpq_rec.tiers import cut_into_tiers
 
 VERSION = "v1"
 LAYOUT = CodeLayout(num_subspaces=2, num_codes=5)

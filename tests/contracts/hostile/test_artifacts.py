@@ -34,8 +34,8 @@ from dpq_rec import (
 )
 from dpq_rec.cli import main as command
 from dpq_rec.export import export_table
-from dpq_rec.packed import values_of_bytes, values_to_bytes
 from dpq_rec.report import write_report
+from dpq_rec.wire import Values
 from service.__main__ import main as serve
 from service.engine import Engine
 from service.http_api import create_app
@@ -260,7 +260,7 @@ def test_an_odd_artifact_is_sound_in_every_way_in_process(artifact, tmp_path, na
             found, _ = store.search(table.name, vectors[: len(ids)], 1)
             assert np.shape(found) == (len(ids), 1)
         if table.manifest.has_codes:
-            values = values_of_bytes(values_to_bytes(table, store.version))
+            values = Values.from_bytes(table.values(store.version).to_bytes())
             np.testing.assert_array_equal(values.decode(store.codes(table.name, ids)), vectors[: len(ids)])
         assert export_table(table, tmp_path / "exports" / table.name).num_ids >= len(ids)
     write_report(opened, tmp_path / "report.html")

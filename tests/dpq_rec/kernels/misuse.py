@@ -10,17 +10,18 @@ import numpy as np
 
 from dpq_rec import CodeLayout, kernels
 from dpq_rec.errors import ConfigError, DamagedArtifactError, IdTypeError
-from dpq_rec.id_index import build_tree
-from dpq_rec.kernels import Best, Coded, _native, ids, json_texts
+from dpq_rec.kernels import Best, Coded, _native, ids, json_texts, lookup
 from dpq_rec.kernels.arguments import call
-from dpq_rec.kernels.ids import SortedIntegers
+from dpq_rec.kernels.ids import build_tree, sorted_integers
 from dpq_rec.kernels.json_texts import JsonTexts
 from dpq_rec.strings import PackedStrings
-from dpq_rec.tiers import PackedTier
 from tests.dpq_rec.kernels.end_of_memory import at_the_end
 
 REFUSED = (ConfigError, DamagedArtifactError, IdTypeError)
-HELPERS = {"call", "check_array", "check_coded", "check_damage", "native_of", "new_array", "shown"}
+HELPERS = {
+    *("call", "check_array", "check_coded", "check_damage", "check_found", "native_of", "new_array", "shown"),
+    *("build_tree", "num_slots", "num_tree_keys", "sorted_integers"),
+}
 generator = np.random.default_rng(0)
 
 
@@ -48,7 +49,7 @@ def stored(packed=PACKED, values=VALUES):
 
 def of_two_tiers(second=PACKED, *, values):
     first = at_the_end(np.zeros((2, OTHER.row_bytes), np.uint8))
-    return Coded((PackedTier(0, OTHER, first), PackedTier(2, LAYOUT, second)), values)
+    return Coded((OTHER, LAYOUT), (first, second), values)
 
 
 def write(numbers):
@@ -81,15 +82,15 @@ def scan_top(packed, scores, most, scales, first_row, rows, best):
 
 
 def find_integer_rows(asked, known, rows, tree):
-    return ids.find_integer_rows(asked, SortedIntegers(known, rows, tree))
+    return ids.find_integer_rows(asked, sorted_integers(known, rows, tree))
 
 
 def lookup_integers(asked, known, rows, dense, dtype, num_threads):
-    return ids.lookup_integers(asked, SortedIntegers(known, rows), dense, dtype=dtype, num_threads=num_threads)
+    return lookup.lookup_integers(asked, sorted_integers(known, rows), dense, dtype=dtype, num_threads=num_threads)
 
 
 def lookup_bytes(asked, form, of):
-    return ids.lookup_bytes(asked, SortedIntegers(KNOWN, PLACES), of, form=form)
+    return lookup.lookup_bytes(asked, sorted_integers(KNOWN, PLACES), of, form=form)
 
 
 def decode_to_json(of, ends, rows):
@@ -122,13 +123,13 @@ CALLS = [  # what is called, with arguments that are right
     (find_integer_rows, [integers(100, 5, 139), KNOWN, PLACES, TREE]),
     (lookup_integers, [integers(100, 5, 139), KNOWN, PLACES, floats(7, 9), np.float32, 1]),
     (lookup_bytes, [integers(100, 5, 139).tobytes(), "codes", stored()]),
-    (ids.find_rows, [["bc", "x"], BYTES, OFFSETS, integers(0, 1, 2, dtype=np.uint32), None]),
-    (ids.fill_slots, [BYTES, OFFSETS, 4]),
+    (ids.find_string_rows, [["bc", "x"], BYTES, OFFSETS, integers(0, 1, 2, dtype=np.uint32), None]),
+    (ids.build_slots, [BYTES, OFFSETS]),
     (ids.find_disorder, [BYTES, OFFSETS]),
     (decode_to_json, [stored(), ENDS, ROWS]),
     (JsonTexts.of, [stored(), np.float32, write]),
 ]
-OF_CODES, OF_KNOWN = stored().native, SortedIntegers(KNOWN, PLACES).native
+OF_CODES, OF_KNOWN = stored().native, sorted_integers(KNOWN, PLACES)
 NATIVE_CALLS = [
     ("decode", [OF_CODES, ROWS, floats(5, 12), 1]),
     ("decode_bags", [OF_CODES, ROWS, None, integers(2, 0, 3), False, floats(3, 12), 1]),
@@ -213,7 +214,7 @@ def try_one(function, arguments, *, must_be_refused, what):
 def main():
     public = {
         name
-        for module in (kernels, ids, json_texts)
+        for module in (kernels, ids, json_texts, lookup)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__.startswith("dpq_rec.kernels") and not name.startswith("_")
     }

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
 from dpq_rec.kernels import MISSING_ROW, Coded
-from dpq_rec.tiers import PackedTier
 from tests import references
 from tests.dpq_rec.builders import random_codes, random_values
 
@@ -26,15 +25,15 @@ HARD_TO_ROUND = [
 
 def coded(layout, num_rows, subspace_dim, shares=(), *, shared=False, seed=0):
     """Tiers that end at shares of the rows, each with a level less than the one before."""
-    ends, tiers, first = [*(round(share * num_rows) for share in shares), num_rows], [], 0
+    ends, layouts, packed, first = [*(round(share * num_rows) for share in shares), num_rows], [], [], 0
     for fewer, end in enumerate(ends):
         of_tier = CodeLayout(
             num_subspaces=layout.num_subspaces, num_codes=layout.num_codes, num_levels=layout.num_levels - fewer
         )
-        packed_VW = pack_codes(random_codes(end - first, of_tier, seed + fewer), of_tier)
-        tiers.append(PackedTier(first, of_tier, packed_VW))
+        layouts.append(of_tier)
+        packed.append(pack_codes(random_codes(end - first, of_tier, seed + fewer), of_tier))
         first = end
-    return Coded(tiers, random_values(layout, subspace_dim, shared=shared, seed=seed))
+    return Coded(layouts, packed, random_values(layout, subspace_dim, shared=shared, seed=seed))
 
 
 def some_rows(num_rows, num_ids, seed=0):

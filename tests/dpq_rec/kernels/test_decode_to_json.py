@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
 from dpq_rec.kernels import MISSING_ROW, Coded
 from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
-from dpq_rec.tiers import PackedTier
 from tests import references
 from tests.dpq_rec.builders import random_codes, random_values
 from tests.dpq_rec.kernels.test_decode_forms import HARD_TO_ROUND, dtypes, some_rows
@@ -36,12 +35,12 @@ def coded(layout, subspace_dim, row_counts=(37,), *, shared=False, hard=0.0, see
     generator = np.random.default_rng(seed)
     is_hard = generator.random(values_MKS.shape) < hard
     values_MKS[is_hard] = generator.choice(np.array(HARD_TO_WRITE, np.float32), is_hard.sum())
-    tiers, first = [], 0
+    packed, first = [], 0
     for num_rows in row_counts:
         codes_NM = random_codes(num_rows, layout, seed + first)
-        tiers.append(PackedTier(first, layout, pack_codes(codes_NM, layout)))
+        packed.append(pack_codes(codes_NM, layout))
         first += num_rows
-    return Coded(tiers, values_MKS)
+    return Coded([layout] * len(packed), packed, values_MKS)
 
 
 def assert_writes_as_orjson(stored, rows_N, dtype=np.float32, **around):

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpq_rec import DamagedArtifactError
-from dpq_rec.id_index import build_tree, num_tree_keys
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.kernels import ids as id_kernels
-from dpq_rec.kernels.ids import SortedIntegers
+from dpq_rec.kernels.ids import build_tree, num_tree_keys, sorted_integers
 from tests import references
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -22,7 +21,7 @@ ids = st.one_of(st.integers(-40, 40), st.integers(INT64_MIN, INT64_MAX), st.samp
 
 def find_integer_rows(asked_N, *known):
     """Of ids, rows and perhaps a tree."""
-    return id_kernels.find_integer_rows(asked_N, SortedIntegers(*known))
+    return id_kernels.find_integer_rows(asked_N, sorted_integers(*known))
 
 
 def sorted_ids(kind, num_ids, seed=0):
@@ -147,9 +146,9 @@ def test_find_integer_rows_reads_nothing_outside_the_list_whatever_the_ids_are()
 AT_THE_END_OF_MEMORY = """
 import numpy as np
 from dpq_rec import DamagedArtifactError
-from dpq_rec.id_index import num_tree_keys
+from dpq_rec.kernels.ids import num_tree_keys
 from dpq_rec.kernels import MISSING_ROW
-from dpq_rec.kernels.ids import SortedIntegers, find_integer_rows
+from dpq_rec.kernels.ids import sorted_integers, find_integer_rows
 from tests.dpq_rec.kernels.end_of_memory import at_the_end
 
 lowest, highest = np.iinfo(np.int64).min, np.iinfo(np.int64).max
@@ -163,7 +162,7 @@ for num_ids in (17, 40, 255, 257, 273, 4_097, 5_000, 65_537):
         tree[generator.random(len(tree)) < 0.5] = lowest
         for asked in (lowest, -bound, -1, 0, bound // 2, bound - 1, highest):
             try:
-                found = find_integer_rows(np.array([asked]), SortedIntegers(ids, rows, tree))[0]
+                found = find_integer_rows(np.array([asked]), sorted_integers(ids, rows, tree))[0]
             except DamagedArtifactError:
                 refused += 1
             else:

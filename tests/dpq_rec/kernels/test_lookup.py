@@ -1,15 +1,13 @@
-import pickle
-
 import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
-from dpq_rec.id_index import build_tree
+from dpq_rec import CodeLayout, DamagedArtifactError, Int64Vocabulary, kernels, pack_codes
+from dpq_rec.codes import cut_into_tiers
 from dpq_rec.kernels import MISSING_ROW, Coded
-from dpq_rec.kernels.ids import SortedIntegers, lookup_bytes, lookup_integers
-from dpq_rec.tiers import PackedTier, cut_into_tiers
+from dpq_rec.kernels.ids import build_tree
+from dpq_rec.kernels.lookup import lookup_bytes, lookup_integers
 from tests import references
 from tests.dpq_rec.builders import random_codes, random_values
 
@@ -22,17 +20,15 @@ def stored_of(tiers, num_rows=300, num_codes=256):
     if tiers == "dense":
         return np.random.default_rng(0).standard_normal((num_rows, 5)).astype(np.float32)
     layout = CodeLayout(num_subspaces=3, num_codes=num_codes, num_levels=3)
-    packed = [
-        PackedTier(tier.first_row, tier.layout, pack_codes(random_codes(tier.num_rows, tier.layout), tier.layout))
-        for tier in cut_into_tiers(layout, num_rows, SHARES[tiers])
-    ]
-    return Coded(tuple(packed), random_values(layout, 4))
+    tiers = cut_into_tiers(layout, num_rows, SHARES[tiers])
+    packed = [pack_codes(random_codes(tier.num_rows, tier.layout), tier.layout) for tier in tiers]
+    return Coded([tier.layout for tier in tiers], packed, random_values(layout, 4))
 
 
 def known_of(num_rows):
     """Ids 0, 3, 6, ..., in rows that do not follow them."""
     ids_U = 3 * np.arange(num_rows)
-    return SortedIntegers(ids_U, np.random.default_rng(1).permutation(num_rows).astype(np.uint32), build_tree(ids_U))
+    return Int64Vocabulary(ids_U, np.random.default_rng(1).permutation(num_rows).astype(np.uint32), build_tree(ids_U))
 
 
 def rows_of(known, ids_N):
@@ -45,7 +41,7 @@ def wanted_of(stored, rows_N, form):
     if form != "codes":
         return references.decode(stored, rows_N).astype(DTYPES[form]).tobytes() + positions
     packed_NW, tiers_N = references.copy_codes(stored, rows_N)
-    return packed_NW.tobytes() + positions + (tiers_N.tobytes() if len(stored.tiers) > 1 else b"")
+    return packed_NW.tobytes() + positions + (tiers_N.tobytes() if len(stored.packed) > 1 else b"")
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -56,10 +52,10 @@ def test_lookup_integers_equals_finding_and_decoding(num_ids, tiers, num_threads
     ids_N = np.random.default_rng(2).integers(-5, 905, num_ids)
     wanted_N = rows_of(known, ids_N)
     for dtype in DTYPES.values():
-        found = lookup_integers(ids_N, known, stored, dtype=dtype, num_threads=num_threads)
-        assert found.rows_N.tolist() == wanted_N.tolist()
-        assert found.vectors_NE.tobytes() == references.decode(stored, wanted_N).astype(dtype).tobytes()
-        assert found.num_missing == (wanted_N == MISSING_ROW).sum()
+        vectors_NE, missing = lookup_integers(ids_N, known.native, stored, dtype=dtype, num_threads=num_threads)
+        assert vectors_NE.tobytes() == references.decode(stored, wanted_N).astype(dtype).tobytes()
+        assert missing.dtype == np.uint32
+        assert missing.tolist() == (wanted_N == MISSING_ROW).nonzero()[0].tolist()
 
 
 @given(
@@ -74,7 +70,7 @@ def test_lookup_bytes_equals_the_plain_twins(tiers, form, ids, num_codes):
     assume(tiers != "dense" or form != "codes")
     stored, known = stored_of(tiers, 20, num_codes), known_of(20)
     rows_N = rows_of(known, np.array(ids, np.int64))
-    found = lookup_bytes(np.array(ids, np.int64).tobytes(), known, stored, form=form)
+    found = lookup_bytes(np.array(ids, np.int64).tobytes(), known.native, stored, form=form)
     assert found == (wanted_of(stored, rows_N, form), (rows_N == MISSING_ROW).sum())
 
 
@@ -89,10 +85,10 @@ def test_copy_codes_equals_the_reference(tiers, rows):
 
 
 LOOKUPS = {
-    "vectors": lambda ids_N, known, stored: lookup_integers(ids_N, known, stored),
-    "in two threads": lambda ids_N, known, stored: lookup_integers(ids_N, known, stored, num_threads=2),
-    "bytes": lambda ids_N, known, stored: lookup_bytes(ids_N.tobytes(), known, stored, form="float32"),
-    "codes": lambda ids_N, known, stored: lookup_bytes(ids_N.tobytes(), known, stored, form="codes"),
+    "vectors": lambda ids_N, known, stored: lookup_integers(ids_N, known.native, stored),
+    "in two threads": lambda ids_N, known, stored: lookup_integers(ids_N, known.native, stored, num_threads=2),
+    "bytes": lambda ids_N, known, stored: lookup_bytes(ids_N.tobytes(), known.native, stored, form="float32"),
+    "codes": lambda ids_N, known, stored: lookup_bytes(ids_N.tobytes(), known.native, stored, form="codes"),
 }
 
 
@@ -100,7 +96,7 @@ LOOKUPS = {
 @pytest.mark.parametrize("at", [0, 127, 128, 1500, 2999])
 def test_a_row_outside_the_table_is_damage(lookup, at):
     ids_U = np.arange(301)
-    known = SortedIntegers(ids_U, ids_U.astype(np.uint32), build_tree(ids_U))
+    known = Int64Vocabulary(ids_U, ids_U.astype(np.uint32), build_tree(ids_U))
     ids_N = np.random.default_rng(3).integers(0, 300, 3000)
     ids_N[at] = 300
     with pytest.raises(DamagedArtifactError, match="row 300 is outside the table's 300 rows"):
@@ -116,7 +112,7 @@ def test_an_id_that_is_led_astray_is_damage_and_not_missing(lookup, at):
     ids_N = np.full(3000, 3)
     ids_N[[at, 2999]] = 870, 880
     with pytest.raises(DamagedArtifactError, match=f"id_tree leads id {880 if at == 2999 else 870} to where"):
-        lookup(ids_N, SortedIntegers(known.ids_U, known.rows_U, tree_T), stored_of("two"))
+        lookup(ids_N, Int64Vocabulary(known.ids_U, known.rows_U, tree_T), stored_of("two"))
 
 
 @pytest.mark.parametrize("name", ["vectors", "in two threads", "bytes"])
@@ -126,15 +122,8 @@ def test_a_code_that_cannot_be_is_damage(name, at):
     packed_VW = pack_codes(random_codes(300, layout), layout)
     packed_VW[299] = 0b111111
     ids_U = np.arange(300)
-    known = SortedIntegers(ids_U, ids_U.astype(np.uint32), build_tree(ids_U))
+    known = Int64Vocabulary(ids_U, ids_U.astype(np.uint32), build_tree(ids_U))
     ids_N = np.random.default_rng(4).integers(0, 299, 3000)
     ids_N[at] = 299
     with pytest.raises(DamagedArtifactError, match="row 299 holds a code of 5 or more"):
         LOOKUPS[name](ids_N, known, Coded.of(packed_VW, random_values(layout, 4), layout))
-
-
-def test_a_list_that_was_searched_can_be_copied():
-    known = known_of(300)
-    lookup_integers(np.array([3]), known, stored_of("one"))
-    copied = pickle.loads(pickle.dumps(known))
-    assert lookup_integers(np.array([3, 4]), copied, stored_of("one")).num_missing == 1

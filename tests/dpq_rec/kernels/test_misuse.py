@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpq_rec import CodeLayout, ConfigError, kernels
-from dpq_rec.kernels import Coded, ids
+from dpq_rec.kernels import Coded
 from tests.dpq_rec.builders import random_values
 
 # Codes change between the look at them and their use: a thread writes to them as another process may to a file. The
@@ -100,12 +100,6 @@ def test_as_many_threads_as_may_be_asked_for_find_the_same():
     assert (
         kernels.decode(stored(), rows_N, num_threads=2**31 - 1).tobytes() == kernels.decode(stored(), rows_N).tobytes()
     )
-
-
-@pytest.mark.parametrize("num_slots", [-1, 0, 1, 2, 3])
-def test_fill_slots_wants_a_slot_more_than_there_are_ids(num_slots):
-    with pytest.raises(ConfigError, match="num_slots: got"):
-        ids.fill_slots(np.frombuffer(b"abc", np.uint8), np.arange(4), num_slots)
 
 
 def test_a_refusal_says_what_was_given():

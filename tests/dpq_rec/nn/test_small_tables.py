@@ -10,7 +10,6 @@ from torchrec import EmbeddingBagCollection
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 
 from dpq_rec import DPQConfig, EmbeddingStore
-from dpq_rec.artifact import sizes
 from dpq_rec.nn import (
     DPQEmbedding,
     DPQEmbeddingBag,
@@ -22,6 +21,7 @@ from dpq_rec.nn import (
     start,
 )
 from dpq_rec.nn.replace import without_small
+from dpq_rec.table import sizes
 from tests.dpq_rec.nn.modules import keyed
 
 DIM, LARGE = 32, 400

@@ -5,7 +5,6 @@ import pytest
 from sklearn.metrics.pairwise import cosine_similarity
 
 from dpq_rec import CodeLayout, DamagedArtifactError, open_artifact, write_artifact
-from dpq_rec.decode import decode_rows
 from dpq_rec.report import neighbours as module
 from dpq_rec.report.neighbours import nearest_rows, telling_rows
 from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite, write_unchecked
@@ -33,7 +32,7 @@ def test_nearest_rows_are_those_of_all_cosines_sorted(tmp_path, monkeypatch, kin
     monkeypatch.setattr(module, "_BLOCK_NUMBERS", block_numbers)
     table = opened(tmp_path / "a", CONTENTS[kind])
     rows_Q = np.array([0, 17, 199, 17])
-    vectors_VE = decode_rows(table, np.arange(200)).astype(np.float64)
+    vectors_VE = table.decode(np.arange(200)).astype(np.float64)
     cosines_QV = np.round(cosine_similarity(vectors_VE[rows_Q], vectors_VE), 6)
     told = []
     found = nearest_rows(table, rows_Q, 9, told.append)

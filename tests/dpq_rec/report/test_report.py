@@ -19,7 +19,6 @@ from dpq_rec import (
     unpack_codes,
     write_artifact,
 )
-from dpq_rec.decode import decode_rows
 from dpq_rec.report import ReportConfig, write_report
 from dpq_rec.report.facts import measure
 from dpq_rec.report.markup import byte_text, percent
@@ -181,7 +180,7 @@ def test_page_tells_perplexity_dead_codes_and_entropy(small):
 
 def test_page_tells_the_rank(small):
     artifact, page, _ = small
-    rank = np.linalg.matrix_rank(decode_rows(artifact.tables["t"], np.arange(50)))
+    rank = np.linalg.matrix_rank(artifact.tables["t"].decode(np.arange(50)))
     assert f"{rank} of 8: singular values" in table_of(page).text
     assert "of all 50 rows" in table_of(page).text
 

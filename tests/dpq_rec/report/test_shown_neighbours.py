@@ -14,7 +14,6 @@ from dpq_rec import (
     unpack_codes,
     write_artifact,
 )
-from dpq_rec.decode import decode_rows
 from dpq_rec.report import ReportConfig, write_report
 from tests.dpq_rec.builders import dense_contents, dpq_contents
 from tests.dpq_rec.report.reading import LAYOUT, read_page, report, rows_of, table_of
@@ -23,7 +22,7 @@ from tests.dpq_rec.report.reading import LAYOUT, read_page, report, rows_of, tab
 def test_page_shows_the_neighbours_of_the_ids_asked_for_and_their_codes(small):
     artifact, page, _ = small
     table = artifact.tables["t"]
-    vectors_VE = decode_rows(table, np.arange(50))
+    vectors_VE = table.decode(np.arange(50))
     codes_VM = unpack_codes(table.tensors["packed_codes"], LAYOUT)
     shown = rows_of(table_of(page))
     strips = table_of(page).find("svg", "strip")

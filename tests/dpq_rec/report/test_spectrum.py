@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from dpq_rec import CodeLayout, open_artifact
-from dpq_rec.decode import decode_rows
 from dpq_rec.report import spectrum as module
 from dpq_rec.report.spectrum import spectrum, spread_rows
 from tests.dpq_rec.builders import dense_contents, dpq_contents, write_unchecked
@@ -38,7 +37,7 @@ def test_spectrum_has_the_rank_that_numpy_finds_in_a_dense_table(tmp_path, num_r
 )
 def test_spectrum_is_that_of_all_decoded_rows(tmp_path, layout):
     table = opened(tmp_path / "a", dpq_contents(300, layout, subspace_dim=5))
-    vectors_VE = decode_rows(table, np.arange(300))
+    vectors_VE = table.decode(np.arange(300))
     found = spectrum(table)
     assert found.rank == np.linalg.matrix_rank(vectors_VE)
     wanted_R = np.linalg.svd(vectors_VE.astype(np.float64), compute_uv=False)
@@ -48,7 +47,7 @@ def test_spectrum_is_that_of_all_decoded_rows(tmp_path, layout):
 def test_spectrum_of_few_codes_is_not_of_full_rank(tmp_path):
     """K * D < E, so that theorem 1 does not hold. A group's one-hot codes add up to 1: there are D * (K - 1) + 1."""
     table = opened(tmp_path / "a", dpq_contents(500, CodeLayout(num_subspaces=2, num_codes=3), subspace_dim=10))
-    assert spectrum(table).rank == np.linalg.matrix_rank(decode_rows(table, np.arange(500))) == 5
+    assert spectrum(table).rank == np.linalg.matrix_rank(table.decode(np.arange(500))) == 5
 
 
 def test_spectrum_of_a_sample_has_the_rank_of_the_whole(tmp_path, monkeypatch):
