@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dpq_rec.export import ExportConfig, export_table
 from dpq_rec.lookup import EmbeddingStore
 from dpq_rec.publish import publish
 from dpq_rec.report import ReportConfig, num_report_steps, write_report
+from dpq_rec.report.facts import CodeHistory, RunHistory
 from dpq_rec.table import Table, sizes
 
 OK, DAMAGED_OR_MISSING, USAGE = 0, 1, 2
@@ -189,7 +190,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     artifact = open_artifact(arguments.artifact)
-    config = ReportConfig(names=arguments.names, ids=arguments.ids or (), table=arguments.table, run=arguments.folder)
+    folder = arguments.folder or find_run(artifact)
+    run = None if folder is None else read_run(folder, artifact.tables)
+    config = ReportConfig(names=arguments.names, ids=arguments.ids or (), table=arguments.table, run=run)
     with _progress_bar(num_report_steps(artifact), " rows") as progress:
         reported = write_report(artifact, arguments.report, config, progress)
     titles = f", titles of {reported.num_titles} of {reported.num_ids} ids" if arguments.names else ""
@@ -197,6 +200,63 @@ def _report(arguments: argparse.Namespace) -> int:
     if reported.missing:
         print("not in the vocabulary:", ", ".join(map(str, reported.missing)))
     return DAMAGED_OR_MISSING if reported.missing else OK
+
+
+# The training run that left an artifact: contract 2 says what it leaves beside it.
+
+
+def find_run(artifact: Artifact) -> Path | None:
+    """The folder of the run that left an artifact at RUN/artifact; None where it lies elsewhere."""
+    folder = artifact.path.resolve()
+    return folder.parent if folder.name == "artifact" and (folder.parent / "metrics.json").is_file() else None
+
+
+def read_run(folder: Path, tables: Mapping[str, Table]) -> RunHistory:
+    """What a run's metrics.json says, for the tables of its artifact.
+
+    Raises:
+        ConfigError: no metrics.json, one that is not a run's, or that of a run with other tables.
+    """
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise ConfigError(f"--run: {folder} holds no {path.name}; name the folder of a run that has ended")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        epochs = found.get("history", [])
+        codes = {
+            name: _code_history([epoch for epoch in epochs if name in epoch["codes"]], name, table)
+            for name, table in tables.items()
+            if any(name in epoch.get("codes", {}) for epoch in epochs) and table.manifest.has_codes
+        }
+        return RunHistory(
+            **{name: found.get(name) for name in ("recipe", "embedding", "seed")},
+            metrics={str(name): float(value) for name, value in found.get("metrics", {}).items()},
+            best_epoch=None if found.get("best_epoch") is None else int(found["best_epoch"]),
+            num_epochs=len(epochs),
+            codes=codes,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"--run: {path} is not what the run that made this artifact writes ({wrong}); name that run's folder"
+        ) from error
+
+
+def _code_history(epochs: Sequence[Any], name: str, table: Table) -> CodeHistory:
+    codes_per_row = table.manifest.layout.codes_per_row
+    stats = [epoch["codes"][name] for epoch in epochs]
+    nothing = [np.nan] * codes_per_row
+    changed_TM = np.array([nothing if of["changed"] is None else of["changed"] for of in stats], np.float64)
+    perplexity_TM = np.array([of["perplexity"] for of in stats], np.float64)
+    for got_TM in (changed_TM, perplexity_TM):
+        if got_TM.shape != (len(stats), codes_per_row):
+            raise ValueError(f"table {name!r} had {got_TM.shape[1:]} codes a row, in this artifact {codes_per_row}")
+    if not np.isfinite(perplexity_TM).all() or ((changed_TM < 0) | (changed_TM > 1)).any():
+        raise ValueError(f"table {name!r}: want finite perplexities, and shares between 0 and 1")
+    return CodeHistory(np.array([epoch["epoch"] for epoch in epochs], np.int64), changed_TM, perplexity_TM)
+
+
+# What inspect prints
 
 
 def _values_type(table: Table) -> str:
@@ -219,20 +279,8 @@ def _as_json(artifact: Artifact) -> dict[str, Any]:
 
 
 _HEADINGS = (
-    *(
-        "table",
-        "kind",
-        "rows V",
-        "dim E",
-        "groups D",
-        "levels L",
-        "codes K",
-        "bits",
-        "row bytes",
-        "values",
-        "vocabulary",
-    ),
-    *("bytes", "vocab. bytes", "full bytes", "ratio"),
+    *("table", "kind", "rows V", "dim E", "groups D", "levels L", "codes K", "bits", "row bytes", "values"),
+    *("vocabulary", "bytes", "vocab. bytes", "full bytes", "ratio"),
 )
 
 

@@ -68,7 +68,7 @@ def test_wheel_holds_the_library_and_nothing_else(names):
 
 def test_wheel_holds_the_compiled_kernels_and_no_source_of_them(names):
     in_library = [Path(name) for name in names if name.startswith("dpq_rec/")]
-    assert {path.suffix for path in in_library} == {".py", ".pyi", ".so", ".typed"}
+    assert {path.suffix for path in in_library} == {".py", ".pyi", ".so", ".typed", ".css"}
     assert [path.name.split(".")[0] for path in in_library if path.suffix == ".so"] == ["_native"]
 
 

@@ -1,12 +1,11 @@
-"""A page on an artifact, to look at. In: an artifact, perhaps titles and a run. Out: one HTML file that needs no other.
+"""A page on an artifact, to look at. In: an artifact, perhaps titles and a run's history. Out: one HTML file.
 
-Read `facts` for what is measured, `page` and `section` for what is shown. Behind `facts` stand `neighbours`, `spectrum`
-and `dpq_rec.code_use`; `names` reads titles, `history` a run's metrics.json; `figures` draws on `charts` and `markup`.
+`facts` measures, `page` says what was found and draws it by `charts`; `names` reads titles of ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +13,8 @@ from typing import NamedTuple
 from dpq_rec.artifact import Artifact
 from dpq_rec.errors import ConfigError, UnknownTableError
 from dpq_rec.files import replace_file
-from dpq_rec.report.facts import measure, num_steps
-from dpq_rec.report.history import find_run, read_run
-from dpq_rec.report.names import Id, Names, find_names
+from dpq_rec.report.facts import Id, Progress, RunHistory, measure, num_steps
+from dpq_rec.report.names import Names, find_names
 from dpq_rec.report.page import page
 
 
@@ -28,17 +26,17 @@ class ReportConfig:
         names: a Parquet, CSV or TSV file with titles of a table's ids.
         ids: whose neighbours are shown, as text; if there are none, telling ones are found.
         table: whose ids these are; None finds it where it can be told.
-        run: the folder of the run that left the artifact; None finds it where the artifact lies in it.
+        run: the training run that left the artifact, where it is known.
     """
 
     names: Path | None = None
     ids: Sequence[str] = ()
     table: str | None = None
-    run: Path | None = None
+    run: RunHistory | None = None
 
 
 class Reported(NamedTuple):
-    """What a report came to.
+    """What was shown.
 
     Attributes:
         num_ids: ids that are shown of the table that has titles; 0 without titles.
@@ -60,7 +58,7 @@ def write_report(
     artifact: Artifact,
     out: Path,
     config: ReportConfig | None = None,
-    progress: Callable[[int], object] = lambda num_rows: None,
+    progress: Progress = lambda num_rows: None,
 ) -> Reported:
     """Write the page; on any error nothing is left behind.
 
@@ -85,14 +83,12 @@ def write_report(
         raise UnknownTableError(config.table, artifact.tables)
     names = None if config.names is None else find_names(config.names, artifact.tables, config.table)
     chosen = _chosen_ids(artifact, config, names)
-    run_folder = config.run or find_run(artifact)
-    run = None if run_folder is None else read_run(run_folder, artifact.tables)
     order = sorted(artifact.tables, key=lambda name: names is None or name != names.table)  # the one with titles first
     tables = [measure(artifact.tables[name], chosen.get(name, ()), progress) for name in order]
     named = [facts for facts in tables if names is not None and facts.table.name == names.table]
     shown = {an_id for facts in named for an_id in facts.shown_ids}
     titles = {} if names is None else names.titles_of(shown)
-    replace_file(out, page(artifact, tables, run, names, titles))
+    replace_file(out, page(artifact, tables, config.run, names, titles))
     return Reported(len(shown), len(titles), [an_id for facts in tables for an_id in facts.missing])
 
 

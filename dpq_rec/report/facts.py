@@ -1,4 +1,7 @@
-"""What a report shows of a table. In: a table of an opened artifact, ids to look at. Out: TableFacts."""
+"""What a report shows of a table. In: a table of an opened artifact, ids to look at. Out: TableFacts.
+
+Rows are decoded a block at a time: what is held does not grow with the table.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,54 @@ from numpy.typing import NDArray
 from dpq_rec.code_use import chance_of_agreement, count_codes, perplexity
 from dpq_rec.codes import unpack_codes
 from dpq_rec.kernels import MISSING_ROW
-from dpq_rec.report.names import Id
-from dpq_rec.report.neighbours import nearest_rows, telling_rows
-from dpq_rec.report.spectrum import Spectrum, spectrum
 from dpq_rec.table import Table, codes_name
 from dpq_rec.tensorfile import PADDING
 
+Id = int | str
+Progress = Callable[[int], object]
 NUM_NEIGHBOURS = 8
-_NUM_CHOSEN = 5
+NUM_CHOSEN = 5
 CANDIDATES = 100  # first rows among which telling ones are chosen
+_BLOCK_NUMBERS = 1 << 22  # fp32 numbers decoded at a time
+_DECIMALS = 6  # of a cosine: what a matrix product leaves below them depends on the block a row stands in
+_SAMPLE_NUMBERS = 1 << 23  # fp64 numbers of the rows that are decomposed: 64 MiB
+_LEAST_ROWS_PER_COLUMN = 2
+
+
+class CodeHistory(NamedTuple):
+    """How the M codes of a row changed in T epochs of training.
+
+    Attributes:
+        epochs_T: their numbers (int64).
+        changed_TM: share of rows whose code is another than the epoch before (float64; DPQ paper, figure 6); NaN where
+            there was none.
+        perplexity_TM: of the codes' use (float64).
+    """
+
+    epochs_T: NDArray[np.int64]
+    changed_TM: NDArray[np.float64]
+    perplexity_TM: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHistory:
+    """A training run that left an artifact.
+
+    Attributes:
+        recipe, embedding, seed: what was trained; None where it is not known.
+        metrics: on the test split, by name.
+        best_epoch: the one whose artifact was kept.
+        num_epochs: that were trained.
+        codes: table -> how its codes changed; tables without codes are not there.
+    """
+
+    recipe: object
+    embedding: object
+    seed: object
+    metrics: Mapping[str, float]
+    best_epoch: int | None
+    num_epochs: int
+    codes: Mapping[str, CodeHistory]
 
 
 class CodeUse(NamedTuple):
@@ -42,6 +84,27 @@ class CodeUse(NamedTuple):
         used_M = (self.counts_MK > 0).sum(1)
         num_sums = len(np.unique(self.counts_MK.sum(1)[used_M > 0]))
         return int(min(embedding_dim, num_sums + np.maximum(used_M - 1, 0).sum()))
+
+
+class Spectrum(NamedTuple):
+    """What a singular value decomposition of the decoded rows shows.
+
+    Attributes:
+        singular_values_R: falling (float64), as many as the smaller of rows and columns.
+        num_rows: rows that were decomposed.
+        tolerance: singular values above this share of the largest count.
+        rank: how many do.
+    """
+
+    singular_values_R: NDArray[np.float64]
+    num_rows: int
+    tolerance: float
+    rank: int
+
+    def directions_of(self, share: float) -> int:
+        """How many leading directions hold a share of the vectors' squared length."""
+        squares_R = np.square(self.singular_values_R)
+        return int(np.searchsorted(np.cumsum(squares_R), share * squares_R.sum())) + 1
 
 
 class Member(NamedTuple):
@@ -106,10 +169,8 @@ def num_steps(table: Table) -> int:
     return table.manifest.num_embeddings * (2 if table.manifest.has_codes else 1)
 
 
-def measure(
-    table: Table, ids: Sequence[Id] = (), progress: Callable[[int], object] = lambda num_rows: None
-) -> TableFacts:
-    """Look at a table; what is held does not grow with its rows.
+def measure(table: Table, ids: Sequence[Id] = (), progress: Progress = lambda num_rows: None) -> TableFacts:
+    """Look at a table.
 
     Args:
         table: of an opened artifact.
@@ -124,7 +185,12 @@ def measure(
     if table.manifest.has_codes:
         counts_MK = count_codes(table, progress)
         code_use = CodeUse(counts_MK, perplexity(counts_MK), chance_of_agreement(counts_MK))
-    chosen = list(zip(ids, table.vocabulary.rows(list(ids)).tolist(), strict=True)) if ids else _telling(table)
+    if ids:
+        chosen = list(zip(ids, table.vocabulary.rows(list(ids)).tolist(), strict=True))
+    else:  # of the first rows, which training fills with the most frequent ids
+        first = table.vocabulary.ids_of_rows(0, min(CANDIDATES, table.manifest.num_embeddings))
+        rows_N = telling_rows(table, np.unique(first.rows_N), NUM_CHOSEN)
+        chosen = [(an_id, row) for row in rows_N.tolist() for an_id in _ids_of_row(table, row)[:1]]
     found = [(an_id, row) for an_id, row in chosen if row != MISSING_ROW]
     return TableFacts(
         table=table,
@@ -136,38 +202,122 @@ def measure(
     )
 
 
-def _telling(table: Table) -> list[tuple[Id, int]]:
-    """Ids of a few of the first rows, which training fills with the most frequent ids, and their rows."""
-    first = table.vocabulary.ids_of_rows(0, min(CANDIDATES, table.manifest.num_embeddings))
-    rows_N = telling_rows(table, np.unique(first.rows_N), _NUM_CHOSEN)
-    return [(an_id, row) for row in rows_N.tolist() for an_id in _ids_of_row(table, row)[:1]]
+# Neighbours
+
+
+def _neighbourhoods(table: Table, chosen: Sequence[tuple[Id, int]], progress: Progress) -> list[list[Member]]:
+    def member(row: int, cosine: float, an_id: Id | None = None) -> Member:
+        ids = _ids_of_row(table, row)
+        shown = an_id if an_id is not None else ids[0] if ids else None
+        return Member(row, shown, len(ids), cosine, _codes_of_row(table, row))
+
+    nearest = nearest_rows(table, np.array([row for _, row in chosen], np.int64), NUM_NEIGHBOURS, progress)
+    return [
+        [member(row, 1.0, an_id), *map(member, rows_T.tolist(), cosines_T.tolist())]
+        for (an_id, row), (rows_T, cosines_T) in zip(chosen, nearest, strict=True)
+    ]
 
 
 def _ids_of_row(table: Table, row: int) -> list[Id]:
     return list(table.vocabulary.ids_of_rows(row, row + 1).ids_N.tolist())
 
 
-def _neighbourhoods(
-    table: Table, chosen: Sequence[tuple[Id, int]], progress: Callable[[int], object]
-) -> list[list[Member]]:
-    rows_Q = np.array([row for _, row in chosen], np.int64)
-    nearest = nearest_rows(table, rows_Q, NUM_NEIGHBOURS, progress)
-    ids_of_row = {row: _ids_of_row(table, row) for row in {*rows_Q.tolist(), *nearest.rows_QT.ravel().tolist()}}
-
-    def member(row: int, cosine: float, an_id: Id | None = None) -> Member:
-        ids = ids_of_row[row]
-        shown = an_id if an_id is not None else ids[0] if ids else None
-        return Member(row, shown, len(ids), cosine, _codes_of_row(table, row))
-
-    return [
-        [member(row, 1.0, an_id), *map(member, rows_T.tolist(), cosines_T.tolist())]
-        for (an_id, row), rows_T, cosines_T in zip(chosen, *nearest, strict=True)
-    ]
-
-
 def _codes_of_row(table: Table, row: int) -> NDArray[np.uint16] | None:
-    if not table.manifest.has_codes:
+    for tier, packed_VW, _ in table.by_tier(np.array([row])):
+        at = row - tier.first_row
+        return np.asarray(unpack_codes(packed_VW[at : at + 1], tier.layout)[0])
+    return None
+
+
+def nearest_rows(
+    table: Table, rows_Q: NDArray[np.int64], most: int, progress: Progress = lambda num_rows: None
+) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """The nearest other rows of each row, and their cosines; the lower row comes first where cosines tie.
+
+    The search is exact: every row is decoded, whatever the table's kind. A vector without a direction, because it is
+    zero or not finite, has a cosine of 0 with every other.
+
+    Args:
+        table: of any kind.
+        rows_Q: rows of the table (int64).
+        most: how many to find of each; fewer where the table has no more.
+        progress: called with the number of rows of each block.
+
+    Returns:
+        of each row, rows_T (int64) and cosines_T (float32), which fall.
+
+    Raises:
+        DamagedArtifactError: an impossible code.
+    """
+    num_rows, width = table.manifest.num_embeddings, max(1, _BLOCK_NUMBERS // table.manifest.embedding_dim)
+    queries_QE = _directions(table, rows_Q)
+    best = [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in rows_Q]
+    for start in range(0, num_rows, width):
+        block_N = np.arange(start, min(start + width, num_rows))
+        cosines_QN = np.round(queries_QE @ _directions(table, block_N).T, _DECIMALS)
+        for q, (rows_T, cosines_T) in enumerate(best):
+            worst = cosines_T[-1] if len(cosines_T) == most else -np.inf
+            (better_P,) = ((cosines_QN[q] > worst) & (block_N != rows_Q[q])).nonzero()
+            rows_C = np.concatenate([rows_T, block_N[better_P]])
+            cosines_C = np.concatenate([cosines_T, cosines_QN[q, better_P]])
+            order_T = np.argsort(-cosines_C, kind="stable")[:most]  # stable: rows ascend, and do so where cosines tie
+            best[q] = rows_C[order_T], cosines_C[order_T]
+        progress(len(block_N))
+    return best
+
+
+def telling_rows(table: Table, candidates_N: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Some of the candidates, in their order, passing over those nearer to a chosen one than candidates usually are.
+
+    Rows that say the same twice are left out: the median cosine of two candidates is the limit.
+    """
+    directions_NE = _directions(table, candidates_N)
+    cosines_NN = directions_NE @ directions_NE.T
+    usual = float(np.median(cosines_NN[np.triu_indices(len(candidates_N), 1)])) if len(candidates_N) > 1 else 0.0
+    chosen: list[int] = []
+    for n in range(len(candidates_N)):
+        if len(chosen) < most and all(cosines_NN[n, other] <= usual for other in chosen):
+            chosen.append(n)
+    return candidates_N[chosen]
+
+
+def _directions(table: Table, rows_N: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Decoded vectors, cut to length 1 (float32 [N, E]); zeros where one is zero or not finite."""
+    vectors_NE = table.decode(rows_N)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares_N = np.einsum("ne,ne->n", vectors_NE, vectors_NE, dtype=np.float64)
+        sound_N = np.isfinite(squares_N) & (squares_N > 0)
+        scale_N = 1 / np.sqrt(np.where(sound_N, squares_N, 1))
+        return np.where(sound_N[:, None], vectors_NE * scale_N[:, None], 0).astype(np.float32)
+
+
+# Rank
+
+
+def spectrum(table: Table) -> Spectrum | None:
+    """The spectrum of a table, or of an even sample of its rows where it is large; None where a number is not finite.
+
+    The DPQ paper's theorem 1: a table that is decoded from codes can have full rank, unlike one of low-rank factors.
+
+    The tolerance is E times the precision of fp32: rounding to fp32 leaves noise of no more than that, however many
+    rows there are. (numpy's matrix_rank multiplies by the number of rows too, and would call directions noise that
+    training put there: at a million rows all below a tenth of the largest.)
+    """
+    embedding_dim = table.manifest.embedding_dim
+    most = max(_SAMPLE_NUMBERS // embedding_dim, _LEAST_ROWS_PER_COLUMN * embedding_dim)
+    rows_N = spread_rows(table.manifest.num_embeddings, most)
+    vectors_NE = table.decode(rows_N).astype(np.float64)
+    if not np.isfinite(vectors_NE).all():
         return None
-    tier, packed_VW, _ = next(table.by_tier(np.array([row])))
-    at = row - tier.first_row
-    return np.asarray(unpack_codes(packed_VW[at : at + 1], tier.layout)[0])
+    singular_values_R: NDArray[np.float64] = np.linalg.svd(vectors_NE, compute_uv=False).astype(np.float64)
+    tolerance = embedding_dim * float(np.finfo(np.float32).eps)
+    rank = int((singular_values_R > tolerance * singular_values_R.max(initial=0.0)).sum())
+    return Spectrum(singular_values_R, len(rows_N), tolerance, rank)
+
+
+def spread_rows(num_embeddings: int, most: int) -> NDArray[np.int64]:
+    """All rows, or `most` of them: one, at random, of each of as many ranges of equal length. The same every time."""
+    if num_embeddings <= most:
+        return np.arange(num_embeddings)
+    starts_N = np.arange(most + 1) * num_embeddings // most
+    return np.random.default_rng(0).integers(starts_N[:-1], starts_N[1:])

@@ -7,20 +7,18 @@ like, or it is the only other column of text. The file is streamed: what is held
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.export import import_pyarrow
+from dpq_rec.report.facts import Id
 from dpq_rec.table import Table
 
 _TITLES = ("title", "name", "label", "word", "text")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (".parquet", *_DELIMITERS)
-
-Id = int | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +37,48 @@ class Names:
         Raises:
             ConfigError: the column of ids holds others than the table, or the file is damaged.
         """
-        read = _parquet_titles if _suffix(self.path) == ".parquet" else _csv_titles
+        read = self._read_parquet if _suffix(self.path) == ".parquet" else self._read_csv
         titles: dict[Id, str] = {}
-        for found, title in read(self, set(ids)):
-            titles.setdefault(found, title)
+        for found, title in read(set(ids)):
+            if title:
+                titles.setdefault(found, title)
         return titles
+
+    def _read_parquet(self, wanted: set[Id]) -> Iterator[tuple[Id, str | None]]:
+        pyarrow, parquet = import_pyarrow()
+        id_type = pyarrow.string() if self.ids_are_text else pyarrow.int64()
+        values = pyarrow.array(sorted(wanted), id_type)
+        try:
+            with self.path.open("rb") as source, parquet.ParquetFile(source) as file:
+                for batch in file.iter_batches(columns=[self.id_column, self.title_column]):
+                    ids = batch.column(self.id_column).cast(id_type)
+                    is_wanted = pyarrow.compute.is_in(ids, value_set=values)
+                    titles = batch.column(self.title_column).cast(pyarrow.string()).filter(is_wanted)
+                    yield from zip(ids.filter(is_wanted).to_pylist(), titles.to_pylist(), strict=True)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+            raise ConfigError(f"--names: {self.path}: {self._wrong_ids}: {error}") from error
+
+    def _read_csv(self, wanted: set[Id]) -> Iterator[tuple[Id, str]]:
+        lines = _csv_lines(self.path)
+        _, header = next(lines)
+        id_at, title_at = header.index(self.id_column), header.index(self.title_column)
+        for number, line in lines:
+            if not line:
+                continue
+            where = f"--names: {self.path}, line {number}: got"
+            if len(line) != len(header):
+                raise ConfigError(f"{where} {len(line)} columns, the header has {len(header)}")
+            try:
+                found = line[id_at] if self.ids_are_text else int(line[id_at])
+            except ValueError:
+                raise ConfigError(f"{where} {line[id_at]!r}: {self._wrong_ids}") from None
+            if found in wanted:
+                yield found, line[title_at]
+
+    @property
+    def _wrong_ids(self) -> str:
+        kind = "strings" if self.ids_are_text else "64-bit integers"
+        return f"column {self.id_column!r} cannot be read as {kind}, which table {self.table!r} has for ids"
 
 
 def find_names(path: Path, tables: Mapping[str, Table], chosen: str | None = None) -> Names:
@@ -59,26 +94,20 @@ def find_names(path: Path, tables: Mapping[str, Table], chosen: str | None = Non
         MissingDependencyError: a Parquet file, and pyarrow is not installed.
     """
     if not path.is_file():
-        raise ConfigError(f"--names: {path} is no file; name a {_listed(_SUFFIXES)} file")
+        raise ConfigError(f"--names: {path} is no file; name a {', '.join(_SUFFIXES)} file")
     if _suffix(path) not in _SUFFIXES:
-        raise ConfigError(f"--names: got {path.name}, want a {_listed(_SUFFIXES)} file")
-    listed = _parquet_columns(path) if _suffix(path) == ".parquet" else [(name, True) for name in _csv_header(path)]
-    columns = dict(listed)
-    table, id_column = _id_column(path, columns, tables, chosen)
-    title_column = _title_column(path, columns, id_column)
+        raise ConfigError(f"--names: got {path.name}, want a {', '.join(_SUFFIXES)} file")
+    columns = _parquet_columns(path) if _suffix(path) == ".parquet" else _csv_columns(path)
+    table, id_column = _find_id_column(path, dict(columns), tables, chosen)
+    title_column = _find_title_column(path, dict(columns), id_column)
     for wanted in (id_column, title_column):
-        if (found := sum(name == wanted for name, _ in listed)) > 1:
+        if (found := sum(name == wanted for name, _ in columns)) > 1:
             raise ConfigError(f"--names: {path} has {found} columns called {wanted}; rename or drop all but one")
-    return Names(
-        path=path,
-        table=table,
-        id_column=id_column,
-        title_column=title_column,
-        ids_are_text=tables[table].vocabulary.kind == "string",
-    )
+    ids_are_text = tables[table].vocabulary.kind == "string"
+    return Names(path=path, table=table, id_column=id_column, title_column=title_column, ids_are_text=ids_are_text)
 
 
-def _id_column(
+def _find_id_column(
     path: Path, columns: Collection[str], tables: Mapping[str, Table], chosen: str | None
 ) -> tuple[str, str]:
     """A table, and the column of its ids."""
@@ -95,7 +124,7 @@ def _id_column(
     )
 
 
-def _title_column(path: Path, columns: Mapping[str, bool], id_column: str) -> str:
+def _find_title_column(path: Path, columns: Mapping[str, bool], id_column: str) -> str:
     """The column of titles; `columns` says of each whether it is text."""
     others = [name for name, is_text in columns.items() if is_text and name != id_column]
     for wanted in _TITLES:
@@ -117,9 +146,6 @@ def _listed(names: Collection[str]) -> str:
     return ", ".join(names) or "(none)"
 
 
-# Parquet
-
-
 def _parquet_columns(path: Path) -> list[tuple[str, bool]]:
     """Each column, and whether it is text."""
     pyarrow, parquet = import_pyarrow()
@@ -128,79 +154,25 @@ def _parquet_columns(path: Path) -> list[tuple[str, bool]]:
             schema = parquet.read_schema(file)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ConfigError(f"--names: {path} is no Parquet file that pyarrow can read: {error}") from error
-    return [(field.name, _is_text(pyarrow, field.type)) for field in schema]
+    of_text = (pyarrow.string(), pyarrow.large_string())
+    kinds = [field.type.value_type if pyarrow.types.is_dictionary(field.type) else field.type for field in schema]
+    return [(field.name, kind in of_text) for field, kind in zip(schema, kinds, strict=True)]
 
 
-def _is_text(pyarrow: Any, kind: Any) -> bool:
-    inner = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    return bool(pyarrow.types.is_string(inner) or pyarrow.types.is_large_string(inner))
+def _csv_columns(path: Path) -> list[tuple[str, bool]]:
+    """Each column; all are text."""
+    _, header = next(_csv_lines(path), (0, []))
+    return [(name, True) for name in header]
 
 
-def _parquet_titles(names: Names, wanted: set[Id]) -> Iterator[tuple[Id, str]]:
-    pyarrow, parquet = import_pyarrow()
-    id_type = pyarrow.string() if names.ids_are_text else pyarrow.int64()
-    values = pyarrow.array(sorted(wanted), id_type)
-    try:
-        with names.path.open("rb") as source, parquet.ParquetFile(source) as file:
-            for batch in file.iter_batches(columns=[names.id_column, names.title_column]):
-                ids = batch.column(names.id_column).cast(id_type)
-                is_wanted = pyarrow.compute.is_in(ids, value_set=values)
-                titles = batch.column(names.title_column).cast(pyarrow.string()).filter(is_wanted).to_pylist()
-                yield from ((i, t) for i, t in zip(ids.filter(is_wanted).to_pylist(), titles, strict=True) if t)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
-        raise ConfigError(f"--names: {names.path}: {_wrong_ids(names)}: {error}") from error
-
-
-def _wrong_ids(names: Names) -> str:
-    kind = "strings" if names.ids_are_text else "64-bit integers"
-    return f"column {names.id_column!r} cannot be read as {kind}, which table {names.table!r} has for ids"
-
-
-# CSV and TSV
-
-
-def _csv_header(path: Path) -> Sequence[str]:
-    with _open_text(path) as file:
-        return next(_csv_lines(path, file), (0, []))[1]
-
-
-def _csv_titles(names: Names, wanted: set[Id]) -> Iterator[tuple[Id, str]]:
-    with _open_text(names.path) as file:
-        lines = _csv_lines(names.path, file)
-        _, header = next(lines)
-        id_at, title_at = header.index(names.id_column), header.index(names.title_column)
-        for number, line in lines:
-            if not line:
-                continue
-            if len(line) != len(header):
-                raise ConfigError(
-                    f"--names: {names.path}, line {number}: got {len(line)} columns, the header has {len(header)}"
-                )
-            found = _csv_id(names, line[id_at], number)
-            if found in wanted and line[title_at]:
-                yield found, line[title_at]
-
-
-def _csv_id(names: Names, text: str, number: int) -> Id:
-    if names.ids_are_text:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"--names: {names.path}, line {number}: got {text!r}: {_wrong_ids(names)}") from None
-
-
-def _open_text(path: Path) -> IO[str]:
-    return path.open(newline="", encoding="utf-8-sig")
-
-
-def _csv_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, list[str]]]:
+def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Lines, each with its number in the file."""
-    reader = csv.reader(file, delimiter=_DELIMITERS[_suffix(path)], strict=True)
-    try:
-        for line in reader:
-            yield reader.line_num, line
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--names: {path}, after line {reader.line_num}: no {_suffix(path)[1:]} in UTF-8: {error}"
-        ) from error
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, delimiter=_DELIMITERS[_suffix(path)], strict=True)
+        try:
+            for line in reader:
+                yield reader.line_num, line
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--names: {path}, after line {reader.line_num}: no {_suffix(path)[1:]} in UTF-8: {error}"
+            ) from error

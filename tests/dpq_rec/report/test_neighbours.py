@@ -5,8 +5,8 @@ import pytest
 from sklearn.metrics.pairwise import cosine_similarity
 
 from dpq_rec import CodeLayout, DamagedArtifactError, open_artifact, write_artifact
-from dpq_rec.report import neighbours as module
-from dpq_rec.report.neighbours import nearest_rows, telling_rows
+from dpq_rec.report import facts as module
+from dpq_rec.report.facts import nearest_rows, telling_rows
 from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite, write_unchecked
 
 
@@ -36,40 +36,40 @@ def test_nearest_rows_are_those_of_all_cosines_sorted(tmp_path, monkeypatch, kin
     cosines_QV = np.round(cosine_similarity(vectors_VE[rows_Q], vectors_VE), 6)
     told = []
     found = nearest_rows(table, rows_Q, 9, told.append)
-    for q, row in enumerate(rows_Q.tolist()):
+    for q, (row, (rows_T, cosines_T)) in enumerate(zip(rows_Q.tolist(), found, strict=True)):
         others = [v for v in range(200) if v != row]
         wanted = sorted(others, key=lambda v, q=q: (-cosines_QV[q, v], v))[:9]
-        assert found.cosines_QT[q] == pytest.approx(cosines_QV[q, wanted], abs=2e-6)
-        assert found.cosines_QT[q] == pytest.approx(cosines_QV[q, found.rows_QT[q]], abs=2e-6)
+        assert cosines_T == pytest.approx(cosines_QV[q, wanted], abs=2e-6)
+        assert cosines_T == pytest.approx(cosines_QV[q, rows_T], abs=2e-6)
         if kind == "ties":
-            assert found.rows_QT[q].tolist() == wanted
-        assert row not in found.rows_QT[q]
+            assert rows_T.tolist() == wanted
+        assert row not in rows_T
     assert sum(told) == 200
 
 
 def test_nearest_rows_are_fewer_where_the_table_has_no_more(tmp_path):
-    found = nearest_rows(opened(tmp_path / "a", random_dense(3)), np.array([1]), 9)
-    assert sorted(found.rows_QT[0].tolist()) == [0, 2]
+    ((rows_T, _),) = nearest_rows(opened(tmp_path / "a", random_dense(3)), np.array([1]), 9)
+    assert sorted(rows_T.tolist()) == [0, 2]
 
 
 def test_nearest_rows_of_a_table_of_one_row_and_of_no_rows_asked_for_are_none(tmp_path):
     one = opened(tmp_path / "a", random_dense(1))
-    assert nearest_rows(one, np.array([0]), 9).rows_QT.shape == (1, 0)
-    assert nearest_rows(one, np.array([], np.int64), 9).rows_QT.shape == (0, 0)
+    assert [len(rows_T) for rows_T, _ in nearest_rows(one, np.array([0]), 9)] == [0]
+    assert nearest_rows(one, np.array([], np.int64), 9) == []
 
 
 def test_nearest_rows_take_vectors_without_a_direction_for_unrelated(tmp_path):
     vectors_VE = np.array([[1, 0], [0, 0], [np.nan, 1], [1, 1], [-1, 0], [np.inf, 0]], np.float32)
     table = opened(tmp_path / "a", dense_contents(vectors_VE))
     found = nearest_rows(table, np.array([0, 1]), 5)
-    assert found.rows_QT.tolist() == [[3, 1, 2, 5, 4], [0, 2, 3, 4, 5]]
-    assert found.cosines_QT[0] == pytest.approx([np.sqrt(0.5), 0, 0, 0, -1], abs=1e-6)
+    assert [rows_T.tolist() for rows_T, _ in found] == [[3, 1, 2, 5, 4], [0, 2, 3, 4, 5]]
+    assert found[0][1] == pytest.approx([np.sqrt(0.5), 0, 0, 0, -1], abs=1e-6)
 
 
 def test_nearest_rows_see_the_direction_of_vectors_whose_squares_overflow_float32(tmp_path):
     vectors_VE = np.array([[1e30, 1e30], [-1, 1], [1e-30, 1.1e-30]], np.float32)
-    found = nearest_rows(opened(tmp_path / "a", dense_contents(vectors_VE)), np.array([0]), 1)
-    assert (found.rows_QT.tolist(), found.cosines_QT[0, 0] > 0.99) == ([[2]], True)
+    ((rows_T, cosines_T),) = nearest_rows(opened(tmp_path / "a", dense_contents(vectors_VE)), np.array([0]), 1)
+    assert (rows_T.tolist(), cosines_T[0] > 0.99) == ([2], True)
 
 
 def test_nearest_rows_of_a_damaged_table_say_so(tmp_path):

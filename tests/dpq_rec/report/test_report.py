@@ -19,9 +19,10 @@ from dpq_rec import (
     unpack_codes,
     write_artifact,
 )
+from dpq_rec.cli import read_run
 from dpq_rec.report import ReportConfig, write_report
+from dpq_rec.report.charts import byte_text, percent
 from dpq_rec.report.facts import measure
-from dpq_rec.report.markup import byte_text, percent
 from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite
 from tests.dpq_rec.report.reading import LAYOUT, report, rows_of, table_of
 
@@ -57,9 +58,8 @@ def test_page_shows_what_could_be_markup_as_text(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.json").write_text(json.dumps({"recipe": "<b>bold</b>", "metrics": {"</style>": 1}}))
     contents = dpq_contents(3, LAYOUT, vocabulary=vocabulary)
-    _, page, _ = report(
-        tmp_path, contents, names=tmp_path / "names.csv", run=tmp_path / "run", ids=(HOSTILE, "</table>")
-    )
+    run = read_run(tmp_path / "run", {})
+    _, page, _ = report(tmp_path, contents, names=tmp_path / "names.csv", run=run, ids=(HOSTILE, "</table>"))
     assert_self_contained(page)
     names = [name for name, *_ in rows_of(table_of(page))]
     assert names[0] == HOSTILE.replace("\x00", "\ufffd")
@@ -186,7 +186,7 @@ def test_page_tells_the_rank(small):
 
 
 def test_page_says_that_rank_is_of_a_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpq_rec.report.spectrum._SAMPLE_NUMBERS", 8 * 20)
+    monkeypatch.setattr("dpq_rec.report.facts._SAMPLE_NUMBERS", 8 * 20)
     _, page, _ = report(tmp_path, dpq_contents(50, LAYOUT))
     assert "of a sample of 20 of 50 rows, spread evenly" in table_of(page).text
 
@@ -215,7 +215,9 @@ def test_page_draws_how_codes_changed(tmp_path):
     ]
     history = [{"epoch": at, "codes": {"t": of}} for at, of in enumerate(codes, 1)]
     (tmp_path / "metrics.json").write_text(json.dumps({"history": history, "best_epoch": 2, "metrics": {}}))
-    _, page, _ = report(tmp_path, dpq_contents(20, LAYOUT))  # which lies at RUN/artifact
+    contents = dpq_contents(20, LAYOUT)
+    tables = open_artifact(write_artifact(tmp_path / "other", {"t": contents})).tables
+    _, page, _ = report(tmp_path, contents, run=read_run(tmp_path, tables))
     section = table_of(page)
     changed = section.one("svg", **{"aria-label": "codes changed"})
     assert [dot.text for dot in changed.find("circle")] == ["epoch 2: 50\u00a0%", "epoch 3: 15\u00a0%"]

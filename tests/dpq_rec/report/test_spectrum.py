@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dpq_rec import CodeLayout, open_artifact
-from dpq_rec.report import spectrum as module
-from dpq_rec.report.spectrum import spectrum, spread_rows
+from dpq_rec.report import facts as module
+from dpq_rec.report.facts import spectrum, spread_rows
 from tests.dpq_rec.builders import dense_contents, dpq_contents, write_unchecked
 
 

@@ -1,4 +1,4 @@
-"""What is read of a run."""
+"""What `dpq-rec inspect --report` reads of a run."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpq_rec import CodeLayout, ConfigError, open_artifact, write_artifact
-from dpq_rec.report.history import find_run, read_run
+from dpq_rec.cli import find_run, read_run
 from tests.dpq_rec.builders import dense_contents, dpq_contents
 
 FIRST = {"used_codes": [3, 4], "perplexity": [2.5, 3.5], "changed": None}
