@@ -19,7 +19,7 @@ class Case:
     Attributes:
         dataset: folder in the folder of data sets.
         recipe: of the trainer.
-        method: "full", "dpq-sx", "dpq-vq", or one of `baselines.METHODS` or `afterwards.METHODS`.
+        method: "full", "dpq-sx", "dpq-vq", or one of `baselines.METHODS` or `post_training.METHODS`.
         stage: "trial", by which settings are chosen; "final"; "same-codes", with K, D and L of a final DPQ; "sweep",
             over K and D; "ablation", a trial with one thing changed.
         ratio: total fp32 bytes to total bytes, at least; None where the method has one size only.

@@ -73,12 +73,12 @@ class Method:
     """A method and its trials.
 
     Attributes:
-        kind: "full"; "dpq"; "trained", see `baselines`; "afterwards", see `afterwards`.
+        kind: "full"; "dpq"; "trained", see `baselines`; "post-training", see `post_training`.
         trials: what is tried; one alone is taken as it is.
         has_sizes: False where it has one size only, and so no ratio to reach.
     """
 
-    kind: Literal["full", "dpq", "trained", "afterwards"]
+    kind: Literal["full", "dpq", "trained", "post-training"]
     trials: tuple[Trial, ...]
     has_sizes: bool = True
 
@@ -202,17 +202,17 @@ METHODS: dict[str, Method] = {
     ),
     "qr": Method(kind="trained", trials=_RATES),
     "tensor-train": Method(kind="trained", trials=_DENSE_RATES),
-    "low-rank": Method(kind="afterwards", trials=(Trial(),)),
-    "int8": Method(kind="afterwards", trials=(Trial(),), has_sizes=False),
-    "int4": Method(kind="afterwards", trials=(Trial(),), has_sizes=False),
-    "pq": Method(kind="afterwards", trials=tuple(Trial(settings={"num_codes": k}) for k in _NUM_CODES)),
-    "opq": Method(kind="afterwards", trials=tuple(Trial(settings={"num_codes": k}) for k in _NUM_CODES)),
+    "low-rank": Method(kind="post-training", trials=(Trial(),)),
+    "int8": Method(kind="post-training", trials=(Trial(),), has_sizes=False),
+    "int4": Method(kind="post-training", trials=(Trial(),), has_sizes=False),
+    "pq": Method(kind="post-training", trials=tuple(Trial(settings={"num_codes": k}) for k in _NUM_CODES)),
+    "opq": Method(kind="post-training", trials=tuple(Trial(settings={"num_codes": k}) for k in _NUM_CODES)),
     "rq": Method(
-        kind="afterwards",
+        kind="post-training",
         trials=tuple(Trial(settings={"num_subspaces": d, "num_codes": k}) for d, k in _SUBSPACES_AND_CODES),
     ),
     "aq": Method(
-        kind="afterwards",
+        kind="post-training",
         trials=tuple(Trial(settings={"num_subspaces": d, "num_codes": k}) for d, k in _SUBSPACES_AND_CODES),
     ),
 }

@@ -17,7 +17,7 @@ from tests.benchmarks.quality.grid import METHODS, STUDIES, Study
 
 Line = Mapping[str, Any]
 _COLORS = {"full": "black", "dpq-vq": "red", "dpq-sx": "darkorange"}  # baselines: of a map without these two
-_MARKERS = {"full": "*", "trained": "s", "afterwards": "^"}
+_MARKERS = {"full": "*", "trained": "s", "post-training": "^"}
 
 
 def draw(lines: Sequence[Line], folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tests.benchmarks.quality import afterwards, baselines, grid
+from tests.benchmarks.quality import baselines, grid, post_training
 from tests.benchmarks.quality.case import Case
 from tests.benchmarks.quality.grid import METHODS, STUDIES, Method, Study, Trial
 from tests.benchmarks.quality.sizes import fits
@@ -60,7 +60,7 @@ def plan(lines: Sequence[Mapping[str, Any]], studies: Sequence[Study] = STUDIES)
 @functools.cache
 def _fits(dataset: str, method: str, settings: str, ratio: float) -> bool:
     """Whether a baseline has a size that keeps to the ratio."""
-    factories: Mapping[str, Any] = {"trained": baselines.METHODS, "afterwards": afterwards.METHODS}
+    factories: Mapping[str, Any] = {"trained": baselines.METHODS, "post-training": post_training.METHODS}
     study = next(study for study in STUDIES if study.dataset == dataset)
     shapes = {str(number): (rows, study.flags["embedding-dim"]) for number, rows in enumerate(study.rows)}
     return fits(shapes, ratio, factories[METHODS[method].kind][method](**json.loads(settings)))
@@ -92,14 +92,14 @@ class _Planner:
     def _ratios(self, method: Method) -> tuple[float | None, ...]:
         if not method.has_sizes or method.kind == "full":
             return (None,)
-        more = self.study.more_ratios if method.kind == "afterwards" else ()
+        more = self.study.more_ratios if method.kind == "post-training" else ()
         return tuple(sorted((*self.study.ratios, *more)))
 
     def _trials(self, name: str, method: Method) -> Iterator[Case]:
         """None where nothing is to be chosen, or another study chooses. Compressing is cheap: tuned at every ratio."""
         if len(method.trials) > 1 and not self._tuned_elsewhere(method):
             ratios = self._ratios(method)
-            tuned = ratios if method.kind in ("afterwards", "full") else (grid.TUNING_RATIO,)
+            tuned = ratios if method.kind in ("post-training", "full") else (grid.TUNING_RATIO,)
             for ratio, trial in itertools.product(tuned, method.trials):
                 yield from self._as_case(name, method, trial, ratio, stage="trial", seed=grid.SEEDS[0])
 
@@ -110,7 +110,7 @@ class _Planner:
         if ratio is not None and not self._has_size(name, trial, ratio):
             return
         fields: dict[str, Any] = {"method": name, "stage": stage, "ratio": ratio, "seed": seed}
-        if method.kind == "afterwards":
+        if method.kind == "post-training":
             full = self._full(seed)
             if full is not None:
                 yield Case(
@@ -157,7 +157,7 @@ class _Planner:
         if self._tuned_elsewhere(method):
             other = next(study for study in STUDIES if study.dataset == self.study.tuned_on)
             return _Planner(other, self.found)._chosen(name, method, ratio)
-        tuned = ratio if method.kind in ("afterwards", "full") else grid.TUNING_RATIO
+        tuned = ratio if method.kind in ("post-training", "full") else grid.TUNING_RATIO
         tried: list[tuple[Trial, Known]] = []
         for trial in method.trials:
             for case in self._as_case(name, method, trial, tuned, stage="trial", seed=grid.SEEDS[0]):
@@ -170,7 +170,7 @@ class _Planner:
         return next((trial for trial, known in tried if known is winner), None)
 
     def _tuned_elsewhere(self, method: Method) -> bool:
-        return bool(self.study.tuned_on) and method.kind != "afterwards"
+        return bool(self.study.tuned_on) and method.kind != "post-training"
 
     def _finals(self, name: str, method: Method, seed: int) -> Iterator[Case]:
         for ratio in self._ratios(method):
@@ -186,7 +186,7 @@ class _Planner:
             for name, method in METHODS.items()
             if ratio in self._ratios(method) and any(self._has_size(name, trial, ratio) for trial in method.trials)
         }
-        for kinds, count in ((("dpq",), 1), (("trained", "afterwards"), grid.NUM_BEST_BASELINES)):
+        for kinds, count in ((("dpq",), 1), (("trained", "post-training"), grid.NUM_BEST_BASELINES)):
             names = [name for name in finals if METHODS[name].kind in kinds]
             known = [final for name in names if (final := finals[name]) is not None]
             if len(known) < len(names):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.benchmarks.quality import afterwards, baselines, grid
+from tests.benchmarks.quality import baselines, grid, post_training
 from tests.benchmarks.quality.case import Case
 from tests.benchmarks.quality.grid import METHODS, STUDIES
 from tests.benchmarks.quality.plan import Known, plan
@@ -193,8 +193,8 @@ def test_case_has_another_name_for_other_settings_and_comes_back_from_json():
 
 def test_every_method_of_the_grid_exists():
     for name, method in METHODS.items():
-        if method.kind == "afterwards":
-            assert all(afterwards.METHODS[name](**trial.settings) for trial in method.trials)
+        if method.kind == "post-training":
+            assert all(post_training.METHODS[name](**trial.settings) for trial in method.trials)
         if method.kind == "trained":
             assert all(baselines.METHODS[name](**trial.settings) for trial in method.trials)
 

@@ -17,7 +17,7 @@ def line_of(dataset, method, stage, quality, *, ratio=None, seed=0, flags=None, 
     line = {"dataset": dataset, "method": method, "stage": stage, "case": case.as_dict(), "seed": seed}
     line |= {"metrics": {name: quality + number for number, name in enumerate(names)}, "best_epoch": 3}
     line |= {"ratio": ratio or 1.0, "bytes": int(1e6 / (ratio or 1)), "full_bytes": 1_000_000}
-    if METHODS.get(method) is None or METHODS[method].kind != "afterwards":
+    if METHODS.get(method) is None or METHODS[method].kind != "post-training":
         line |= {"examples_per_second": 1000 * (1 + quality), "peak_memory_bytes": 10**9}
     return line
 

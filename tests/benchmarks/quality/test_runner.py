@@ -44,15 +44,14 @@ def worked(data, tmp_path_factory):
     return {case.method: work(case, data, out) for case in (FULL, PQ, QR)}, out
 
 
-def test_line_is_what_metrics_json_holds_and_more(worked, data):
+def test_line_holds_what_metrics_json_says_of_the_artifact(worked, data):
     lines, out = worked
     of_run = json.loads((out / FULL.name / RUN / "metrics.json").read_text())
     line = json.loads((out / FULL.name / LINE).read_text())
-    same = ("recipe", "embedding", "seed", "world_size", "metrics", "tables", "total", "seconds", "best_epoch")
+    same = ("metrics", "seconds", "best_epoch", "examples_per_second", "peak_memory_bytes")
     assert {name: line[name] for name in same} == {name: of_run[name] for name in same}
-    assert line["config"]["optimisation"] == of_run["config"]["optimisation"]
     assert (line["method"], line["bytes"], line["ratio"]) == ("full", of_run["total"]["full_bytes"], 1)
-    best = line["history"][line["best_epoch"] - 1]
+    best = of_run["history"][of_run["best_epoch"] - 1]
     assert line["validation"] == {name: best[name] for name in line["metrics"]}
     assert {"date", "machine", "versions"} <= set(line)
     for each in lines.values():
@@ -66,14 +65,12 @@ def test_compressed_line_has_the_bytes_of_its_artifact_and_other_metrics(worked)
     assert lines["pq"]["bytes"] == sum(table.artifact_bytes for table in artifact.tables.values())
     assert lines["pq"]["ratio"] >= 4
     assert lines["pq"]["metrics"] != lines["full"]["metrics"]
-    assert lines["pq"]["tables"]["item_id"]["artifact_bytes"] == artifact.table("item_id").artifact_bytes
 
 
 def test_baseline_line_has_bytes_within_its_ratio(worked):
     lines, _ = worked
-    assert lines["qr"]["embedding"] == "full"
     assert 4 <= lines["qr"]["ratio"] < 6
-    assert lines["qr"]["total"]["artifact_bytes"] == lines["qr"]["bytes"]
+    assert lines["qr"]["ratio"] == lines["full"]["bytes"] / lines["qr"]["bytes"]
 
 
 @pytest.mark.parametrize("case", [FULL, PQ, QR], ids=lambda case: case.method)
@@ -97,8 +94,6 @@ def test_clicks_by_user_have_the_auc_of_the_line(data, tmp_path):
         ids = ds.dataset(data / "clicks").to_table(filter=ds.field("split") == TEST)["user_id"].to_numpy()
         users = EmbeddingStore.open(tmp_path / case.name / RUN / "artifact").table("user_id")
         np.testing.assert_array_equal(np.sort(arrays["user_rows_N"]), np.sort(users.vocabulary.rows(ids)))
-    assert set(line["codes"]) == {"user_id", "item_id", "segment", "tags"}
-    assert "codes" not in line["history"][0]
 
 
 def test_grid_that_was_killed_goes_on_and_does_nothing_twice(data, tmp_path, monkeypatch):
@@ -118,7 +113,8 @@ def test_grid_that_was_killed_goes_on_and_does_nothing_twice(data, tmp_path, mon
     assert "does not exist" in (places.out / broken.name / "log").read_text()
     (line,) = read_lines(places.results)
     assert "going on after epoch" in (folder / "log").read_text()
-    assert [epoch["epoch"] for epoch in line["history"]] == [1, 2, 3, 4]
+    history = json.loads((folder / RUN / "metrics.json").read_text())["history"]
+    assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4]
     assert missing(lambda lines: [slow, broken], [line]) == [broken]
 
     monkeypatch.setattr(runner.subprocess, "Popen", None)  # a process would raise

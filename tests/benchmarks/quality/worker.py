@@ -20,7 +20,7 @@ from typing import Any
 
 from dpq_rec import ConfigError, DpqRecError
 from tests.benchmarks.machine import where_and_when
-from tests.benchmarks.quality import afterwards, baselines
+from tests.benchmarks.quality import baselines, post_training
 from tests.benchmarks.quality.case import Case
 from tests.benchmarks.quality.judge import Judge, config_of
 from tests.benchmarks.quality.sizes import Shape, bytes_of
@@ -34,6 +34,11 @@ from training.trainer import train
 
 LINE, RUN = "line.json", "run"
 _BY_CONFIGURATION = ("full", "dpq-sx", "dpq-vq")
+# What a line holds of a run's metrics.json: what tables and pictures are made of. The case says how it was made.
+_MEASURED = (
+    *("metrics", "validation", "bytes", "full_bytes", "best_epoch"),
+    *("seconds", "examples_per_second", "peak_memory_bytes"),
+)
 _VERSIONS = (*PACKAGES, "faiss-cpu", "tensorly-torch")
 
 
@@ -55,8 +60,8 @@ def work(case: Case, data: Path, out: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     found = _train(case, data, folder) if not case.of else _compress(case, data, out)
     line = {
-        **found,
-        "config": _without_paths(found["config"], case),
+        **{name: found[name] for name in _MEASURED if name in found},
+        "seed": case.seed,
         "dataset": case.dataset,
         "method": case.method,
         "stage": case.stage,
@@ -85,7 +90,8 @@ def _train(case: Case, data: Path, folder: Path) -> dict[str, Any]:
         num_bytes = _planned_bytes(case, found["tables"])
     best = found["history"][found["best_epoch"] - 1]
     validation = {name: best[name] for name in found["metrics"]}
-    return _with_bytes(found, num_bytes) | {"validation": validation}
+    full_bytes = found["total"]["full_bytes"]
+    return {**found, "bytes": sum(num_bytes.values()), "full_bytes": full_bytes, "validation": validation}
 
 
 def config_of_case(case: Case, data: Path, run: Path) -> RunConfig:
@@ -113,38 +119,21 @@ def _compress(case: Case, data: Path, out: Path) -> dict[str, Any]:
     full, folder = out / case.of / RUN, out / case.name / RUN
     if not (full / METRICS).exists():
         raise ConfigError(f"{case.name}: got no run in {full}; do {case.of} with this --out first, again if need be")
-    compressed = afterwards.compress(full, case.method, case.settings, case.ratio)
-    afterwards.leave(full, folder, compressed.tables)
+    compressed = post_training.compress(full, case.method, case.settings, case.ratio)
+    post_training.leave(full, folder, compressed.tables)
     with Judge.of(config_of(full, data / case.dataset)) as judge:
         metrics = {split: judge.measure(folder, split) for split in ("validation", "test")}
         if case.stage != "trial":
             judge.save_by_user(folder, "test")
     found: dict[str, Any] = json.loads((full / METRICS).read_text())
-    kept = ("recipe", "embedding", "seed", "world_size", "config", "tables", "total", "best_epoch")
-    num_bytes = {name: stored.num_bytes for name, stored in compressed.tables.items()}
-    measured = {"metrics": metrics["test"], "validation": metrics["validation"], "seconds": compressed.seconds}
-    return _with_bytes({name: found[name] for name in kept}, num_bytes) | measured
-
-
-def _with_bytes(found: dict[str, Any], num_bytes: Mapping[str, int]) -> dict[str, Any]:
-    """metrics.json's content, with the bytes that tables would take on disk in their format of their own."""
-    tables = {name: _sizes(table, num_bytes[name]) for name, table in found["tables"].items()}
-    total = _sizes(found["total"], sum(num_bytes.values()))
-    changed = {**found, "tables": tables, "total": total}
-    if "history" in found:  # the use of codes, epoch by epoch, would be most of a line
-        changed["history"] = [{k: v for k, v in epoch.items() if k != "codes"} for epoch in found["history"]]
-        changed["codes"] = found["history"][found["best_epoch"] - 1]["codes"]
-    return {**changed, "bytes": total["artifact_bytes"], "full_bytes": total["full_bytes"]}
-
-
-def _sizes(table: Mapping[str, Any], num_bytes: int) -> dict[str, Any]:
-    return {**table, "artifact_bytes": num_bytes, "compression_ratio": table["full_bytes"] / max(1, num_bytes)}
-
-
-def _without_paths(config: Mapping[str, Any], case: Case) -> dict[str, Any]:
-    """The configuration, naming no folder of this machine."""
-    data, run = {**config["data"], "path": case.dataset}, {**config["run"], "out": case.name}
-    return {**config, "data": data, "run": run}
+    return {
+        "metrics": metrics["test"],
+        "validation": metrics["validation"],
+        "seconds": compressed.seconds,
+        "best_epoch": found["best_epoch"],
+        "bytes": sum(stored.num_bytes for stored in compressed.tables.values()),
+        "full_bytes": found["total"]["full_bytes"],
+    }
 
 
 def main() -> int:

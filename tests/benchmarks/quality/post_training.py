@@ -1,6 +1,6 @@
 """A finished run's tables, compressed afterwards. In: the folder of a full run. Out: an artifact, and its bytes.
 
-    python -m tests.benchmarks.quality.afterwards RUN pq --ratio 20 --set num_codes=64 --out DIR
+    python -m tests.benchmarks.quality.post_training RUN pq --ratio 20 --set num_codes=64 --out DIR
 
 Nothing is trained on data: what is measured is the run's artifact with other vectors.
 """

@@ -11,8 +11,8 @@ from sklearn.decomposition import TruncatedSVD
 from dpq_rec import ConfigError, DPQConfig, EmbeddingStore, verify
 from dpq_rec.codes import CodeLayout, unpack_codes
 from dpq_rec.vocabulary import IdentityVocabulary
-from tests.benchmarks.quality.afterwards import METHODS
 from tests.benchmarks.quality.faiss_codes import FaissCodes
+from tests.benchmarks.quality.post_training import METHODS
 from tests.benchmarks.quality.reconstruction import Reconstruction
 from tests.benchmarks.quality.scalars import LowRank, Scalar
 from tests.benchmarks.quality.sizes import bytes_of, fit_to_budget
