@@ -60,14 +60,15 @@ from dpq_rec.manifest import (
     DPQ_TIERS,
     FORMAT,
     FORMAT_VERSION,
+    MANIFEST,
     MAX_EMBEDDING_DIM,
-    MAX_MANIFEST_BYTES,
     MAX_VALUES,
     TableManifest,
-    fault_of_features,
-    fault_of_name,
-    parse_manifest,
+    check_features,
+    check_name,
+    find_artifact,
     parse_tiers,
+    read_manifest,
     tier_entries,
 )
 from dpq_rec.search import find_not_finite
@@ -75,9 +76,7 @@ from dpq_rec.table import VALUES_FP32, Table, codes_name
 from dpq_rec.tensorfile import Stream, map_tensors, sha256_of, shorten, write_tensors
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
 
-MANIFEST = "manifest.json"
 PRODUCER = "dpq_rec 0.1.0"
-_MOST_OF_CURRENT = 300  # bytes of CURRENT that are read: more than a version may have
 _CHECK_ROWS = 1 << 16
 _CHECK_NUMBERS = 1 << 22  # or codes, looked at together
 
@@ -148,10 +147,10 @@ def write_artifact(
         raise FileExistsError(f"{target} exists; an artifact is never changed: write to another folder")
     now = datetime.datetime.now(datetime.UTC)
     version = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}" if version is None else version
-    faults = [fault_of_name("version", version), *(fault_of_name("table name", name) for name in tables)]
-    faults += [fault_of_features(contents.features) for contents in tables.values()]
-    for fault in filter(None, faults):
-        raise ConfigError(fault)
+    check_name("version", version)
+    for name, contents in tables.items():
+        check_name("table name", name)
+        check_features(contents.features)
     with renamed_into(target) as folder:
         (folder / "tables").mkdir()
         manifest = {
@@ -167,12 +166,7 @@ def write_artifact(
 
 
 def _write_table(folder: Path, name: str, contents: TableContents) -> TableManifest:
-    """Write a table's file.
-
-    Args:
-        folder: of the artifact.
-        name: of the table.
-        contents: what goes into it.
+    """Write a table's file into an artifact's folder.
 
     Raises:
         ConfigError: contents that `open_artifact` or `verify` would refuse.
@@ -191,19 +185,18 @@ def _write_table(folder: Path, name: str, contents: TableContents) -> TableManif
         tensors["values"] = values
         tensors |= _packed_streams(contents.tiers or cut_into_tiers(layout, rows), contents.chunks)
     file = f"tables/{name}.safetensors"
-    written = write_tensors(folder / file, tensors)
+    num_bytes, digest = write_tensors(folder / file, tensors)
+    sizes = {"num_subspaces": 0, "num_levels": 0, "num_codes": 0, "code_bits": 0, "row_bytes": 4 * int(dim)}
+    if layout is not None:
+        sizes = {name: getattr(layout, name) for name in sizes}
     return TableManifest(
         file=file,
-        bytes=written.num_bytes,
-        sha256=written.sha256,
+        bytes=num_bytes,
+        sha256=digest,
         kind=DENSE if layout is None else DPQ_TIERS if contents.tiers else DPQ,
         num_embeddings=int(rows),
         embedding_dim=int(dim),
-        num_subspaces=layout.num_subspaces if layout else 0,
-        num_levels=layout.num_levels if layout else 0,
-        num_codes=layout.num_codes if layout else 0,
-        code_bits=layout.code_bits if layout else 0,
-        row_bytes=layout.row_bytes if layout else 4 * int(dim),
+        **sizes,
         shared_values=bool(layout and values is not None and values.shape != value_shapes(layout, dim)[0]),
         features=contents.features,
         vocabulary={"kind": contents.vocabulary.kind},
@@ -290,7 +283,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     """
     try:
         folder = find_artifact(Path(path))
-        texts, entries = _read_manifest(folder / MANIFEST)
+        texts, entries = read_manifest(folder)
         if folder != Path(path) and texts["version"] != folder.name:
             got = f"the manifest in {folder.name} says version {texts['version']}"
             raise DamagedArtifactError(f"{Path(path) / CURRENT}: names {folder.name!r}, but {got}")
@@ -299,18 +292,6 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     except (OSError, MemoryError) as error:
         raise ArtifactError(f"{path}: cannot be read: {shorten(error)}") from error
     return Artifact(path=folder, tables=tables, **texts)
-
-
-def _read_manifest(path: Path) -> tuple[dict[str, str], dict[str, TableManifest]]:
-    num_bytes = path.stat().st_size
-    if num_bytes > MAX_MANIFEST_BYTES:
-        raise DamagedArtifactError(f"{path}: got {num_bytes} bytes, want at most {MAX_MANIFEST_BYTES}")
-    try:
-        return parse_manifest(path.read_bytes())
-    except ArtifactError as error:
-        raise type(error)(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedArtifactError(f"{path}: {shorten(error)}") from error
 
 
 def _open_table(folder: Path, name: str, manifest: TableManifest, files: dict[str, dict[str, NDArray[Any]]]) -> Table:
@@ -412,27 +393,3 @@ def _check_codes(name: str, tier: Tier, packed_VW: NDArray[np.uint8], progress: 
             row = tier.first_row + start + damaged
             raise DamagedArtifactError(f"table {name!r}: row {row} holds an impossible code or padding bit")
         progress(piece_NW.nbytes)
-
-
-def find_artifact(path: Path) -> Path:
-    """The artifact's folder: the path itself, or what its CURRENT names where it is a store.
-
-    Raises:
-        ArtifactError: neither.
-    """
-    if (path / MANIFEST).is_file():
-        return path
-    if not (path / CURRENT).is_file():
-        raise ArtifactError(f"{path}: holds neither {MANIFEST} (an artifact) nor CURRENT (a store of artifacts)")
-    version = read_current(path)
-    if fault_of_name("version", version) or not (path / version / MANIFEST).is_file():
-        raise DamagedArtifactError(
-            f"{path / CURRENT}: names {reprlib.repr(version)}, which is not a version in this store"
-        )
-    return path / version
-
-
-def read_current(store: Path) -> str:
-    """What a store's CURRENT says; of one that is too long for a version, no more than shows that."""
-    with (store / CURRENT).open("rb") as file:
-        return file.read(_MOST_OF_CURRENT).decode(errors="replace").removesuffix("\n")

@@ -1,4 +1,4 @@
-"""A client of the embedding server that takes codes and decodes them. In: ids. Out: Lookup, as in process.
+"""A client of the embedding server that asks for codes and decodes them. In: ids. Out: Lookup, as in process.
 
 Codes are a sixteenth of the bytes of fp32 vectors (16 bytes a row instead of 256), and the vectors are the server's bit
 for bit.
@@ -16,7 +16,6 @@ import os
 import socket
 import ssl
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, get_args
 from urllib.parse import quote, urlsplit
 
@@ -27,15 +26,14 @@ from dpq_rec.errors import ConfigError, ServerError
 from dpq_rec.http_reply import Reply, read_reply
 from dpq_rec.ids import ids_of_any_kind
 from dpq_rec.table import Lookup, MissingPolicy
-from dpq_rec.wire import PackedRows, Values
+from dpq_rec.wire import BINARY, CODES, JSON, PackedRows, Values
 
-CODES = "application/vnd.dpq-rec.codes"
 _HEAD_END = b"\r\n\r\n"
 _POLICIES = get_args(MissingPolicy)
 _MOST_TRIES = 3  # for codes and values of one version, should a server be replaced by the next between the two
 
 
-_Idle = collections.deque[socket.socket]
+_Idle = collections.deque[socket.socket]  # connections that no lookup uses
 
 
 class CodesClient:
@@ -95,8 +93,8 @@ class CodesClient:
             version, rows = self._codes(table, held, missing)
             values = self._values.get(table)
             if values is None or values.version != version:
-                answer = self._ask(self._head("GET", f"{quote(table, safe='')}/values"), b"")
-                values = self._values[table] = Values.from_bytes(answer.body)
+                head = self._head("GET", f"{quote(table, safe='')}/values")
+                values = self._values[table] = Values.from_bytes(self._ask(head, b"").body)
             if values.version == version:
                 return Lookup(values.decode(rows), rows.missing)
         raise ServerError(0, "versions", "codes and values were of different versions, again and again; ask later")
@@ -111,7 +109,9 @@ class CodesClient:
             self._heads[key] = self._head("POST", f"{quote(table, safe='')}/lookup?missing={missing}", more)
         answer = self._ask(self._heads[key] + b"%d" % len(body), body)
         try:
-            version, rows = answer.headers[b"x-version"].decode("latin-1"), _rows_of(answer)
+            version = answer.headers[b"x-version"].decode("latin-1")
+            sizes = [int(answer.headers[name]) for name in (b"x-num-rows", b"x-row-bytes", b"x-num-missing")]
+            rows = PackedRows.from_bytes(answer.body, *sizes)
         except (KeyError, ValueError) as error:
             raise ServerError(200, "reply", f"got no codes, but {answer.body[:80]!r}: {error!r}") from error
         if len(rows.packed_NW) != len(ids):
@@ -191,9 +191,7 @@ class CodesClient:
     def __enter__(self) -> CodesClient:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -204,22 +202,11 @@ def _close_all(idle: _Idle) -> None:
             idle.pop().close()
 
 
-def _rows_of(answer: Reply) -> PackedRows:
-    """Raises KeyError or ValueError where it is another reply."""
-    headers, content = answer.headers, answer.body
-    num_rows, row_bytes = int(headers[b"x-num-rows"]), int(headers[b"x-row-bytes"])
-    num_missing, at = int(headers[b"x-num-missing"]), num_rows * row_bytes
-    packed_NW = np.frombuffer(content, np.uint8, at).reshape(num_rows, row_bytes)
-    positions = np.frombuffer(content, "<u4", num_missing, at).astype(np.uint32, copy=False)
-    rest: NDArray[np.uint8] = np.frombuffer(content, np.uint8, -1, at + 4 * num_missing)
-    return PackedRows(packed_NW, positions, rest if len(rest) else None)
-
-
 def _body_of(ids: NDArray[np.int64] | Sequence[str]) -> tuple[str, bytes]:
     """A body's media type, and the body: strings, and no ids at all, travel as JSON."""
     if isinstance(ids, np.ndarray):
-        return "application/octet-stream", ids.astype("<i8", copy=False).tobytes()
-    return "application/json", json.dumps({"ids": list(map(str, ids))}).encode()
+        return BINARY, ids.astype("<i8", copy=False).tobytes()
+    return JSON, json.dumps({"ids": list(map(str, ids))}).encode()
 
 
 def _refusal(answer: Reply) -> ServerError:

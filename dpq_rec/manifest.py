@@ -1,4 +1,4 @@
-"""manifest.json, checked. In: its bytes, from wherever they come. Out: its texts, and a TableManifest for each table.
+"""manifest.json: found, read and checked. In: a folder, or bytes. Out: its texts, and a TableManifest for each table.
 
 Names of versions, tables and features end up in paths, URLs, headers of replies and terminals, so that one pattern
 holds for each wherever it comes in: when an artifact is written, opened and published.
@@ -15,12 +15,14 @@ are held in memory, and 256 tiers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dpq_rec.codes import MAX_TIERS, CodeLayout, Tier
@@ -29,36 +31,35 @@ from dpq_rec.tensorfile import parse_json, shorten
 
 FORMAT, FORMAT_VERSION = "dpq-rec", 1
 DPQ, DPQ_TIERS, DENSE = "dpq", "dpq-tiers", "dense"  # kinds of tables
-CURRENT = "CURRENT"
+MANIFEST, CURRENT = "manifest.json", "CURRENT"
 MAX_MANIFEST_BYTES = 1 << 23  # about 10,000 tables'
 MAX_EMBEDDING_DIM = 1 << 20
 MAX_VALUES = 1 << 30  # 4 GiB in memory
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,242}")  # with .safetensors behind it, no more than a file's may have
 _FEATURE = re.compile(r"[ -~\xa1-\xac\xae-\xff]{1,255}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST_OF_CURRENT = 300  # bytes of it that are read: more than a version may have
 _MOST_TEXT = 255  # characters of created_at and producer
 _MOST_FOLDERS = 8  # that a table's file lies in
 _SIZES = ("num_embeddings", "embedding_dim", "num_subspaces", "num_levels", "num_codes", "code_bits", "row_bytes")
 
 
-def fault_of_name(what: str, name: object) -> str | None:
-    """What is wrong with a version's or a table's name; None where nothing is."""
+def check_name(what: str, name: object) -> None:
+    """Raises ConfigError where a version or a table ("table name") must not be called so."""
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
         wanted = "1 to 243 letters, digits, '_', '-' and '.', the first neither '-' nor '.'"
-        return f"{what}: got {reprlib.repr(name)}, want {wanted}"
+        raise ConfigError(f"{what}: got {reprlib.repr(name)}, want {wanted}")
     if what == "version" and name.upper() == CURRENT:  # some file systems do not tell cases apart
-        return f"version: got {name!r}, the name of a file of every store; want another"
-    return None
+        raise ConfigError(f"version: got {name!r}, the name of a file of every store; want another")
 
 
-def fault_of_features(features: object) -> str | None:
-    """What is wrong with a table's features; None where nothing is."""
+def check_features(features: object) -> None:
+    """Raises ConfigError where features of a table must not be called so."""
     if not isinstance(features, list | tuple):
-        return f"features: got {reprlib.repr(features)}, want a list of names"
+        raise ConfigError(f"features: got {reprlib.repr(features)}, want a list of names")
     for feature in features:
         if not (isinstance(feature, str) and _FEATURE.fullmatch(feature)):
-            return f"feature: got {reprlib.repr(feature)}, want 1 to 255 printable characters of Latin-1"
-    return None
+            raise ConfigError(f"feature: got {reprlib.repr(feature)}, want 1 to 255 printable characters of Latin-1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,8 @@ def parse_manifest(content: bytes) -> tuple[dict[str, str], dict[str, TableManif
     if got != FORMAT or type(version) is not int or version != FORMAT_VERSION:
         shown = f"{reprlib.repr(got)} version {reprlib.repr(version)}".replace("'", "")
         raise ArtifactError(f"got {shown}, this version reads {FORMAT} version {FORMAT_VERSION}")
-    _refuse(fault_of_name("version", found["version"]))
+    with _as_damage():
+        check_name("version", found["version"])
     for what in ("created_at", "producer"):
         text = found[what]
         if not (isinstance(text, str) and len(text) <= _MOST_TEXT and text.isprintable()):
@@ -164,22 +166,25 @@ def parse_manifest(content: bytes) -> tuple[dict[str, str], dict[str, TableManif
             raise DamagedArtifactError(f"{what}: got {reprlib.repr(text)}, want {wanted}")
     tables = {}
     for name, entry in found["tables"].items():
-        _refuse(fault_of_name("table name", name))
-        try:
+        with _as_damage():
+            check_name("table name", name)
+        with _as_damage(f"table {name!r}: "):
             tables[name] = _table_manifest(entry)
-        except ArtifactError as error:
-            raise type(error)(f"table {name!r}: {error}") from error
-        except ConfigError as error:  # what would be a caller's mistake is damage in a file
-            raise DamagedArtifactError(f"table {name!r}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedArtifactError(f"table {name!r}: {shorten(error)}") from error
     texts = {what: found[what] for what in ("version", "created_at", "producer")}
     return texts, tables
 
 
-def _refuse(fault: str | None) -> None:
-    if fault is not None:
-        raise DamagedArtifactError(fault)
+@contextlib.contextmanager
+def _as_damage(where: str = "") -> Iterator[None]:
+    """What would be a caller's mistake is damage in a file; errors say in which table."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise type(error)(f"{where}{error}") from error
+    except ConfigError as error:
+        raise DamagedArtifactError(f"{where}{error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedArtifactError(f"{where}{shorten(error)}") from error
 
 
 def _table_manifest(entry: Mapping[str, Any]) -> TableManifest:
@@ -191,7 +196,8 @@ def _table_manifest(entry: Mapping[str, Any]) -> TableManifest:
     if found["kind"] not in (DPQ, DPQ_TIERS, DENSE):
         wanted = f"{DPQ}, {DPQ_TIERS} and {DENSE}"
         raise ArtifactError(f"got kind {reprlib.repr(found['kind'])}, this version reads {wanted}")
-    _refuse(_fault_of_file(found) or fault_of_features(found["features"]))
+    _check_file(found)
+    check_features(found["features"])
     if type(found["vocabulary"]) is not dict or type(found["vocabulary"].get("kind")) is not str:
         raise DamagedArtifactError(f"vocabulary: got {reprlib.repr(found['vocabulary'])}, want its kind")
     found["features"] = tuple(found["features"])
@@ -200,18 +206,19 @@ def _table_manifest(entry: Mapping[str, Any]) -> TableManifest:
     return TableManifest(**found)
 
 
-def _fault_of_file(found: Mapping[str, Any]) -> str | None:
+def _check_file(found: Mapping[str, Any]) -> None:
     file, num_bytes, digest = found["file"], found["bytes"], found["sha256"]
+    shown = reprlib.repr(file)
     if not isinstance(file, str):
-        return f"file: got {reprlib.repr(file)}, want tables/TABLE.safetensors"
+        raise DamagedArtifactError(f"file: got {shown}, want tables/TABLE.safetensors")
     parts = file.split("/")
     if len(parts) > _MOST_FOLDERS or not all(_NAME.fullmatch(part.removesuffix(".safetensors")) for part in parts):
-        return f"file {reprlib.repr(file)} lies outside the artifact, or is no name: want tables/TABLE.safetensors"
+        wanted = "tables/TABLE.safetensors"
+        raise DamagedArtifactError(f"file {shown} lies outside the artifact, or is no name: want {wanted}")
     if type(num_bytes) is not int or num_bytes < 0:
-        return f"bytes: got {reprlib.repr(num_bytes)}, want a count"
+        raise DamagedArtifactError(f"bytes: got {reprlib.repr(num_bytes)}, want a count")
     if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
-        return f"sha256: got {reprlib.repr(digest)}, want 64 hexadecimal digits"
-    return None
+        raise DamagedArtifactError(f"sha256: got {reprlib.repr(digest)}, want 64 hexadecimal digits")
 
 
 def _check_sizes(found: Mapping[str, Any]) -> None:
@@ -238,3 +245,46 @@ def _check_sizes(found: Mapping[str, Any]) -> None:
     wrong = {name: sizes[name] for name, size in wanted.items() if sizes[name] != size}
     if wrong:
         raise DamagedArtifactError(f"sizes that contradict each other: got {reprlib.repr(wrong)}, want {wanted}")
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, str], dict[str, TableManifest]]:
+    """What `parse_manifest` says of an artifact's manifest.json.
+
+    Raises:
+        ArtifactError, DamagedArtifactError: as there, and where there is no manifest in the file.
+        OSError: it cannot be read.
+    """
+    path = folder / MANIFEST
+    num_bytes = path.stat().st_size
+    if num_bytes > MAX_MANIFEST_BYTES:
+        raise DamagedArtifactError(f"{path}: got {num_bytes} bytes, want at most {MAX_MANIFEST_BYTES}")
+    try:
+        return parse_manifest(path.read_bytes())
+    except ArtifactError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedArtifactError(f"{path}: {shorten(error)}") from error
+
+
+def find_artifact(path: Path) -> Path:
+    """The artifact's folder: the path itself, or what its CURRENT names where it is a store.
+
+    Raises:
+        ArtifactError: neither.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    if not (path / CURRENT).is_file():
+        raise ArtifactError(f"{path}: holds neither {MANIFEST} (an artifact) nor CURRENT (a store of artifacts)")
+    version = read_current(path)
+    with contextlib.suppress(ConfigError):
+        check_name("version", version)
+        if (path / version / MANIFEST).is_file():
+            return path / version
+    raise DamagedArtifactError(f"{path / CURRENT}: names {reprlib.repr(version)}, which is not a version in this store")
+
+
+def read_current(store: Path) -> str:
+    """What a store's CURRENT says; of one that is too long for a version, no more than shows that."""
+    with (store / CURRENT).open("rb") as file:
+        return file.read(_MOST_OF_CURRENT).decode(errors="replace").removesuffix("\n")

@@ -6,10 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
-from dpq_rec.artifact import MANIFEST, Artifact, read_current, verify
+from dpq_rec.artifact import Artifact, verify
 from dpq_rec.errors import ConfigError
 from dpq_rec.files import renamed_into, replace_file
-from dpq_rec.manifest import CURRENT
+from dpq_rec.manifest import CURRENT, MANIFEST, read_current
 
 
 def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> Path:

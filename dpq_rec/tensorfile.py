@@ -15,12 +15,13 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.errors import DamagedArtifactError
+from dpq_rec.kernels._native import map_file
 
 ALIGNMENT = 64
 PADDING = "padding"  # a tensor of zeros that brings the last tensor, read at random, to a multiple of ALIGNMENT
@@ -65,15 +66,11 @@ class Stream:
     chunks: Iterable[NDArray[Any]]
 
 
-class Written(NamedTuple):
-    """What a file came to."""
-
-    num_bytes: int
-    sha256: str
-
-
-def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any] | Stream]) -> Written:
+def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any] | Stream]) -> tuple[int, str]:
     """Write tensors as one safetensors file; wide types first, so that each is aligned to its own size.
+
+    Returns:
+        The file's bytes, and its sha256.
 
     Raises:
         ValueError: a stream's chunks are of another type than the stream, or do not add up to its shape.
@@ -93,7 +90,7 @@ def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any] | Stream]) -> W
             num_bytes += len(block)
         file.flush()
         os.fsync(file.fileno())
-    return Written(num_bytes, digest.hexdigest())
+    return num_bytes, digest.hexdigest()
 
 
 def pack_tensors(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
@@ -143,8 +140,6 @@ def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
     Raises:
         DamagedArtifactError: the header does not describe the file.
     """
-    from dpq_rec.kernels._native import map_file  # not above: the kernels import `tiers`, and that this module
-
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:

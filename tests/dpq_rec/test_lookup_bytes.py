@@ -1,4 +1,4 @@
-"""Lookups from octets to octets, beside the lookups that they stand for."""
+"""Lookups from bytes to bytes, beside the lookups that they stand for."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ NUM_ROWS = 40
 IDS = [7, 0, 999, 39, 12, -5, 7, 40, 2**40]
 
 
-def octets_of(ids):
+def bytes_of(ids):
     return np.array(ids, "<i8").tobytes()
 
 
@@ -38,24 +38,24 @@ def store(tmp_path_factory):
     }
     tables = {name: dpq_contents(NUM_ROWS, layout, vocabulary=ids) for name, ids in vocabularies.items()}
     tables["dense"] = dense_contents(np.arange(120, dtype=np.float32).reshape(NUM_ROWS, 3), integers)
-    return EmbeddingStore.open(write_artifact(tmp_path_factory.mktemp("octets") / "artifact", tables))
+    return EmbeddingStore.open(write_artifact(tmp_path_factory.mktemp("bytes") / "artifact", tables))
 
 
 @pytest.mark.parametrize("ids", [IDS, [3], [40], [], list(range(NUM_ROWS)) * 20])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("table", ["identity", "modulo", "int64", "dense"])
-def test_octets_of_vectors_are_those_of_the_lookup(store, table, dtype, ids):
+def test_bytes_of_vectors_are_those_of_the_lookup(store, table, dtype, ids):
     vectors_NE, missing = store.lookup(table, ids, dtype=dtype)
-    found = store.lookup_bytes(table, octets_of(ids), form=dtype)
+    found = store.lookup_bytes(table, bytes_of(ids), form=dtype)
     assert bytes(found.reply) == vectors_NE.tobytes() + missing.astype("<u4").tobytes()
     assert found.num_missing == len(missing)
 
 
 @pytest.mark.parametrize("ids", [IDS, [3], [40], []])
 @pytest.mark.parametrize("table", ["identity", "modulo", "int64"])
-def test_octets_of_codes_are_those_of_the_store(store, table, ids):
+def test_bytes_of_codes_are_those_of_the_store(store, table, ids):
     packed_NW, missing, _ = store.codes(table, ids)
-    found = store.lookup_bytes(table, octets_of(ids), form="codes")
+    found = store.lookup_bytes(table, bytes_of(ids), form="codes")
     assert bytes(found.reply) == packed_NW.tobytes() + missing.astype("<u4").tobytes()
     assert found.num_missing == len(missing)
 
@@ -63,9 +63,9 @@ def test_octets_of_codes_are_those_of_the_store(store, table, ids):
 @pytest.mark.parametrize("form", ["float32", "codes"])
 @pytest.mark.parametrize("table", ["identity", "int64"])
 def test_unknown_ids_are_an_error_where_that_is_asked_for(store, table, form):
-    assert store.lookup_bytes(table, octets_of([1, 2]), form=form, missing="error").num_missing == 0
+    assert store.lookup_bytes(table, bytes_of([1, 2]), form=form, missing="error").num_missing == 0
     with pytest.raises(UnknownIdsError, match="999") as error:
-        store.lookup_bytes(table, octets_of([1, 999, 2, -7]), form=form, missing="error")
+        store.lookup_bytes(table, bytes_of([1, 999, 2, -7]), form=form, missing="error")
     assert error.value.positions == [1, 3]
 
 
@@ -75,17 +75,17 @@ def test_half_an_id_is_refused(store, table):
         store.lookup_bytes(table, b"123456789")
 
 
-def test_a_table_of_strings_takes_no_octets(store):
+def test_a_table_of_strings_takes_no_bytes(store):
     with pytest.raises(IdTypeError, match="'string'"):
-        store.lookup_bytes("string", octets_of([1]))
+        store.lookup_bytes("string", bytes_of([1]))
 
 
 def test_what_there_is_not_is_refused(store):
     with pytest.raises(ConfigError, match="it has vectors, and no codes"):
-        store.lookup_bytes("dense", octets_of([1]), form="codes")
+        store.lookup_bytes("dense", bytes_of([1]), form="codes")
     with pytest.raises(ConfigError, match="form: got 'float64', want float32, float16 or codes"):
-        store.lookup_bytes("dense", octets_of([1]), form="float64")
+        store.lookup_bytes("dense", bytes_of([1]), form="float64")
     with pytest.raises(ConfigError, match="missing: got 'no'"):
-        store.lookup_bytes("dense", octets_of([1]), missing="no")
+        store.lookup_bytes("dense", bytes_of([1]), missing="no")
     with pytest.raises(UnknownTableError):
-        store.lookup_bytes("other", octets_of([1]))
+        store.lookup_bytes("other", bytes_of([1]))
