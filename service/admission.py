@@ -47,8 +47,7 @@ class Admission:
             engine.check_ready()
         if self._has_arrived:
             self.take_slot()
-        engine.num_requests += 1
-        engine.metrics.set_in_flight(engine.num_requests)
+        engine.metrics.gauges.num_in_flight += 1
         return self
 
     def receive(self, num_bytes: int) -> None:
@@ -80,5 +79,4 @@ class Admission:
         engine = self.engine
         engine.num_in_flight -= self._has_slot
         engine.num_bytes_arriving -= self._num_bytes
-        engine.num_requests -= 1
-        engine.metrics.set_in_flight(engine.num_requests)
+        engine.metrics.gauges.num_in_flight -= 1

@@ -57,8 +57,7 @@ class Engine:
         self.store = store
         self.settings = settings
         self.metrics = metrics
-        self.num_requests = 0  # that have begun; those that have arrived whole are in flight
-        self.num_in_flight = 0
+        self.num_in_flight = 0  # requests that have arrived whole; the metric counts those that are arriving, too
         self.num_bytes_arriving = 0
         self.state = State.STARTING
         self.damage: dict[str, str] = {}  # tables whose files changed while they were served, and how
@@ -72,12 +71,12 @@ class Engine:
     def start(self) -> None:
         """Answer requests from now on."""
         self.state = State.READY
-        self.metrics.set_ready(ready=True)
+        self.metrics.gauges.num_ready = 1
 
     def drain(self) -> None:
         """Say that this worker is about to stop; requests are still answered."""
         self.state = State.DRAINING
-        self.metrics.set_ready(ready=False)
+        self.metrics.gauges.num_ready = 0
 
     def stop(self) -> None:
         """Refuse requests from now on; those in flight may finish."""

@@ -61,16 +61,12 @@ class GrpcServer:
         self._server = grpc.aio.server(options=_options(engine))
         self._health = health.aio.HealthServicer()
         self._calls = Calls(engine)
-        self._watch: asyncio.Task[None] | None = None
         self._server.add_generic_rpc_handlers((_handlers(EmbeddingServicer(engine), self._calls),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self, address: str) -> int:
-        """Listen, beside the other workers on the same port; health says NOT_SERVING until `serve`.
-
-        Returns:
-            The port.
+        """Listen, beside the other workers on the same port; the port. Health says NOT_SERVING until `serve`.
 
         Raises:
             RuntimeError: the address cannot be listened on.
@@ -100,8 +96,7 @@ class GrpcServer:
         while self._engine.num_in_flight and loop.time() < end:
             await asyncio.sleep(_POLL_SECONDS)
         await self._server.stop(_FINISH_SECONDS)
-        if self._watch is not None:
-            self._watch.cancel()
+        self._watch.cancel()
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in (health.OVERALL_HEALTH, SERVICE):
@@ -191,8 +186,7 @@ class EmbeddingServicer:
         _parsed(pb.ListTablesRequest, message)
         version, tables = self._engine.list_tables()
         infos = [pb.TableInfo(**dataclasses.asdict(table)) for table in tables]
-        reply: bytes = pb.ListTablesReply(version=version, tables=infos).SerializeToString()
-        return reply
+        return bytes(pb.ListTablesReply(version=version, tables=infos).SerializeToString())
 
     def _lookup(self, messages: Sequence[pb.LookupRequest]) -> list[list[Buffer]]:
         self._engine.check_num_ids(sum(len(message.ids) + len(message.string_ids) for message in messages))
@@ -201,27 +195,16 @@ class EmbeddingServicer:
 
 
 def _parsed(kind: type[M], message: bytes) -> M:
-    """A message of its bytes.
-
-    Raises:
-        MalformedError: they are none.
-    """
     try:
         parsed: M = kind.FromString(message)
         return parsed
     except DecodeError:
-        wanted = "with strings in UTF-8 and every field complete"
-        raise errors.MalformedError(
-            f"message: got {len(message)} bytes that are no {kind.DESCRIPTOR.name}; want one {wanted}"
-        ) from None
+        got = f"{len(message)} bytes that are no {kind.DESCRIPTOR.name}"
+        wanted = "one with strings in UTF-8 and every field complete"
+        raise errors.MalformedError(f"message: got {got}; want {wanted}") from None
 
 
 def _request_of(message: pb.LookupRequest) -> TableRequest:
-    """The engine's form of a request.
-
-    Raises:
-        InvalidRequestError: ids of both kinds, or a number that names no dtype, policy or pooling.
-    """
     ids = _ids_of(message)
     pooling = _named(_POOLINGS, message.pooling, "pooling")
     has_bags = pooling != "none" or len(message.bag_lengths)
@@ -236,12 +219,6 @@ def _request_of(message: pb.LookupRequest) -> TableRequest:
 
 
 def _search_of(message: pb.SearchRequest, engine: Engine) -> SearchRequest:
-    """The engine's form of a search.
-
-    Raises:
-        InvalidRequestError: ids of both kinds, queries of another width, or a number that names nothing.
-        UnknownTableError: no such table.
-    """
     ids = _ids_of(message)
     num_numbers, dim = len(message.queries), engine.table(message.table).manifest.embedding_dim
     if num_numbers % dim:
@@ -296,9 +273,8 @@ def batch_reply(replies: Sequence[Sequence[Buffer]]) -> bytes:
 
 @functools.lru_cache(_MOST_KEPT)
 def _fields_behind_vectors(version: str, dtype: int, dim: int, missing: tuple[int, ...]) -> bytes:
-    message = pb.LookupReply(dim=dim, dtype=dtype, missing=missing, version=version)  # type: ignore[arg-type] # an enum is an int
-    serialized: bytes = message.SerializeToString()
-    return serialized
+    message = pb.LookupReply(dim=dim, dtype=dtype, missing=missing, version=version)  # type: ignore[arg-type] # an int
+    return bytes(message.SerializeToString())
 
 
 def _head_of_field_1(num_bytes: int) -> bytes:

@@ -112,23 +112,22 @@ class Call:
 
     It gives them back when gRPC says that the call is done: a unary reply is sent after its handler has returned.
 
-    Attributes:
-        is_idle: whether no message is being answered.
-        deadline: when, by time.perf_counter, what is waited for must have come.
     """
 
     def __init__(self, calls: Calls, method: str, context: Any) -> None:
         self._calls, self._method, self._context = calls, method, context
         self._task = asyncio.current_task()
         self._held = contextlib.ExitStack()  # of the reply
-        self._reply_bytes, self._is_late, self.deadline = 0, False, math.inf
+        self._reply_bytes, self._is_late = 0, False
+        self.deadline = math.inf  # by time.perf_counter, of what is waited for: a message, or that a reply is taken
         calls.open.add(self)
         context.add_done_callback(self._close)
         self.start()
 
     def start(self) -> None:
         """A message has come; its time is counted from now on."""
-        self._started, self.is_idle = time.perf_counter(), False
+        self._started = time.perf_counter()
+        self.is_idle = False  # a message is being answered, or waited for
 
     async def check(self) -> None:
         """Whether the call may be answered at all.

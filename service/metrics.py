@@ -103,13 +103,16 @@ class Metrics:
         version: the artifact's version.
         counts: of all workers; of this one alone if not given.
         worker: which of them is this one's.
+
+    Attributes:
+        gauges: what is true of this worker now, to be set: `num_ready` (0 or 1), and `num_in_flight`, of requests.
     """
 
     def __init__(self, version: str, counts: Sequence[WorkerCounts] | None = None, worker: int = 0) -> None:
         self._version, self._all = version, counts or [WorkerCounts()]
         self._own = self._all[worker]
-        self._gauges = self._own.gauges
-        self._gauges.pid = os.getpid()
+        self.gauges = self._own.gauges
+        self.gauges.pid = os.getpid()
         self._lock = threading.Lock()
 
     def answered(self, api: str, method: str, code: str, seconds: float) -> None:
@@ -133,20 +136,12 @@ class Metrics:
             numbers[0] += num_ids
             numbers[1] += num_missing
 
-    def set_ready(self, *, ready: bool) -> None:
-        """Say whether this worker is ready."""
-        self._gauges.num_ready = int(ready)
-
-    def set_in_flight(self, num_requests: int) -> None:
-        """Say how many requests are being answered."""
-        self._gauges.num_in_flight = num_requests
-
     def measure_memory(self) -> None:
         """Note the resident memory; the page cache of the mapped artifact stands apart (Linux only)."""
         if _STATUS.exists():
             status = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
             for name, field in (("RssAnon", "anonymous_bytes"), ("RssFile", "file_bytes")):
-                setattr(self._gauges, field, 1024 * int(status.get(name, "0 kB").split()[0]))
+                setattr(self.gauges, field, 1024 * int(status.get(name, "0 kB").split()[0]))
 
     def render(self) -> bytes:
         """The text of /metrics, in the text format 0.0.4 of Prometheus."""

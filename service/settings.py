@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,13 @@ from dpq_rec.errors import ConfigError
 
 _BODY_BYTES_PER_ID = 64
 _LEAST_BODY_BYTES = 1 << 20
+_LIMITS: dict[tuple[float, float], tuple[str, ...]] = {  # the least and the most of each number
+    (0, 65_535): ("http_port", "grpc_port"),
+    (0, 86_400): ("drain_seconds", "stop_seconds", "min_ping_seconds", "send_seconds"),
+    (2, 86_400): ("hang_seconds",),
+    (1, math.inf): ("workers", "threads", "max_ids", "max_queries", "max_body_bytes", "max_in_flight",
+                    "max_connections", "max_calls"),
+}  # fmt: skip
 _DESCRIPTION = """\
 Serve the embedding tables of an artifact over HTTP and gRPC.
 Every flag is also an environment variable: --http-port is DPQ_HTTP_PORT. The flag wins.
@@ -79,19 +87,16 @@ class Settings:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
-        for name in ("http_port", "grpc_port"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 65_535, "0 to 65535")
-        is_host = bool(self.host) and self.host == self.host.strip(" \t[]")
-        _check("host", repr(self.host), is_host, "a name or an address, one of IPv6 without brackets")
+        for (least, most), names in _LIMITS.items():
+            for name in names:
+                got = getattr(self, name)
+                if got is not None and not least <= got <= most:
+                    wanted = f"{least} to {most}" if most < math.inf else f"{least} or more"
+                    raise ConfigError(f"{name}: got {got}, want {wanted}")
+        if not self.host or self.host != self.host.strip(" \t[]"):
+            raise ConfigError(f"host: got {self.host!r}, want a name or an address, one of IPv6 without brackets")
         if self.http_port and self.http_port == self.grpc_port:
             raise ConfigError(f"grpc_port: got {self.grpc_port}, the HTTP port; want another")
-        for name in ("workers", "threads", "max_ids", "max_queries", "max_in_flight", "max_connections", "max_calls"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        if self.max_body_bytes is not None:
-            _check("max_body_bytes", self.max_body_bytes, self.max_body_bytes >= 1, "1 or more")
-        for name in ("drain_seconds", "stop_seconds", "min_ping_seconds", "send_seconds"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 86_400, "0 to 86400")
-        _check("hang_seconds", self.hang_seconds, 2 <= self.hang_seconds <= 86_400, "2 to 86400")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise ConfigError("api_key: want one or more printable ASCII characters, or no key at all")
         if self.api_key is not None and self.api_key != self.api_key.strip():
@@ -104,11 +109,6 @@ class Settings:
     def body_limit_bytes(self) -> int:
         """Most bytes in one body: `max_body_bytes`, or what `max_ids` ids may take."""
         return self.max_body_bytes or max(_LEAST_BODY_BYTES, _BODY_BYTES_PER_ID * self.max_ids)
-
-
-def _check(name: str, got: object, is_sound: bool, wanted: str) -> None:
-    if not is_sound:
-        raise ConfigError(f"{name}: got {got}, want {wanted}")
 
 
 def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Settings:

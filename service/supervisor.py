@@ -135,13 +135,9 @@ class Child:
 
 
 class Supervisor:
-    """The workers and their fate.
+    """The workers and their fate. They inherit the store, mapped, and sockets that are bound.
 
-    Args:
-        store: the opened artifact, which the workers inherit mapped.
-        settings: of the server.
-        http_socket: bound; the workers listen on it.
-        grpc_socket: bound and shared; it keeps the port while the workers come and go, and never listens itself.
+    They listen on http_socket; grpc_socket keeps its port while they come and go, and never listens itself.
     """
 
     def __init__(

@@ -43,25 +43,15 @@ _KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep a connection: they s
 
 
 class Wiring(NamedTuple):
-    """What a worker gets from its parent.
+    """What a worker gets from its parent."""
 
-    Attributes:
-        http_socket: bound; the workers accept from it in turn.
-        grpc_address: HOST:PORT, which each worker listens on beside the others.
-        files: of the artifact, as they were opened.
-        counts: where the workers count.
-        worker: which of `counts` is this worker's.
-        ready_fd: a pipe that READY is written to, once, when the worker serves, and then ALIVE, every BEAT_SECONDS.
-        parent_fd: a pipe that closes when the parent is gone; the worker then stops too.
-    """
-
-    http_socket: socket.socket
-    grpc_address: str
-    files: ServedFiles
+    http_socket: socket.socket  # bound; the workers accept from it in turn
+    grpc_address: str  # HOST:PORT, which each worker listens on beside the others
+    files: ServedFiles  # of the artifact, as they were opened
     counts: list[WorkerCounts]
-    worker: int
-    ready_fd: int
-    parent_fd: int
+    worker: int  # which of `counts` is this worker's
+    ready_fd: int  # a pipe that READY is written to, once, when the worker serves, and then ALIVE, every BEAT_SECONDS
+    parent_fd: int  # a pipe that closes when the parent is gone; the worker then stops too
 
 
 def run(store: EmbeddingStore, settings: Settings, wiring: Wiring) -> int:

@@ -6,12 +6,10 @@ The stubs are committed, so that serving needs no compiler. Run this after a cha
 from __future__ import annotations
 
 import sys
-from importlib import resources
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PROTO = "dpq/v1/embedding.proto"
-_PACKAGE = "service.proto."
+STEM = "dpq/v1/embedding"
 
 
 def generate(folder: Path) -> list[Path]:
@@ -22,15 +20,13 @@ def generate(folder: Path) -> list[Path]:
     """
     from grpc_tools import protoc  # a development tool: serving does without
 
-    includes = [f"--proto_path={HERE}", f"--proto_path={resources.files('grpc_tools') / '_proto'}"]
-    outputs = [f"--python_out={folder}", f"--pyi_out={folder}", f"--grpc_python_out={folder}"]
-    if protoc.main(["protoc", *includes, *outputs, PROTO]):
-        raise RuntimeError(f"protoc refused {HERE / PROTO}")
-    stem = folder / PROTO.removesuffix(".proto")
-    grpc_stub = stem.with_name(stem.name + "_pb2_grpc.py")
+    outputs = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
+    if protoc.main(["protoc", f"--proto_path={HERE}", *outputs, f"{STEM}.proto"]):
+        raise RuntimeError(f"protoc refused {HERE / STEM}.proto")
+    stubs = [folder / f"{STEM}{suffix}" for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")]
     # protoc imports by the contract's path; the stubs live below service.proto.
-    grpc_stub.write_text(grpc_stub.read_text().replace("from dpq.v1 import", f"from {_PACKAGE}dpq.v1 import"))
-    return [stem.with_name(stem.name + "_pb2.py"), stem.with_name(stem.name + "_pb2.pyi"), grpc_stub]
+    stubs[-1].write_text(stubs[-1].read_text().replace("from dpq.v1 import", "from service.proto.dpq.v1 import"))
+    return stubs
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def test_gauges_are_those_of_living_workers():
     counts = [WorkerCounts(), WorkerCounts()]
     for worker in (0, 1):
         worker_metrics = Metrics("v", counts, worker)
-        worker_metrics.set_ready(ready=True)
-        worker_metrics.set_in_flight(worker + 3)
+        worker_metrics.gauges.num_ready = 1
+        worker_metrics.gauges.num_in_flight = worker + 3
         worker_metrics.measure_memory()
     assert {"dpq_ready_workers 2.0", "dpq_in_flight_requests 7.0"} <= lines_of(worker_metrics.render())
     counts[0].forget_gauges()

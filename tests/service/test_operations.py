@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import os
 import resource
 import shutil
@@ -12,6 +13,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service import supervisor, worker
@@ -194,3 +196,31 @@ def test_sighup_that_nohup_ignores_stops_nothing(start_server):
     assert lookup(server, "user_id").status_code == 200
     exit_code, logged = server.end()
     assert (exit_code, "SIGHUP" in logged) == (0, False)
+
+
+# Libraries
+
+
+def test_uvicorn_has_the_undocumented_parts_that_a_worker_rests_on(make_engine):
+    """Where this fails, a newer uvicorn has moved them: adapt `worker.HttpServer`, then the limit in pyproject."""
+
+    async def scenario():
+        config, sock = worker.http_config(make_engine()), supervisor.bind("127.0.0.1", 0, shared=False)
+        server = uvicorn.Server(config)
+        with server.capture_signals():
+            pass
+        serving = asyncio.create_task(uvicorn.Server.serve(server, sockets=[sock.dup()]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        async with httpx.AsyncClient(base_url=f"http://{supervisor.address_of(sock)}") as client:
+            assert (await client.get("/livez")).status_code == 200
+            (connection,) = server.server_state.connections
+            connection.check(0.0)  # by this project's own protocol
+        (listening,) = server.servers
+        assert listening.is_serving()
+        config.http_protocol_class(config=config, server_state=server.server_state, app_state={})
+        server.should_exit = True
+        await serving
+        assert list(inspect.signature(server.shutdown).parameters) == ["sockets"]
+
+    asyncio.run(scenario())

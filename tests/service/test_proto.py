@@ -58,6 +58,6 @@ def test_contract_has_the_fields_and_numbers_that_were_agreed():
 
 
 def test_generate_says_when_the_contract_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "PROTO", "dpq/v1/none.proto")
+    monkeypatch.setattr(generate, "STEM", "dpq/v1/none")
     with pytest.raises(RuntimeError, match="protoc refused"):
         generate.generate(tmp_path)
