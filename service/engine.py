@@ -191,31 +191,26 @@ class Engine:
         self._check_limits(requests)
         return Answer(self.store.version, [self._lookup(request) for request in requests])
 
+    def _lookup(self, request: TableRequest) -> Lookup:
+        table = self._table_for(request)
+        _, ids, dtype, missing, pooling, bag_lengths_B = request
+        if pooling == "none":
+            found = table.lookup(ids, dtype=dtype, missing=missing)
+        else:
+            found = table.lookup_bags(ids, bag_lengths_B, pooling=pooling, dtype=dtype, missing=missing)
+        self.metrics.looked_up(table.name, len(ids), len(found.missing))
+        return found
+
     def find_rows(self, requests: Sequence[TableRequest]) -> list[Rows]:
         """Where `lookup` would look for the vectors of several requests without bags; it raises what that raises."""
         self._check_limits(requests)
-        return [self._find_rows(request) for request in requests]
-
-    def _find_rows(self, request: TableRequest) -> Rows:
-        self._check(request)
-        return self.store.rows(request.table, request.ids, missing=request.missing)
-
-    def _lookup(self, request: TableRequest) -> Lookup:
-        self._check(request)
-        table, ids, dtype, missing, pooling, bag_lengths_B = request
-        if pooling == "none":
-            found = self.store.lookup(table, ids, dtype=dtype, missing=missing)
-        else:
-            found = self.store.lookup_bags(table, ids, bag_lengths_B, pooling=pooling, dtype=dtype, missing=missing)
-        self.metrics.looked_up(table, len(ids), len(found.missing))
-        return found
+        return [self._table_for(request).rows(request.ids, missing=request.missing) for request in requests]
 
     def lookup_octets(self, table: str, asked: bytes, form: Form, missing: MissingPolicy = "zeros") -> LookupBytes:
         """What `lookup`, or `lookup_codes`, finds for a request without bags, as it travels; it raises what they do."""
         num_ids = len(asked) // ID_BYTES
         self.check_num_ids(num_ids)
-        self.table(table)
-        found = self.store.lookup_bytes(table, asked, form=form, missing=missing)
+        found = self.table(table).lookup_bytes(asked, form=form, missing=missing)
         self.metrics.looked_up(table, num_ids, found.num_missing)
         return found
 
@@ -224,8 +219,7 @@ class Engine:
     ) -> PackedRows:
         """Packed codes of ids of one table, which is not dense; it raises what `lookup` does."""
         self.check_num_ids(len(ids))
-        self._check(TableRequest(table, ids))
-        found = self.store.codes(table, ids, missing=missing)
+        found = self._table_for(TableRequest(table, ids)).codes(ids, missing=missing)
         self.metrics.looked_up(table, len(ids), len(found.missing))
         return found
 
@@ -234,16 +228,16 @@ class Engine:
         self.check_num_ids(sum(request.num_rows for request in requests), "rows of the reply")
         self.check_num_ids(len(requests), "requests")
 
-    def _check(self, request: TableRequest) -> None:
-        """See that ids are strings where the vocabulary has strings, else integers; and that bags have all of them.
+    def _table_for(self, request: TableRequest) -> Table:
+        """The table of a request that fits it: ids of the vocabulary's type, and bags that have all of them.
 
         Strings must not reach numpy, whose arrays of strings are as wide as the longest of them.
         """
-        ids, bag_lengths_B = request.ids, request.bag_lengths_B
-        wants_strings = self.table(request.table).vocabulary.kind == "string"
+        table, ids, bag_lengths_B = self.table(request.table), request.ids, request.bag_lengths_B
+        wants_strings = table.vocabulary.kind == "string"
         if len(ids) and wants_strings != isinstance(ids, list):
             got, wanted = ("integers", "strings") if wants_strings else ("strings", "integers")
-            raise IdTypeError(f"ids: got {got}, table {request.table!r} wants {wanted}")
+            raise IdTypeError(f"ids: got {got}, table {table.name!r} wants {wanted}")
         if request.pooling == "none":
             if bag_lengths_B is not None:
                 raise InvalidRequestError("bag_lengths: got some without pooling; ask for pooling SUM or MEAN")
@@ -251,6 +245,7 @@ class Engine:
             raise InvalidRequestError("pooling: got no bag_lengths; they say how many ids, in order, each bag has")
         elif (num_pooled := int(bag_lengths_B.sum())) != len(ids):
             raise InvalidRequestError(f"bag_lengths: got a sum of {num_pooled}, want the {len(ids)} ids")
+        return table
 
     def search(self, request: SearchRequest, check: Callable[[], None] | None = None) -> SearchAnswer:
         """The rows most similar to queries; check() is called now and then, and what it raises ends the search.
@@ -262,7 +257,7 @@ class Engine:
             InvalidRequestError: queries that do not fit the table, no k, or neither queries nor ids.
             TooManyIdsError: more than `max_queries` queries, or `max_ids` answers.
         """
-        table, ids = request.table, request.ids
+        ids = request.ids
         if (request.queries is None) == (ids is None):
             raise InvalidRequestError("queries, ids: got both or neither, want one of them")
         num_queries = len(request.queries if ids is None else ids)
@@ -271,13 +266,13 @@ class Engine:
             raise TooManyIdsError(f"queries: got {num_queries}, want {wanted}")
         self.check_num_ids(num_queries * max(0, request.k), "answers")
         queries, missing = request.queries, np.empty(0, np.uint32)
-        self._check(TableRequest(table, [] if ids is None else ids))
+        table = self._table_for(TableRequest(request.table, [] if ids is None else ids))
         if ids is not None:
-            queries, missing = self.store.lookup(table, ids, missing=request.missing)
+            queries, missing = table.lookup(ids, missing=request.missing)
             queries = np.delete(queries, missing, axis=0)
-            self.metrics.looked_up(table, num_queries, len(missing))
+            self.metrics.looked_up(table.name, num_queries, len(missing))
         try:
-            found = self.store.search(table, queries, request.k, similarity=request.similarity, check=check)
+            found = table.search(queries, request.k, similarity=request.similarity, check=check)
         except ConfigError as error:
             raise InvalidRequestError(str(error)) from error
         return SearchAnswer(self.store.version, found, missing)

@@ -133,7 +133,7 @@ def test_the_documentation_says_which_ids_are_rounded_and_asks_for_strings_itsel
         ({"queries": [["1"] * 24]}, 422, "queries: got something else than numbers in a vector"),
         ({"queries": [[True] * 24]}, 422, "queries: got something else than numbers in a vector"),
         ({"queries": [[3e38] * 24]}, 422, "queries: their scores are more than 32 bits hold"),
-        ({"queries": [[1e39] * 24]}, 422, "queries: got numbers that are infinite"),
+        ({"queries": [[1e39] * 24]}, 422, "queries: got NaN or infinity"),
         ({"queries": {}}, 422, "queries: want a list of vectors"),
         ({"ids": [1], "k": 0}, 422, "k: got 0, want 1 or more"),
         ({"ids": [1], "k": True}, 422, "k: got a boolean, want an integer"),
