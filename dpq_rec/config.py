@@ -22,7 +22,7 @@ _ONLY_SX = {
     "hard_values": "'vq' has no softmax",
 }
 _ONLY_VQ = {
-    "penalty_weight": "'sx' has no penalty",
+    "penalty_weight": "'sx' has no codebook loss",
     "commitment_weight": "'sx' moves queries by the softmax alone",
     "ema_decay": "'sx' moves values by the gradient of the softmax",
     "value_gradient": "'sx' moves values by the task's gradient always",
@@ -55,8 +55,8 @@ class DPQConfig:
         penalty_weight: "vq" only: weight of the term that draws each value to the queries it stands for.
         commitment_weight: "vq" only: weight of the term that draws each query to its value (van den Oord et al., 2017).
         ema_decay: "vq" only: values are running means of the queries they stand for, with this decay per batch, instead
-            of being drawn there by the penalty (Kaiser et al., 2018).
-        value_gradient: "vq" only: values are moved by the task's gradient too, not by the penalty alone.
+            of being drawn there by the codebook loss (Kaiser et al., 2018).
+        value_gradient: "vq" only: values are moved by the task's gradient too, not by the codebook loss alone.
         revive_after: batches after which a code that no row of them chose is placed on one of the batch's queries.
         values_dtype: how values are stored; "float16" halves their bytes. Training rounds them the same way.
         quantize_small: quantize tables of so few rows, too, that codes and values take as many bytes as their vectors,
@@ -137,7 +137,7 @@ class DPQConfig:
             if not 0 < self.ema_decay < 1:
                 raise ConfigError(f"ema_decay: got {self.ema_decay}, want between 0 and 1, such as 0.99")
             self._refuse(
-                "penalty_weight", "ema_decay", "values are means of their queries, the penalty would do it again"
+                "penalty_weight", "ema_decay", "values are means of their queries, the codebook loss would do it again"
             )
             self._refuse("value_gradient", "ema_decay", "values are means of their queries, no gradient moves them")
         elif self.penalty_weight < 0 or (self.penalty_weight == 0 and not self.value_gradient):

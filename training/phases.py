@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
-from dpq_rec.nn import Quantizer, bypass, start
+from dpq_rec.nn import Quantizer, start, warm_up
 from dpq_rec.nn.find import find_tables
 from dpq_rec.nn.shards import shards_of
 from training.config import RunConfig
@@ -29,7 +29,7 @@ def enter(model: nn.Module, optimizer: KeyedOptimizer, config: RunConfig, epoch:
         return
     full_epochs = config.full_epochs
     if full_epochs:
-        bypass(model, enabled=epoch <= full_epochs)
+        warm_up(model, enabled=epoch <= full_epochs)
     if epoch != full_epochs + 1:
         return
     if full_epochs and isinstance(config.model, TwoTowerOptions) and config.model.similarity == "cosine":

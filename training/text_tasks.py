@@ -84,7 +84,7 @@ class LanguageModelTask:
         dpq = self.embedding.dpq_by_table({WORD: num_words})[WORD]
         word = nn.Embedding(num_words, dim) if dpq is None else DPQEmbedding(num_words, dim, dpq, name=WORD)
         if isinstance(word, DPQEmbedding):
-            word.penalty_scale = self.options.num_steps  # the loss is a sum over so many steps
+            word.codebook_loss_scale = self.options.num_steps  # the loss is a sum over so many steps
         return self._around(word)
 
     def _around(self, word: nn.Module) -> LanguageModel:

@@ -1,7 +1,7 @@
 """Training side of DPQ: the only place that imports torch and torchrec.
 
 `quantizer` (with `scores`, `choice`, `upkeep`, `kmeans`, `collectives` below it), `tables` (with `shards` below it),
-`embedding` and `collection`; then `replace`, `bypass`, `start` and `freeze`, which `find` the tables of a model.
+`embedding` and `collection`; then `replace`, `warm_up`, `start` and `freeze`, which `find` the tables of a model.
 `tracing`, `recompute` and `holders` are for what else is done to a model: graph capture, checkpointing, TorchRec's
 modules around a collection.
 """
@@ -17,7 +17,6 @@ except ImportError as error:
         "train",
     ) from error
 
-from dpq_rec.nn.bypass import bypass
 from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection
 from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag, TiedLinear
 from dpq_rec.nn.find import subspace_constraints
@@ -25,6 +24,7 @@ from dpq_rec.nn.freeze import freeze
 from dpq_rec.nn.quantizer import Quantized, Quantizer
 from dpq_rec.nn.replace import replace_embeddings
 from dpq_rec.nn.start import start
+from dpq_rec.nn.warm_up import warm_up
 
 __all__ = [
     "DPQEmbedding",
@@ -34,9 +34,9 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "TiedLinear",
-    "bypass",
     "freeze",
     "replace_embeddings",
     "start",
     "subspace_constraints",
+    "warm_up",
 ]

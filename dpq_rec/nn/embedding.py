@@ -214,7 +214,7 @@ class DPQEmbedding(_OneTable, nn.Embedding):  # type: ignore[override]
     >>> embedding = DPQEmbedding(50_000, 512, DPQConfig(num_subspaces=64), padding_idx=0)
     >>> vectors = embedding(ids)        # [..., E], as before
 
-    It may be called several times in a forward, by encoder and decoder for example: the penalties of all calls count.
+    It may be called several times in a forward, by encoder and decoder for example: the codebook loss of each counts.
     An optimizer that is fused into backward makes an update for each call.
     Arguments: see `_OneTable`; training and sharding: see `DPQTables`.
 
@@ -246,7 +246,7 @@ class DPQEmbedding(_OneTable, nn.Embedding):  # type: ignore[override]
         learned = Distinct(rows_N[learns_N], counts_N[learns_N], at_T)
         vectors_NE = super()._quantize(name, queries_NQ[learns_N], learned)
         quantizer, fixed_PE = self.quantizer(name), queries_NQ[~learns_N].detach()  # one or none
-        if len(fixed_PE) and not quantizer.bypassed:
+        if len(fixed_PE) and not quantizer.is_warming_up:
             fixed_PE = quantizer.decode(quantizer.encode(fixed_PE, rows_N=rows_N[~learns_N])).detach()
             run = self._padding_runs.unchecked(rows_N, counts_N)
             fixed_PE = fixed_PE if run is None else run.fixed(fixed_PE)

@@ -85,9 +85,9 @@ def sample(quantizer: Quantizer, queries_NQ: torch.Tensor, rows_N: torch.Tensor 
 
 
 def read_by(quantizer: Quantizer, queries_NQ: torch.Tensor, rows_N: torch.Tensor | None, whose: str) -> list[Numbers]:
-    """What a forward in training reads: queries, keys and values; queries alone where tables are bypassed."""
+    """What a forward in training reads: queries, keys and values; queries alone in the warm-up."""
     queries = sample(quantizer, queries_NQ, rows_N, whose)
-    if quantizer.bypassed:
+    if quantizer.is_warming_up:
         return [queries._replace(largest=float("inf"))]
     values, *keys = _keys_and_values(quantizer, queries.largest, whose)
     if quantizer.config.values_dtype == "float16":

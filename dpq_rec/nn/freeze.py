@@ -64,7 +64,7 @@ def freeze(
         progress: called on rank 0 with the rows of each chunk that was written.
 
     Raises:
-        ConfigError: the model holds no tables, or tables that cannot be frozen: bypassed ones, with numbers that are
+        ConfigError: the model holds no tables, or tables that cannot be frozen: in their warm-up, with numbers that are
             not finite, of a dtype that fp32 does not hold; a vocabulary that names a padding row.
         FileExistsError: the path exists.
     """
@@ -74,9 +74,9 @@ def freeze(
     for name, table in found.items():
         if table.quantizer is not None:
             check_cuts(name, table.weight_VQ, table.quantizer.config)
-            if table.quantizer.bypassed:
-                got = "queries that bypass its quantizer"
-                raise ConfigError(f"table {name!r}: got {got}; call bypass(model, enabled=False), and start, before")
+            if table.quantizer.is_warming_up:
+                got = "a table in its warm-up"
+                raise ConfigError(f"table {name!r}: got {got}; call warm_up(model, enabled=False), and start, before")
     check_tables(found)
     contents = {
         name: _contents(name, table, (vocabularies or {}).get(name) or _vocabulary(table))

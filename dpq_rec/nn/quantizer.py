@@ -1,4 +1,4 @@
-"""Differentiable product quantization. In: queries_NQ. Out: Quantized(codes_NM, vectors_NE, penalty).
+"""Differentiable product quantization. In: queries_NQ. Out: Quantized(codes_NM, vectors_NE, codebook_loss).
 
 A query is cut into D groups; in each group the nearest of K keys is chosen, and its value replaces the group (DPQ
 paper, eq. 1 and 2). With residual levels, level l chooses for what the query has left when the values of the levels
@@ -7,8 +7,8 @@ first levels only: in ascending rows, a level is of those at the front. The choi
 different ones in its place:
 
 * DPQ-SX: in the backward pass the choice is a softmax of the scores (eq. 5).
-* DPQ-VQ: the gradient of the vector is given to the query as it is (eq. 7). Keys are the values, and a penalty draws
-  each value to the queries that it stands for; or it is their running mean (`upkeep`).
+* DPQ-VQ: the gradient of the vector is given to the query as it is (eq. 7). Keys are the values, and a codebook
+  loss draws each value to the queries that it stands for; or it is their running mean (`upkeep`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch.nn import functional
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.choice import Compared, choose, softmax_choice
+from dpq_rec.nn.codebook_loss import codebook_loss
 from dpq_rec.nn.finite import check_dtype, check_finite, read_by, sample
 from dpq_rec.nn.kmeans import centroids, check_faiss
-from dpq_rec.nn.penalty import codebook_loss
 from dpq_rec.nn.recompute import Codebook, FirstRuns, recomputing
 from dpq_rec.nn.scores import Affine, Score, ScoreNorm, directions, encode
 from dpq_rec.nn.tracing import refuse_scripting, refused_elsewhere
@@ -40,13 +40,13 @@ class Quantized(NamedTuple):
     Attributes:
         codes_NM: the chosen codes (int64), level by level; NO_CODE in levels that a row does not have.
         vectors_NE: their values; in training, gradients flow to queries, keys and values.
-        penalty: scalar, to be minimised beside the loss (zero for DPQ-SX); averaged over ranks it is the mean over all
-            occurrences on all ranks. It counts once: a second backward of the same forward gets zeros from it.
+        codebook_loss: scalar, to be minimised beside the loss (zero for DPQ-SX); averaged over ranks it is the mean
+            over all occurrences on all ranks. It counts once: a second backward of the same forward gets zeros from it.
     """
 
     codes_NM: torch.Tensor
     vectors_NE: torch.Tensor
-    penalty: torch.Tensor
+    codebook_loss: torch.Tensor
 
 
 class Quantizer(nn.Module):
@@ -62,13 +62,13 @@ class Quantizer(nn.Module):
         num_embeddings: V; wanted where the config has tiers.
 
     Attributes:
-        bypassed: whether tables hand out the queries themselves; see `dpq_rec.nn.bypass`.
+        is_warming_up: whether tables hand out the queries themselves; see `dpq_rec.nn.warm_up`.
 
     Raises:
         ConfigError: num_subspaces does not divide embedding_dim; or tiers of a table of unknown size.
     """
 
-    bypassed = False
+    is_warming_up = False
     _is_fsdp_managed_module = False  # set by torch, where FSDP holds the parameters
     __prepare_scriptable__ = refuse_scripting
 
@@ -195,7 +195,8 @@ class Quantizer(nn.Module):
 
         Args:
             queries_NQ: raw vectors of distinct rows, [N, query_dim]; compared in the dtype of the keys.
-            counts_N: how often each row occurs in the batch; once each if not given. Weighs batch norm and penalty.
+            counts_N: how often each row occurs in the batch; once each if not given. Weighs batch norm and the
+                codebook loss.
             rows_N: which rows these are, ascending; wanted where there are tiers.
             is_checked: the caller has checked that what a forward in training reads is finite.
 
@@ -212,7 +213,7 @@ class Quantizer(nn.Module):
             check_finite(read_by(self, queries_NQ, rows_N, "quantizer"))
         like = queries_NQ.detach() if rows_N is None else rows_N
         run = None if self.first_runs is None else self.first_runs.of(self, like, counts_N)
-        rest_NDS, vectors_NDS, penalty = self._grouped(queries_NQ), None, queries_NQ.new_zeros(())
+        rest_NDS, vectors_NDS, loss = self._grouped(queries_NQ), None, queries_NQ.new_zeros(())
         codes: list[torch.Tensor] = []
         done: list[torch.Tensor] = []  # vectors of rows that have no more levels, the last rows first
         for number, num_rows in enumerate(self._rows_by_level(len(queries_NQ), rows_N)):
@@ -233,7 +234,7 @@ class Quantizer(nn.Module):
                 )
             else:
                 chosen_NDS = choose(level.values_DKS, level.codes_ND)
-                penalty = penalty + codebook_loss(self.config, chosen_NDS, rest_NDS, counts_N)
+                loss = loss + codebook_loss(self.config, chosen_NDS, rest_NDS, counts_N)
                 emitted_NDS = chosen_NDS if self.config.value_gradient else chosen_NDS.detach()
             self._keep_up(number, level.codes_ND, rest_NDS.detach(), counts_N[:num_rows])
             codes.append(level.codes_ND)
@@ -244,7 +245,7 @@ class Quantizer(nn.Module):
         vectors_NE = (torch.cat([vectors_NDS, *reversed(done)]) if done else vectors_NDS).flatten(1)
         if self.config.method == "vq":  # H = Q - sg(Q - T(Q)) (DPQ paper, eq. 7): the difference is exactly zero
             vectors_NE = vectors_NE + (queries_NQ - queries_NQ.detach())
-        return Quantized(_side_by_side(codes), vectors_NE, penalty)
+        return Quantized(_side_by_side(codes), vectors_NE, loss)
 
     @torch.no_grad()
     def encode(

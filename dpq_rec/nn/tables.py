@@ -18,8 +18,8 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, Em
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
+from dpq_rec.nn.codebook_loss import with_codebook_loss
 from dpq_rec.nn.finite import Numbers, check_dtype, check_finite, read_by
-from dpq_rec.nn.penalty import with_penalty
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.shards import check_cuts
 from dpq_rec.nn.tracing import refuse_scripting
@@ -54,15 +54,15 @@ class _Unscripted(nn.ModuleDict):
 class DPQTables(nn.Module):
     """Tables that are trained to be frozen to a few bytes a row; the modules that users build are subclasses.
 
-    The penalty of DPQ-VQ needs no line in the training loop: whoever differentiates the vectors differentiates it too.
+    The codebook loss of DPQ-VQ needs no line in the training loop: the gradient of the vectors holds it.
     Sharding and fused optimizers apply to `queries` (`DistributedModelParallel` finds them); keys and values are data
     parallel. Shards of a table on meta start from their rank's own generator: seed ranks apart, or shards begin alike.
     In training every rank must call forward equally often: batch statistics are summed over ranks. A forward inside a
     backward pass is one run again (gradient checkpointing): it moves no statistics. Keep data-parallel
     queries out of plans on CPU, where TorchRec's fail (FBGEMM #4586); stock plans are row-wise.
 
-    The penalty cannot see what a loss is multiplied by before `backward`: set `penalty_scale` to that factor, a
-    GradScaler's scale or 1 / n where n gradients are accumulated. It counts once for each forward that is
+    The codebook loss cannot see what a loss is multiplied by before `backward`: set `codebook_loss_scale` to that
+    factor, a GradScaler's scale or 1 / n where n gradients are accumulated. It counts once for each forward that is
     differentiated, in the first of several backwards. Values that are running means (`ema_decay`) are no parameters to
     DistributedDataParallel, which refuses a model that has no others: wrap such a model with init_data_parallel=False,
     after `start` or the same seed on every rank.
@@ -84,14 +84,14 @@ class DPQTables(nn.Module):
 
     padding_idx: int | None = None
     keeps_padding = False
-    penalty_scale = 1.0
+    codebook_loss_scale = 1.0
 
     def __init__(
         self, tables: Sequence[BaseEmbeddingConfig], configs: Mapping[str, DPQConfig], device: torch.device | None
     ) -> None:
         nn.Module.__init__(self)  # by name: a subclass that is an nn.Embedding too must not become a plain one
         self.quantized_tables = list(tables)
-        self.penalties: dict[str, torch.Tensor] = {}  # table -> penalty of the last forward in training, to be logged
+        self.codebook_losses: dict[str, torch.Tensor] = {}  # of the last forward in training, by table, to be logged
         self.quantizers = _InFP32()
         self.plain = _Unscripted()  # stock collections of the tables that are not quantized
         self._cuts_checked = False
@@ -225,17 +225,17 @@ class DPQTables(nn.Module):
 
     def _quantize(self, name: str, queries_NQ: torch.Tensor, asked: Distinct) -> torch.Tensor:
         quantizer = self.quantizer(name)
-        if quantizer.bypassed:
+        if quantizer.is_warming_up:
             if not self.training:
                 return queries_NQ
-            self.penalties[name] = queries_NQ.new_zeros(())
-            return _Bypassed.apply(queries_NQ, *(weight for weight in quantizer.parameters() if weight.requires_grad))
+            self.codebook_losses[name] = queries_NQ.new_zeros(())
+            return _WarmUp.apply(queries_NQ, *(weight for weight in quantizer.parameters() if weight.requires_grad))
         with torch.autocast(queries_NQ.device.type, enabled=False):  # half precision would choose other codes
             quantized = quantizer(queries_NQ, asked.counts_N.to(queries_NQ.dtype), asked.rows_N, is_checked=True)
         if not self.training:
             return quantized.vectors_NE
-        self.penalties[name] = quantized.penalty.detach()
-        return with_penalty(quantized.vectors_NE, quantized.penalty, self.penalty_scale)
+        self.codebook_losses[name] = quantized.codebook_loss.detach()
+        return with_codebook_loss(quantized.vectors_NE, quantized.codebook_loss, self.codebook_loss_scale)
 
 
 class _InFP32(nn.ModuleDict):
@@ -292,7 +292,7 @@ def _distinct(rows_T: torch.Tensor, table: BaseEmbeddingConfig) -> Distinct:
     return Distinct(rows_N, counts_N, at_T)
 
 
-class _Bypassed(torch.autograd.Function):
+class _WarmUp(torch.autograd.Function):
     """The queries as they are; backward, keys and values get gradients of zero, and none is missing to DDP."""
 
     @staticmethod

@@ -23,7 +23,7 @@ class Case:
         optimizer: of the tables, in model.OPTIMIZERS.
         num_shards: of a table cut by columns, whatever the number of ranks.
         start: keys and values from the queries before training.
-        full_steps: steps before that, in which the quantizers are bypassed.
+        full_steps: steps before that, in which the tables warm up.
         weighted: bags are weighted sums.
         plain_items: the item table is not quantized.
         gaps: on odd steps the second half of the examples, all of the second of two ranks, has no user, on some no

@@ -103,7 +103,7 @@ def refusals_of_not_finite(model, wrapped, out: Path):
         "freeze": lambda: freeze(wrapped, out / "never made"),
     }
     before = _set_query(model, 70, float("nan"))
-    said = {name: refusal(action) for name, action in entries.items() if name != "freeze" or not model.bypassed}
+    said = {name: refusal(action) for name, action in entries.items() if name != "freeze" or not model.is_warming_up}
     _set_query(model, 70, before)
     return {**said, "mended": refusal(entries["forward"])}
 

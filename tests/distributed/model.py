@@ -139,12 +139,12 @@ def load_whole(wrapped, weights):
 
 
 def train_step(model, wrapped, optimizer, features, labels):
-    """One step; its loss and penalties, [1 + tables]."""
+    """One step; its loss and codebook loss, [1 + tables]."""
     loss = wrapped(features, labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return torch.stack([loss.detach(), *model.tables.penalties.values()])
+    return torch.stack([loss.detach(), *model.tables.codebook_losses.values()])
 
 
 def dense_optimizer(wrapped):

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dpq_rec.nn import bypass
+from dpq_rec.nn import warm_up
 from tests.distributed.cases import CASES, NUM_STEPS, Case, default_config
 from tests.distributed.checks import queries
 from tests.distributed.model import (
@@ -61,23 +61,23 @@ FORMULAS = {"sgd": sgd, "adagrad": adagrad, "rowwise_adagrad": rowwise_adagrad, 
 
 
 def by_formula(case, device="cpu", quantizers=None):
-    """Losses and penalties, and the queries at the end; from these keys and values after any full steps, if given."""
+    """Losses and codebook loss, and the queries at the end; from these keys and values, if given, after full steps."""
     torch.manual_seed(0)
     model = Model(case).to(device)
     tables = [p for part in (model.tables.queries, model.tables.plain) for p in part.parameters()]
     num_parts = case.num_shards if case.sharding == "column_wise" else 1
     states = [{} for _ in range(num_parts * len(tables))]
     if case.full_steps:
-        bypass(model)
+        warm_up(model)
         steps_by_formula(model, tables, states, range(-case.full_steps, 0))
-        bypass(model, enabled=False)
+        warm_up(model, enabled=False)
     if quantizers is not None:
         model.tables.quantizers.load_state_dict(quantizers)
     return steps_by_formula(model, tables, states, range(NUM_STEPS)), queries(model)
 
 
 def steps_by_formula(model, tables, states, steps):
-    """Losses and penalties of each step; tables, and the statistics of each of their shards, are changed."""
+    """Losses and codebook loss of each step; tables, and the statistics of each of their shards, are changed."""
     case, num_parts = model.case, len(states) // len(tables)
     formula, settings = FORMULAS[case.optimizer], OPTIMIZERS[case.optimizer][1]
     optimizer, losses = dense_optimizer(model), []

@@ -9,7 +9,7 @@ from tests.distributed.cases import CASES, NUM_STEPS
 from tests.distributed.checks import frozen_vectors
 
 STARTED = [name for name, case in CASES.items() if case.start]
-BYPASSED = ("bypassed", "freeze")  # which refuses it for that
+WARM_UP = ("warm-up", "freeze")  # which refuses it for that
 REVIVED = [name for name, case in CASES.items() if case.config.revive_after]
 
 
@@ -36,14 +36,14 @@ def test_both_ranks_hold_queries(runs, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_have_the_losses_and_penalties_of_one(runs, case):
+def test_two_ranks_have_the_losses_and_codebook_losses_of_one(runs, case):
     atol = CASES[case].atol
     np.testing.assert_allclose(losses(runs, 2, case), losses(runs, 1, case), rtol=0, atol=atol)
     assert losses(runs, 1, case).shape == (NUM_STEPS, 1 + len(CASES[case].quantized))
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.full_steps])
-def test_two_ranks_bypass_quantizers_with_the_losses_of_one(runs, case):
+def test_two_ranks_warm_up_with_the_losses_of_one(runs, case):
     one, two = (runs[size].report["cases"][case]["losses of full steps"] for size in (1, 2))
     np.testing.assert_allclose(two, one, rtol=0, atol=CASES[case].atol)
     assert np.shape(one) == (CASES[case].full_steps, 1 + len(CASES[case].quantized))
@@ -114,9 +114,9 @@ def test_every_rank_refuses_cuts_through_a_subspace(runs, entry):
     ("case", "entry"),
     [
         (c, e)
-        for c in ("vq", "sx-no_batch_norm", "bypassed")
+        for c in ("vq", "sx-no_batch_norm", "warm-up")
         for e in ("forward", "start", "freeze")
-        if (c, e) != BYPASSED
+        if (c, e) != WARM_UP
     ],
 )
 def test_every_rank_names_the_row_that_is_not_finite_whichever_asks_for_it(runs, case, entry):
@@ -126,6 +126,6 @@ def test_every_rank_names_the_row_that_is_not_finite_whichever_asks_for_it(runs,
         assert text.startswith("ConfigError: table 'user': got NaN or infinity in the query of row 70;")
 
 
-@pytest.mark.parametrize("case", ["vq", "sx-no_batch_norm", "bypassed"])
+@pytest.mark.parametrize("case", ["vq", "sx-no_batch_norm", "warm-up"])
 def test_ranks_train_on_together_when_the_row_is_mended(runs, case):
     assert [rank["mended"] for rank in runs[2].report["not finite"][case]] == ["none", "none"]

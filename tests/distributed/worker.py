@@ -15,7 +15,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from dpq_rec import DPQConfig
-from dpq_rec.nn import DPQEmbeddingBagCollection, bypass, freeze, start
+from dpq_rec.nn import DPQEmbeddingBagCollection, freeze, start, warm_up
 from tests.distributed import checks, graphs, tied
 from tests.distributed.cases import CASES, NUM_STEPS, Case, default_config
 from tests.distributed.model import Model, batch, constraints, dense_optimizer, shard, shard_with_weights, train_step
@@ -24,7 +24,7 @@ BIG_TABLE = {"num_embeddings": 1_000_000, "embedding_dim": 64}
 NOT_FINITE = {  # with sums over ranks of its own, and with none
     "vq": Case(config=default_config("vq", ema_decay=0.9, revive_after=2), sharding="row_wise"),
     "sx-no_batch_norm": Case(config=default_config("sx", batch_norm=False), sharding="column_wise"),
-    "bypassed": Case(config=default_config("sx"), sharding="table_wise", full_steps=1),
+    "warm-up": Case(config=default_config("sx"), sharding="table_wise", full_steps=1),
 }
 META = {
     "table_wise": Case(config=default_config("sx", share_subspaces=True), sharding="table_wise", plain_items=True),
@@ -40,9 +40,9 @@ def train(case, out):
     wrapped = shard_with_weights(model, constraints(model))
     report = {"owners": checks.owners(model)}
     if case.full_steps:
-        bypass(wrapped)
+        warm_up(wrapped)
         report["losses of full steps"] = _losses(model, wrapped, range(-case.full_steps, 0))
-        bypass(wrapped, enabled=False)
+        warm_up(wrapped, enabled=False)
     if case.start:
         torch.manual_seed(dist.get_rank())  # what k-means does not place is random, and must come from one rank
         start(wrapped, seed=3)
@@ -85,8 +85,8 @@ def not_finite(case, out):
     """Every rank must refuse, whichever of them asks for the row or holds it, and none wait for another."""
     model = Model(case)
     wrapped = shard(model, constraints(model))
-    model.bypassed = bool(case.full_steps)
-    bypass(wrapped, enabled=model.bypassed)
+    model.is_warming_up = bool(case.full_steps)
+    warm_up(wrapped, enabled=model.is_warming_up)
     return checks.of_all_ranks(checks.refusals_of_not_finite(model, wrapped, out))
 
 

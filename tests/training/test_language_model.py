@@ -169,8 +169,8 @@ def test_keys_and_values_take_steps_of_their_own_rate(task_of):
         torch.testing.assert_close(steps[1][name], want, rtol=1e-3, atol=1e-7)
 
 
-def test_the_penalty_of_vq_counts_as_often_as_the_steps_that_a_loss_sums(task_of):
-    """Its values are moved by the penalty alone: here 4 times the mean of |nearest value - query|^2."""
+def test_the_codebook_loss_of_vq_counts_as_often_as_the_steps_that_a_loss_sums(task_of):
+    """Its values are moved by the codebook loss alone: here 4 times the mean of |nearest value - query|^2."""
     task = task_of(embedding="dpq-vq", batch_norm=False, **DPQ)
     model, batch = task.model(), next(task.train_batches(1))
     queries_TS = model.word.query_weights()["word"].detach()[batch.words_TB.flatten()].view(-1, 4)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torchrec import KeyedJaggedTensor
 
 from dpq_rec import DPQConfig, verify
-from dpq_rec.nn import Quantizer, bypass
+from dpq_rec.nn import Quantizer, warm_up
 from training import tasks
 from training.__main__ import main
 from training.config import EmbeddingOptions, OptimisationOptions
@@ -72,7 +72,7 @@ def step(model, optimizer, number):
 @pytest.mark.parametrize("optimizer", ["rowwise-adagrad", "adagrad", "sgd"])
 def test_full_phase_learns_step_by_step_what_plain_tables_do(one_rank, optimizer):
     (model, own, rows), (plain, others, wanted) = (sharded(dpq, optimizer) for dpq in (DPQ, None))
-    bypass(model)
+    warm_up(model)
     for number in range(5):
         assert step(model, own, number) == pytest.approx(step(plain, others, number), rel=1e-5)
     for name in ROWS:
@@ -84,7 +84,7 @@ def test_rows_cut_to_length_one_take_the_steps_that_they_would_have_taken(one_ra
     """Their direction after one more step is that of rows that stayed as long, but for this step's own square."""
     (cut, own, rows), (whole, others, wanted) = (sharded(DPQ, optimizer) for _ in range(2))
     for model, each in ((cut, own), (whole, others)):
-        bypass(model)
+        warm_up(model)
         for number in range(60):
             step(model, each, number)
     to_unit_length(cut, own)
@@ -110,10 +110,10 @@ def test_row_of_zeros_has_no_length_to_be_cut_to(one_rank):
 def test_quantized_phase_begins_without_adams_memory_of_zeros(one_rank):
     """One step of Adam moves by its rate at most; with the steps of the full phase counted it would be three times."""
     model, optimizer, _ = sharded(DPQ)
-    bypass(model)
+    warm_up(model)
     for number in range(30):
         step(model, optimizer, number)
-    bypass(model, enabled=False)
+    warm_up(model, enabled=False)
     begin_anew(model, optimizer)
     placed = [weight for module in model.modules() if isinstance(module, Quantizer) for weight in module.parameters()]
     before = [weight.detach().clone() for weight in placed]
@@ -134,7 +134,7 @@ def test_keys_and_values_are_placed_before_the_first_quantized_epoch_alone(one_r
         before = [quantizer.values_MKS.detach().clone() for quantizer in quantizers]
         enter(model, optimizer, config, epoch)
         placed = not any(torch.equal(q.values_MKS, was) for q, was in zip(quantizers, before, strict=True))
-        seen.append((quantizers[0].bypassed, placed, bool((rows["user_id"].norm(dim=1) - 1).abs().max() < 1e-5)))
+        seen.append((quantizers[0].is_warming_up, placed, bool((rows["user_id"].norm(dim=1) - 1).abs().max() < 1e-5)))
     assert seen == [(True, False, False), (True, False, False), (False, True, True), (False, False, True)]
 
 

@@ -82,7 +82,7 @@ class Reconstruction:
             quantized = quantizer(queries_VQ[rows_N], torch.ones(len(rows_N)))
             loss = functional.mse_loss(quantized.vectors_NE, target_VE[rows_N])
             optimizer.zero_grad()
-            (loss + quantized.penalty).backward()
+            (loss + quantized.codebook_loss).backward()
             optimizer.step()
 
     @torch.no_grad()

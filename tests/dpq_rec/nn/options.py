@@ -36,7 +36,7 @@ OPTIONS = {
         "commitment_weight": 0.25,
         "value_gradient": True,
     },
-    "vq, no penalty, no batch norm": {
+    "vq, no codebook loss, no batch norm": {
         "method": "vq",
         "penalty_weight": 0.0,
         "value_gradient": True,

@@ -250,16 +250,16 @@ def test_queries_get_the_gradient_of_every_occurrence():
     assert gradient[[0, 1, 2, *range(5, 20)]].abs().sum() == 0
 
 
-def test_penalty_reaches_the_values_without_a_line_in_the_training_loop():
+def test_codebook_loss_reaches_the_values_without_a_line_in_the_training_loop():
     ebc = make([table("a", feature_names=["f"])], "vq")
     features = keyed({"f": [[3], [3, 3], [4]]})
     (ebc(features).values() * 0).sum().backward()
     quantizer = ebc.quantizer("a")
     queries = ebc.queries["8"].embeddings["a"].weight[[3, 4]].detach()
     again = quantizer(queries, torch.tensor([3.0, 1.0]))
-    (want,) = torch.autograd.grad(again.penalty, [quantizer.values_MKS])
+    (want,) = torch.autograd.grad(again.codebook_loss, [quantizer.values_MKS])
     torch.testing.assert_close(quantizer.values_MKS.grad, want)
-    torch.testing.assert_close(ebc.penalties["a"], again.penalty.detach())
+    torch.testing.assert_close(ebc.codebook_losses["a"], again.codebook_loss.detach())
 
 
 @pytest.mark.parametrize("init_fn", [torch.nn.init.ones_, partial(torch.nn.init.uniform_, a=1.0, b=2.0)])

@@ -7,7 +7,7 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from dpq_rec import ConfigError, EmbeddingStore
-from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBagCollection, Quantizer, bypass, freeze, start
+from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBagCollection, Quantizer, freeze, start, warm_up
 from tests.dpq_rec.nn.modules import KINDS, NUM_IDS, batch, build, config, queries, train, vectors
 
 METHODS = {
@@ -146,9 +146,9 @@ def test_other_dtypes_are_refused_by_freeze_and_start(dtype, use, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_bypassed_tables_are_refused_too(dtype):
+def test_tables_in_their_warm_up_are_refused_too(dtype):
     module = made(DPQEmbedding, method="vq").to(dtype)
-    bypass(nn.Sequential(module))
+    warm_up(nn.Sequential(module))
     with pytest.raises(ConfigError, match=f"got queries of {dtype}"):
         module(batch(DPQEmbedding))
 

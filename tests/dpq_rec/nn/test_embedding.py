@@ -77,7 +77,7 @@ def test_embedding_gives_queries_the_gradients_of_torchs_table(ids, padding_idx)
 
 @pytest.mark.parametrize("padding_idx", [0, -1])
 def test_padding_is_zeros_and_trains_nothing(padding_idx):
-    """Neither its query nor, by penalty and statistics, keys and values."""
+    """Neither its query nor, by codebook loss and statistics, keys and values."""
     torch.manual_seed(0)
     module = DPQEmbedding(V, E, config(method="vq"), padding_idx=padding_idx)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -88,28 +88,28 @@ def test_padding_is_zeros_and_trains_nothing(padding_idx):
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
-def test_padding_leaves_no_trace_in_statistics_and_penalty():
+def test_padding_leaves_no_trace_in_statistics_and_codebook_loss():
     torch.manual_seed(0)
     module = DPQEmbedding(V, E, config(method="vq"), padding_idx=0)
     bare = DPQEmbedding(V, E, config(method="vq"))
     bare.load_state_dict(module.state_dict())
     module(torch.tensor([0, 5, 0, 7, 7])), bare(torch.tensor([5, 7, 7]))
-    assert torch.equal(module.penalties["table"], bare.penalties["table"])
+    assert torch.equal(module.codebook_losses["table"], bare.codebook_losses["table"])
     assert all(torch.equal(a, b) for a, b in zip(module.buffers(), bare.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("unused", [False, True])
-def test_penalties_of_all_calls_of_a_forward_count(unused):
-    """Encoder and decoder ask the same table; a call whose vectors take no part in the loss has no penalty either."""
+def test_codebook_losses_of_all_calls_of_a_forward_count(unused):
+    """Encoder and decoder ask the same table; a call whose vectors take no part in the loss has no codebook loss."""
     module, _ = pair(DPQEmbedding, nn.Embedding)
     encoder_ids, decoder_ids = torch.tensor([1, 2, 2]), torch.tensor([2, 9])
     encoded, decoded_ = module(encoder_ids), module(decoder_ids)
     (encoded * 0 + (0 if unused else decoded_.sum() * 0)).sum().backward()
     rows = queries(module).detach()
-    penalty = module.only_quantizer(rows[[1, 2]], torch.tensor([1.0, 2.0])).penalty
+    codebook_loss = module.only_quantizer(rows[[1, 2]], torch.tensor([1.0, 2.0])).codebook_loss
     if not unused:
-        penalty = penalty + module.only_quantizer(rows[[2, 9]], torch.tensor([1.0, 1.0])).penalty
-    (want,) = torch.autograd.grad(penalty, [module.only_quantizer.values_MKS])
+        codebook_loss = codebook_loss + module.only_quantizer(rows[[2, 9]], torch.tensor([1.0, 1.0])).codebook_loss
+    (want,) = torch.autograd.grad(codebook_loss, [module.only_quantizer.values_MKS])
     torch.testing.assert_close(module.only_quantizer.values_MKS.grad, want)
 
 

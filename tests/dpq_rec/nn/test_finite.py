@@ -14,11 +14,11 @@ from dpq_rec.nn import (
     DPQEmbeddingBag,
     DPQEmbeddingBagCollection,
     Quantizer,
-    bypass,
     finite,
     freeze,
     replace_embeddings,
     start,
+    warm_up,
 )
 from tests.dpq_rec.nn.modules import KINDS, NUM_IDS, batch, build, config, queries, train, vectors
 from tests.dpq_rec.nn.options import OPTIONS
@@ -82,7 +82,7 @@ def test_queries_too_large_to_be_compared_are_refused_like_infinity(options, lar
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_all_statistics_of_the_largest_queries_and_keys_are_finite(options):
-    """What is let through does not overflow further in: neither moments nor means, penalty nor gradients."""
+    """What is let through does not overflow further in: neither moments nor means, codebook loss nor gradients."""
     torch.manual_seed(0)
     quantizer = Quantizer(64, config(num_subspaces=1, **options), num_embeddings=30)
     largest = finite.sample(quantizer, torch.zeros(1), None, "").largest
@@ -91,9 +91,9 @@ def test_all_statistics_of_the_largest_queries_and_keys_are_finite(options):
         parameter.data = limit * (1 - 2 * torch.rand_like(parameter)).sign()
     rows = (largest * (1 - 2 * torch.rand(30, quantizer.query_dim)).sign()).requires_grad_()
     quantized = quantizer(rows, torch.full((30,), 1000.0), torch.arange(30))
-    (quantized.vectors_NE.sum() + quantized.penalty).backward()
+    (quantized.vectors_NE.sum() + quantized.codebook_loss).backward()
     assert all(tensor.isfinite().all() for tensor in quantizer.state_dict().values())
-    assert quantized.penalty.isfinite()
+    assert quantized.codebook_loss.isfinite()
     assert rows.grad.isfinite().all()
 
 
@@ -115,9 +115,9 @@ def test_values_beyond_half_precision_are_refused_where_they_are_rounded_to_it()
 
 
 @kinds
-def test_a_bypassed_table_is_refused_too_and_takes_any_finite_query(kind):
+def test_a_table_in_its_warm_up_is_refused_too_and_takes_any_finite_query(kind):
     module = made(kind, method="vq")
-    bypass(nn.ModuleDict({"tables": module}))
+    warm_up(nn.ModuleDict({"tables": module}))
     query = queries(module, table_of(module))
     query.data[3, 1] = 3e38
     assert any((v == 3e38).any() for v in vectors(module, batch(kind, [3])).values())

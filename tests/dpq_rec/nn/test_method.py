@@ -2,7 +2,7 @@
 
 The loops know nothing of the library but the parameters: they take a query apart, score every key, choose, subtract and
 add up, one number at a time. The surrogate is what the method says it differentiates: values mixed by softmax (eq. 5),
-or the query itself beside its penalties (eq. 7), with all that has no gradient held fixed.
+or the query itself beside its codebook losses (eq. 7), with all that has no gradient held fixed.
 """
 
 import itertools
@@ -70,8 +70,8 @@ class Naive:
         return out
 
     def surrogate(self, weights, queries, values, keys):
-        """What is differentiated: weights times soft vectors, and the penalty. Choices and rests are fixed."""
-        config, soft, penalty = self.config, np.zeros((len(queries), D, S)), 0.0
+        """What is differentiated: weights times soft vectors, and the codebook loss. Choices and rests are fixed."""
+        config, soft, codebook_loss = self.config, np.zeros((len(queries), D, S)), 0.0
         groups = queries.reshape(len(queries), D, -1)
         taken = np.zeros_like(self.vectors)
         for level in range(config.num_levels):
@@ -81,13 +81,13 @@ class Naive:
                 if config.hard_values:
                     soft += self.emitted(level, values)
             else:
-                penalty += self.penalty(level, rests, values)
+                codebook_loss += self.codebook_loss(level, rests, values)
                 if config.value_gradient:
                     soft += self.emitted(level, values)
             taken = taken + self.chosen[level]
         if config.method == "vq":
             soft += groups
-        return (soft.reshape(len(queries), E) * weights).sum() + penalty
+        return (soft.reshape(len(queries), E) * weights).sum() + codebook_loss
 
     def mixture(self, level, rests, values, keys):
         out = np.zeros((len(rests), D, S))
@@ -107,7 +107,7 @@ class Naive:
                 out[n, d] = values[self.group(level, d), self.codes[n, level * D + d]]
         return out
 
-    def penalty(self, level, rests, values):
+    def codebook_loss(self, level, rests, values):
         """|T(Q) - sg(Q)|^2 and |Q - sg(T(Q))|^2, mean over occurrences and dimensions; missing levels are zero."""
         config, total = self.config, 0.0
         for n, count in enumerate(self.counts):
@@ -194,7 +194,9 @@ def gradients(quantizer, queries, counts, weights):
     quantized = quantizer(queries, counts, torch.tensor(ROWS))
     wanted = [queries, quantizer.values_MKS, quantizer.own_keys_MKS]
     asked = [t for t in wanted if t is not None and t.requires_grad]
-    found = torch.autograd.grad((quantized.vectors_NE * weights).sum() + quantized.penalty, asked, allow_unused=True)
+    found = torch.autograd.grad(
+        (quantized.vectors_NE * weights).sum() + quantized.codebook_loss, asked, allow_unused=True
+    )
     by_tensor = {id(t): torch.zeros_like(t) if g is None else g for t, g in zip(asked, found, strict=True)}
     return [None if id(t) not in by_tensor else by_tensor[id(t)].double().numpy() for t in wanted]
 

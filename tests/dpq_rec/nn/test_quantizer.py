@@ -47,9 +47,9 @@ def test_quantizer_emits_the_value_of_the_best_code(method, batch_norm, embeddin
         assert torch.equal(got.vectors_NE[n], want)
 
 
-def test_sx_has_no_penalty():
+def test_sx_has_no_codebook_loss():
     quantizer, queries = make("sx")
-    assert quantizer(queries).penalty == 0
+    assert quantizer(queries).codebook_loss == 0
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -17,10 +17,10 @@ from dpq_rec.nn import (
     DPQEmbeddingBag,
     DPQEmbeddingBagCollection,
     DPQEmbeddingCollection,
-    bypass,
     freeze,
     replace_embeddings,
     start,
+    warm_up,
 )
 
 ROWS, DIM, BATCH, WORDS, PAD = 30, 8, 64, 12, 0
@@ -366,9 +366,9 @@ def test_a_kept_padding_has_its_vector_in_training_as_in_eval_mode():
     assert torch.equal(words(torch.tensor([1, 9])), words(torch.tensor([1, 3, 9]))[[0, 2]])
 
 
-def test_a_bypassed_table_hands_out_the_padding_row_itself():
+def test_a_table_in_its_warm_up_hands_out_the_padding_row_itself():
     model, weights = from_pretrained(3)
-    words = bypass_of(replace_embeddings(model, VQ, from_weights=True))["words"]
+    words = warm_up_of(replace_embeddings(model, VQ, from_weights=True))["words"]
     out = words(torch.tensor([3, 4]))
     assert torch.equal(out, weights[[3, 4]])
     out.sum().backward()
@@ -377,8 +377,8 @@ def test_a_bypassed_table_hands_out_the_padding_row_itself():
     assert grad[4].all()
 
 
-def bypass_of(model):
-    bypass(model)
+def warm_up_of(model):
+    warm_up(model)
     return model
 
 

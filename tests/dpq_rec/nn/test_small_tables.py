@@ -15,10 +15,10 @@ from dpq_rec.nn import (
     DPQEmbeddingBag,
     DPQEmbeddingBagCollection,
     DPQEmbeddingCollection,
-    bypass,
     freeze,
     replace_embeddings,
     start,
+    warm_up,
 )
 from dpq_rec.nn.replace import without_small
 from dpq_rec.table import sizes
@@ -121,7 +121,7 @@ def test_collection_of_small_tables_alone_is_a_plain_one_that_takes_what_others_
     with pytest.warns(UserWarning, match="stays plain"):
         module = kind(collection(config_kind, 2, 3), DPQ)
     module(keyed({"f0": [[1]], "f1": [[2]]}))
-    for each in (bypass, start):
+    for each in (warm_up, start):
         each(nn.Sequential(module))
     freeze(nn.Sequential(module), tmp_path / "artifact")
     tables = EmbeddingStore.open(tmp_path / "artifact").tables
@@ -132,7 +132,7 @@ def test_model_of_small_tables_alone_stays_as_it_was_and_takes_what_others_take(
     embedding = nn.Embedding(2, DIM)
     with pytest.warns(UserWarning, match=SAID.format("table")):
         assert replace_embeddings(embedding, DPQ, from_weights=True) is embedding
-    for each in (bypass, start):
+    for each in (warm_up, start):
         each(embedding)
     freeze(embedding, tmp_path / "artifact")
     assert EmbeddingStore.open(tmp_path / "artifact").table("table").manifest.kind == "dense"

@@ -69,14 +69,14 @@ def test_a_table_without_ids_gets_gradients_beside_one_with_ids(options):
         assert queries(module, table).grad.any() == learns
 
 
-def test_the_last_penalty_of_every_table_is_there_to_be_logged():
+def test_the_last_codebook_loss_of_every_table_is_there_to_be_logged():
     torch.manual_seed(0)
     module = build(DPQEmbeddingCollection, config(method="vq"))
     module(batch(DPQEmbeddingCollection))
     for table in ("item", "user"):
-        want = module.quantizer(table)(queries(module, table), torch.ones(20)).penalty
-        torch.testing.assert_close(module.penalties[table], want.detach())
-        assert not module.penalties[table].requires_grad
+        want = module.quantizer(table)(queries(module, table), torch.ones(20)).codebook_loss
+        torch.testing.assert_close(module.codebook_losses[table], want.detach())
+        assert not module.codebook_losses[table].requires_grad
 
 
 @kinds
@@ -192,13 +192,13 @@ def test_states_of_these_tests_hold_everything_that_moves():
     }
 
 
-def test_penalty_is_scaled_as_the_loss_is():
-    """What a GradScaler, or accumulation, does to the loss, the penalty must follow to keep its weight."""
+def test_codebook_loss_is_scaled_as_the_loss_is():
+    """What a GradScaler, or accumulation, does to the loss, the codebook loss must follow to keep its weight."""
     gradients = []
     for scale in (1.0, 1024.0):
         torch.manual_seed(0)
         module = DPQEmbedding(20, 12, config(method="vq"))
-        module.penalty_scale = scale
+        module.codebook_loss_scale = scale
         (module(torch.arange(20)).square().mean() * scale).backward()
         gradients.append(module.only_quantizer.values_MKS.grad / scale)
     assert gradients[0].abs().max() > 0

@@ -112,7 +112,7 @@ def test_levels_that_no_row_of_a_batch_has_learn_nothing_and_stay_finite():
     quantizer, queries = make(commitment_weight=0.25, value_gradient=True)
     rows = ALL_ROWS[20:]
     found = quantizer(queries[20:].requires_grad_(), None, rows)
-    (found.vectors_NE.square().sum() + found.penalty).backward()
+    (found.vectors_NE.square().sum() + found.codebook_loss).backward()
     gradient = quantizer.values_MKS.grad
     assert gradient.isfinite().all()
     assert gradient[:3].any()

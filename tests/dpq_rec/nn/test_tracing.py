@@ -17,8 +17,8 @@ from dpq_rec.nn import (
     DPQEmbeddingCollection,
     Quantizer,
     TiedLinear,
-    bypass,
     freeze,
+    warm_up,
 )
 from tests.dpq_rec.nn.modules import KINDS, NUM_IDS, batch, build, config, vectors
 
@@ -148,11 +148,11 @@ def test_a_quantizer_by_itself_is_refused_too(recorder):
         RECORDERS[recorder](Quantizer(12, config()), torch.randn(3, 12))
 
 
-@pytest.mark.parametrize("bypassed", [False, True])
+@pytest.mark.parametrize("is_warming_up", [False, True])
 @pytest.mark.parametrize("recorder", sorted(set(RECORDERS) - {"grad"}))
-def test_what_would_record_a_decoded_weight_is_refused_in_a_sentence(recorder, bypassed):
+def test_what_would_record_a_decoded_weight_is_refused_in_a_sentence(recorder, is_warming_up):
     embedding = build(DPQEmbedding, config())
-    bypass(embedding, enabled=bypassed)
+    warm_up(embedding, enabled=is_warming_up)
     with pytest.raises(ConfigError, match=r"(DPQEmbedding|TiedLinear): got .*(torch|export)") as raised:
         RECORDERS[recorder](TiedLinear(embedding).eval(), torch.randn(2, 12))
     assert "\n" not in str(raised.value)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 from dpq_rec import ConfigError, DPQConfig, EmbeddingStore
-from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBag, TiedLinear, bypass, freeze, replace_embeddings
+from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBag, TiedLinear, freeze, replace_embeddings, warm_up
 from tests.dpq_rec.nn.modules import STRAIGHT, config, decoded, queries
 from tests.dpq_rec.nn.options import OPTIONS
 
@@ -74,7 +74,7 @@ def test_codebook_loss_of_a_read_is_the_mean_over_rows_and_is_there_only_where_i
         (module(ALL[:4]).sum() * 0 + (module.weight.sum() * 0 if factor else 0)).backward()
         values = module.only_quantizer.values_MKS.grad.clone() - (0 if values is None else values)
     rows = queries(module).detach()
-    (want,) = torch.autograd.grad(module.only_quantizer(rows).penalty, [module.only_quantizer.values_MKS])
+    (want,) = torch.autograd.grad(module.only_quantizer(rows).codebook_loss, [module.only_quantizer.values_MKS])
     torch.testing.assert_close(values, want)
 
 
@@ -89,7 +89,7 @@ def test_weight_in_eval_mode_has_the_bits_of_the_artifact(tmp_path, options, kin
 
 def test_weight_of_a_table_that_warms_up_is_its_queries():
     model = nn.Sequential(trained({"method": "vq"}, padding_idx=1))
-    bypass(model)
+    warm_up(model)
     want = queries(model[0]).detach().clone()
     want[1] = 0
     assert torch.equal(model[0].weight, want)

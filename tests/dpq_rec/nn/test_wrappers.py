@@ -12,7 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from dpq_rec import EmbeddingStore, Int64Vocabulary
 from dpq_rec.errors import ConfigError
-from dpq_rec.nn import bypass, freeze, replace_embeddings, start
+from dpq_rec.nn import freeze, replace_embeddings, start, warm_up
 from dpq_rec.nn.find import find_tables
 from tests.dpq_rec.nn.modules import NUM_IDS, config
 
@@ -150,9 +150,9 @@ def test_tables_beside_layers_under_fully_shard_are_replaced_started_and_frozen(
     freeze(model, tmp_path / "artifact")
 
 
-def test_bypass_under_fully_shard_hands_out_the_queries():
+def test_warm_up_under_fully_shard_hands_out_the_queries():
     model = sharded(replaced())
-    bypass(model)
+    warm_up(model)
     train(model)
     queries = [p for name, p in model.named_parameters() if ".queries." in name]
     assert torch.equal(model.eval()(IDS), sum(q.full_tensor() for q in queries))

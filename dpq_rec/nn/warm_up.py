@@ -12,11 +12,11 @@ from dpq_rec.errors import ConfigError
 from dpq_rec.nn.find import quantized_tables
 
 
-def bypass(model: nn.Module, *, enabled: bool = True) -> None:
+def warm_up(model: nn.Module, *, enabled: bool = True) -> None:
     """Let every DPQ table of a model hand out queries themselves, in training and in eval mode, or quantize again.
 
-    A bypassed table trains as a plain one of its queries would. Keys and values get gradients of zero, so that
-    DistributedDataParallel finds all its parameters. A model that is bypassed cannot be frozen. No state_dict holds
+    In its warm-up a table trains as a plain one of its queries would. Keys and values get gradients of zero, so that
+    DistributedDataParallel finds all its parameters. A model in its warm-up cannot be frozen. No state_dict holds
     the switch: whoever goes on from a checkpoint sets it again.
 
     Args:
@@ -26,7 +26,7 @@ def bypass(model: nn.Module, *, enabled: bool = True) -> None:
     Raises:
         ConfigError: the model holds no DPQ module, or a table whose queries are not as wide as its vectors.
     """
-    found = quantized_tables(model, "bypass")
+    found = quantized_tables(model, "warm_up")
     for name, table in found.items():
         assert table.quantizer is not None, "the others were left out"
         if enabled and table.quantizer.query_dim != table.embedding_dim:
@@ -34,4 +34,4 @@ def bypass(model: nn.Module, *, enabled: bool = True) -> None:
             raise ConfigError(f"table {name!r}: got {got}, of which no one is the other; leave out key_dim")
     for table in found.values():
         assert table.quantizer is not None, "the others were left out"
-        table.quantizer.bypassed = enabled
+        table.quantizer.is_warming_up = enabled

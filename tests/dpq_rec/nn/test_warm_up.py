@@ -8,7 +8,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 
 from dpq_rec import DPQConfig
 from dpq_rec.errors import ConfigError
-from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBagCollection, DPQEmbeddingCollection, bypass, freeze, start
+from dpq_rec.nn import DPQEmbedding, DPQEmbeddingBagCollection, DPQEmbeddingCollection, freeze, start, warm_up
 from tests.dpq_rec.nn.modules import KINDS, batch, build, config, keyed, queries, train, two_tables, vectors
 from tests.dpq_rec.nn.options import OPTIONS
 
@@ -23,13 +23,13 @@ def quantizer_states(model):
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
 @pytest.mark.parametrize("options", WIDE.values(), ids=WIDE.keys())
-def test_bypassed_collection_trains_step_by_step_as_torchrecs_own(options, optimizer):
+def test_a_collection_in_its_warm_up_trains_step_by_step_as_torchrecs_own(options, optimizer):
     tables = two_tables(EmbeddingBagConfig, NUM_ROWS)
     model, plain = DPQEmbeddingBagCollection(tables, config(**options)), EmbeddingBagCollection(tables)
     for name in ("item", "user"):
         plain.embedding_bags[name].weight.data.copy_(queries(model, name).data)
     before = quantizer_states(model)
-    bypass(model)
+    warm_up(model)
     optimizers = [optimizer(module.parameters(), lr=0.1) for module in (model, plain)]
     for _ in range(3):
         losses = []
@@ -48,9 +48,9 @@ def test_bypassed_collection_trains_step_by_step_as_torchrecs_own(options, optim
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bypassed_module_of_every_kind_returns_its_queries(kind):
+def test_a_module_of_every_kind_returns_its_queries_in_its_warm_up(kind):
     model = build(kind, config(method="vq"))
-    bypass(model)
+    warm_up(model)
     found = vectors(model, batch(kind))
     for name, vectors_NE in found.items():
         wanted = queries(model, {"old": "item"}.get(name, name)).detach().clone()
@@ -60,10 +60,10 @@ def test_bypassed_module_of_every_kind_returns_its_queries(kind):
 
 
 @pytest.mark.parametrize("method", ["sx", "vq"])
-def test_bypassed_table_gives_every_parameter_a_gradient(method):
+def test_a_table_in_its_warm_up_gives_every_parameter_a_gradient(method):
     """Of zeros where it is no query: DistributedDataParallel waits for all."""
     model = build(DPQEmbedding, config(method=method))
-    bypass(model)
+    warm_up(model)
     model(batch(DPQEmbedding)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert not any(weight.grad.any() for weight in model.only_quantizer.parameters())
@@ -71,13 +71,13 @@ def test_bypassed_table_gives_every_parameter_a_gradient(method):
 
 
 @pytest.mark.parametrize("levels", [1, 3])
-def test_quantizing_after_a_bypass_takes_the_nearest_centroids(levels):
-    """faiss's, of the queries as they are by then: placed in a table that never was bypassed, they are the same."""
+def test_quantizing_after_a_warm_up_takes_the_nearest_centroids(levels):
+    """faiss's, of the queries as they are by then: placed in a table without a warm-up, they are the same."""
     torch.manual_seed(0)
     model = build(DPQEmbedding, config(method="vq", num_levels=levels, batch_norm=False))
-    bypass(model)
+    warm_up(model)
     train(model, batch(DPQEmbedding), lr=1.0)
-    bypass(model, enabled=False)
+    warm_up(model, enabled=False)
     start(model, seed=5)
     fresh = build(DPQEmbedding, config(method="vq", num_levels=levels, batch_norm=False))
     queries(fresh).data.copy_(queries(model).data)
@@ -91,13 +91,13 @@ def test_quantizing_after_a_bypass_takes_the_nearest_centroids(levels):
     torch.testing.assert_close(model.eval()(batch(DPQEmbedding))[1:], vectors_NDS.flatten(1))
 
 
-def test_a_bypassed_model_cannot_be_frozen_until_it_quantizes_again(tmp_path):
+def test_a_model_in_its_warm_up_cannot_be_frozen_until_it_quantizes_again(tmp_path):
     model = build(DPQEmbedding, config())
-    bypass(model)
-    with pytest.raises(ConfigError, match=r"table 'table': got queries that bypass its quantizer; call bypass\(model"):
+    warm_up(model)
+    with pytest.raises(ConfigError, match=r"table 'table': got a table in its warm-up; call warm_up\(model"):
         freeze(model, tmp_path / "artifact")
     assert not (tmp_path / "artifact").exists()
-    bypass(model, enabled=False)
+    warm_up(model, enabled=False)
     freeze(model, tmp_path / "artifact")
 
 
@@ -110,19 +110,19 @@ def test_a_bypassed_model_cannot_be_frozen_until_it_quantizes_again(tmp_path):
         ),
         (
             EmbeddingCollection([EmbeddingConfig(name="a", num_embeddings=4, embedding_dim=8, feature_names=["a"])]),
-            "bypass: the model holds no DPQ module",
+            "warm_up: the model holds no DPQ module",
         ),
     ],
 )
-def test_bypass_refuses_what_has_no_queries_to_hand_out(model, message):
+def test_warm_up_refuses_what_has_no_queries_to_hand_out(model, message):
     with pytest.raises(ConfigError, match=message):
-        bypass(model)
+        warm_up(model)
 
 
-def test_bypass_changes_no_table_where_it_refuses_one():
+def test_warm_up_changes_no_table_where_it_refuses_one():
     tables = two_tables(EmbeddingConfig, NUM_ROWS)
     narrow = {"item": config(), "user": config(key_dim=1)}
     model = nn.Sequential(DPQEmbeddingCollection(tables, narrow))
     with pytest.raises(ConfigError, match="table 'user'"):
-        bypass(model)
-    assert not any(model[0].quantizer(name).bypassed for name in narrow)
+        warm_up(model)
+    assert not any(model[0].quantizer(name).is_warming_up for name in narrow)

@@ -41,14 +41,14 @@ def codebook_loss(
     return world_size() * (counts_N[: len(errors_N)] @ errors_N) / occurrences
 
 
-def with_penalty(vectors_NE: torch.Tensor, penalty: torch.Tensor, scale: float) -> torch.Tensor:
-    """The vectors as they are; backward, the penalty counts as if it were a summand of the loss, times the scale."""
-    return _WithPenalty.apply(vectors_NE, penalty, scale)
+def with_codebook_loss(vectors_NE: torch.Tensor, codebook_loss: torch.Tensor, scale: float) -> torch.Tensor:
+    """The vectors; in the backward pass the codebook loss counts as a summand of the loss, times the scale."""
+    return _WithCodebookLoss.apply(vectors_NE, codebook_loss, scale)
 
 
-class _WithPenalty(torch.autograd.Function):
+class _WithCodebookLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vectors_NE: torch.Tensor, penalty: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(ctx: Any, vectors_NE: torch.Tensor, codebook_loss: torch.Tensor, scale: float) -> torch.Tensor:
         ctx.scale = scale
         return vectors_NE.view_as(vectors_NE)
 
@@ -58,9 +58,9 @@ class _WithPenalty(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """What a penalty is made of, as it is; its gradient counts in one backward, and is zero in those that come after.
+    """What a codebook loss is made of; its gradient counts in one backward, and is zero in those that come after.
 
-    Here, and not at the penalty itself: a backward towards the queries alone must not take what is the values'.
+    Here, and not at the codebook loss itself: a backward towards the queries alone must not take what is the values'.
     """
 
     @staticmethod

@@ -102,7 +102,7 @@ def test_accumulated_forwards_count_once_each(options):
     assert_same(gradients(twice), {name: 2 * gradient for name, gradient in gradients(once).items()})
 
 
-def test_a_table_whose_vectors_are_in_the_second_loss_alone_has_its_penalty_there():
+def test_a_table_whose_vectors_are_in_the_second_loss_alone_has_its_codebook_loss_there():
     """Each table of a collection by itself: the first backward must not take what is another's."""
     module = made(DPQEmbeddingBagCollection, commitment_weight=0.5)
     out = vectors(module, batch(DPQEmbeddingBagCollection))
@@ -114,9 +114,9 @@ def test_a_table_whose_vectors_are_in_the_second_loss_alone_has_its_penalty_ther
     assert_same(gradients(module), gradients(other))
 
 
-def test_the_scale_of_the_penalty_counts_once_too():
+def test_the_scale_of_the_codebook_loss_counts_once_too():
     module, other = made(DPQEmbedding), made(DPQEmbedding)
-    module.penalty_scale = other.penalty_scale = 7.0
+    module.codebook_loss_scale = other.codebook_loss_scale = 7.0
     one, two = losses(module, batch(DPQEmbedding))
     one.backward(retain_graph=True), two.backward()
     sum(losses(other, batch(DPQEmbedding))).backward()
