@@ -52,12 +52,12 @@ class DPQConfig:
             all groups, in proportion to its share of their softmax (DPQ paper, eq. 5).
         batch_norm: normalise the scores of each code over batch and subspaces, without scale and offset of its own
             (DPQ paper, appendix C). Spreads rows over the codes.
-        penalty_weight: "vq" only: weight of the term that draws each value to the queries it stands for.
+        penalty_weight: "vq" only: weight of the codebook loss, which draws each value to the queries it stands for.
         commitment_weight: "vq" only: weight of the term that draws each query to its value (van den Oord et al., 2017).
         ema_decay: "vq" only: values are running means of the queries they stand for, with this decay per batch, instead
             of being drawn there by the codebook loss (Kaiser et al., 2018).
         value_gradient: "vq" only: values are moved by the task's gradient too, not by the codebook loss alone.
-        revive_after: batches after which a code that no row of them chose is placed on one of the batch's queries.
+        revive_after: reset a code that was unused for this many batches to a random query (dead-code revival).
         values_dtype: how values are stored; "float16" halves their bytes. Training rounds them the same way.
         quantize_small: quantize tables of so few rows, too, that codes and values take as many bytes as their vectors,
             or more. Else they stay plain, which is said; but a DPQEmbedding that is built by itself always quantizes.
@@ -147,7 +147,7 @@ class DPQConfig:
             )
 
     def _refuse(self, name: str, beside: str, reason: str) -> None:
-        """Refuse a setting that another one makes meaningless; left at its default it is none."""
+        """Refuse a setting, unless it is left at its default, that does not apply beside another one."""
         default: Any = next(field.default for field in fields(self) if field.name == name)
         if getattr(self, name) != default:
             raise ConfigError(f"{name}: got {getattr(self, name)!r} with {beside}: {reason}; leave it out")
@@ -210,8 +210,8 @@ class DPQConfig:
         return self.num_subspaces * key_dim
 
 
-def without_the_meaningless(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a `DPQConfig`, those back at their defaults that its method, or what was given, leaves no use for.
+def drop_inapplicable(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a `DPQConfig`, with those at their defaults that do not apply to its method, or beside what was given.
 
     For recipes that begin with options of their own: whoever changes the method, or takes running means, need not know
     which of those to undo. What was given itself stays, so that `DPQConfig` refuses it with the reason.
@@ -220,8 +220,8 @@ def without_the_meaningless(options: Mapping[str, Any], given: Mapping[str, Any]
         options: by name, the method among them.
         given: those that somebody asked for.
     """
-    useless = set(_ONLY_VQ if options.get("method") == "sx" else _ONLY_SX)
+    inapplicable = set(_ONLY_VQ if options.get("method") == "sx" else _ONLY_SX)
     if given.get("ema_decay") is not None:
-        useless |= {"penalty_weight", "value_gradient"}
+        inapplicable |= {"penalty_weight", "value_gradient"}
     defaults = {field.name: field.default for field in fields(DPQConfig)}
-    return {**options, **{name: defaults[name] for name in sorted(useless - set(given))}}
+    return {**options, **{name: defaults[name] for name in sorted(inapplicable - set(given))}}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from dpq_rec import ConfigError, DPQConfig
-from dpq_rec.config import without_the_meaningless
+from dpq_rec.config import drop_inapplicable
 from dpq_rec.sizing import choose_layout
 from training import flags
 from training.flags import check_positive
@@ -338,7 +338,7 @@ def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> RunC
     method = METHODS.get(str(kind))
     before = {**(config["embedding"]["dpq"] or {}), "method": method}
     given = {by_flag[flag].path[-1]: value for flag, value in changes.items() if by_flag[flag].path[1] == "dpq"}
-    config["embedding"]["dpq"] = None if method is None else without_the_meaningless(before, given)
+    config["embedding"]["dpq"] = None if method is None else drop_inapplicable(before, given)
     if kind == "full":
         config["embedding"]["per_table"] = {}
     for flag, value in changes.items():

@@ -1,4 +1,4 @@
-// Moments of queries about their mean, from which those of all scores follow (scores.py), and the way back.
+// Moments of queries about their mean, from which those of all scores follow (nn/level.py), and the way back.
 // Their plain twins are central_moments and central_moments_gradient in reference.py.
 
 #include <nanobind/nanobind.h>

@@ -1,7 +1,7 @@
 """Training side of DPQ: the only place that imports torch and torchrec.
 
-`quantizer` (with `scores`, `choice`, `upkeep`, `kmeans`, `collectives` below it), `tables` (with `shards` below it),
-`embedding` and `collection`; then `replace`, `warm_up`, `start` and `freeze`, which `find` the tables of a model.
+`quantizer` loops over the `level`s of a `codebook`, and `estimators` let gradients pass; `tables` look rows up, for
+`embedding` and `collection`; then `replace`, `warm_up` and `freeze`, which `find` the tables of a model.
 `tracing`, `recompute` and `holders` are for what else is done to a model: graph capture, checkpointing, TorchRec's
 modules around a collection.
 """
@@ -23,8 +23,7 @@ from dpq_rec.nn.find import subspace_constraints
 from dpq_rec.nn.freeze import freeze
 from dpq_rec.nn.quantizer import Quantized, Quantizer
 from dpq_rec.nn.replace import replace_embeddings
-from dpq_rec.nn.start import start
-from dpq_rec.nn.warm_up import warm_up
+from dpq_rec.nn.warm_up import start, warm_up
 
 __all__ = [
     "DPQEmbedding",

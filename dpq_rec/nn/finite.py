@@ -1,4 +1,4 @@
-"""Numbers that no code may hide. In: queries, keys, values, statistics. Out: nothing, or what names table and row.
+"""Checks that numbers are finite. In: queries, keys, values, statistics. Out: nothing, or an error with table and row.
 
 A NaN is as near to every key as to none: its row would get some code, a finite vector, and running statistics would
 carry it to all rows. Numbers too large to be squared in fp32 end the same way.
@@ -47,7 +47,7 @@ class Numbers(NamedTuple):
     what: str
     numbers_NX: torch.Tensor
     rows: torch.Tensor | int | None = None
-    largest: float = float("inf")
+    largest: float = math.inf
     leave_out: int | None = None
 
 
@@ -75,28 +75,35 @@ def check_finite(parts: Sequence[Numbers]) -> None:
         dist.all_reduce(first_P2, dist.ReduceOp.MIN)
     for part, (not_finite, too_large) in zip(parts, first_P2.tolist(), strict=True):
         if min(not_finite, too_large) < _NO_ROW:
-            raise ConfigError(_refusal(part, not_finite, too_large))
+            raise ConfigError(_message(part, not_finite, too_large))
 
 
-def sample(quantizer: Quantizer, queries_NQ: torch.Tensor, rows_N: torch.Tensor | None, whose: str) -> Numbers:
-    """Queries that training begins with; without rows they are told by their position."""
+def training_inputs(
+    quantizer: Quantizer,
+    queries_NQ: torch.Tensor,
+    rows_N: torch.Tensor | None,
+    whose: str,
+    *,
+    only_queries: bool = False,
+) -> list[Numbers]:
+    """What a forward in training reads: queries, keys and values; queries alone, as large as they like, in a warm-up.
+
+    Without rows, a message tells queries by their position.
+    """
     largest = _largest(quantizer, in_training=True)
-    return Numbers(whose, "query", queries_NQ, 0 if rows_N is None else rows_N, largest)
-
-
-def read_by(quantizer: Quantizer, queries_NQ: torch.Tensor, rows_N: torch.Tensor | None, whose: str) -> list[Numbers]:
-    """What a forward in training reads: queries, keys and values; queries alone in the warm-up."""
-    queries = sample(quantizer, queries_NQ, rows_N, whose)
+    queries = Numbers(whose, "query", queries_NQ, 0 if rows_N is None else rows_N, largest)
+    if only_queries:
+        return [queries]
     if quantizer.is_warming_up:
-        return [queries._replace(largest=float("inf"))]
-    values, *keys = _keys_and_values(quantizer, queries.largest, whose)
+        return [queries._replace(largest=math.inf)]
+    values, *keys = _keys_and_values(quantizer, largest, whose)
     if quantizer.config.values_dtype == "float16":
         values = values._replace(largest=min(values.largest, _LARGEST_HALF))
     return [queries, values, *keys]
 
 
 def check_tables(
-    tables: Mapping[str, TrainedTable], *, in_training: bool = False, largest_vector: float = float("inf")
+    tables: Mapping[str, TrainedTable], *, in_training: bool = False, largest_vector: float = math.inf
 ) -> None:
     """Refuse tables with numbers that are not finite, of any rank's shards; every rank calls it.
 
@@ -119,7 +126,9 @@ def check_tables(
             check_dtype(whose, "keys and values", quantizer.values_MKS.dtype, torch.float32)
             what, largest = "query", _largest(quantizer, in_training=in_training)
             if not in_training:
-                parts += [*_keys_and_values(quantizer, largest, whose), *_statistics(quantizer, whose)]
+                statistics = [(key, buffer) for key, buffer in quantizer.named_buffers() if buffer.is_floating_point()]
+                parts += _keys_and_values(quantizer, largest, whose)
+                parts += [Numbers(whose, f"running statistics ({key})", buffer) for key, buffer in statistics]
         for shard in shards_of(weight_VQ):
             held = torch.empty(0, device=device_of(weight_VQ)) if shard.tensor is None else shard.tensor
             parts.append(Numbers(whose, what, held, shard.first_row, largest, table.padding_idx))
@@ -127,16 +136,10 @@ def check_tables(
 
 
 def check_dtype(whose: str, what: str, dtype: torch.dtype, *allowed: torch.dtype) -> None:
-    """Refuse weights in another precision than those in which a table is the same in training and when frozen.
-
-    Args:
-        whose: of which table; begins the message.
-        what: queries, values.
-        dtype: theirs.
-        allowed: dtypes of queries if not given.
+    """Refuse weights whose dtype is none of those allowed: of queries, if not given.
 
     Raises:
-        ConfigError: it is none of those.
+        ConfigError: in those a table is the same in training and when frozen.
     """
     allowed = allowed or QUERY_DTYPES
     if dtype not in allowed:
@@ -154,16 +157,8 @@ def _keys_and_values(quantizer: Quantizer, largest: float, whose: str) -> list[N
     """The values first; they may be any finite number where no query is compared with them, or lessened by them."""
     config, own_keys_MKS = quantizer.config, quantizer.own_keys_MKS
     are_compared = config.keys_are_values or config.num_levels > 1
-    values = Numbers(whose, "values", quantizer.values_MKS, largest=largest if are_compared else float("inf"))
+    values = Numbers(whose, "values", quantizer.values_MKS, largest=largest if are_compared else math.inf)
     return [values] if own_keys_MKS is None else [values, Numbers(whose, "keys", own_keys_MKS, largest=largest)]
-
-
-def _statistics(quantizer: Quantizer, whose: str) -> list[Numbers]:
-    return [
-        Numbers(whose, f"running statistics ({name})", tensor)
-        for name, tensor in quantizer.named_buffers()
-        if tensor.is_floating_point()
-    ]
 
 
 def _sum_of_squares(numbers_NX: torch.Tensor) -> torch.Tensor:
@@ -194,7 +189,7 @@ def _first_rows(part: Numbers) -> tuple[int, int]:
     return firsts[0], firsts[1]
 
 
-def _refusal(part: Numbers, not_finite: int, too_large: int) -> str:
+def _message(part: Numbers, not_finite: int, too_large: int) -> str:
     got, row = "NaN or infinity", not_finite
     if not_finite == _NO_ROW:
         got, row = f"a number above {part.largest:.2g}, too large to be compared in float32,", too_large

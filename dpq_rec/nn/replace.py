@@ -18,8 +18,8 @@ from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag, TiedLinear
 from dpq_rec.nn.find import mark_plain, modules_with_tables
 from dpq_rec.nn.holders import hold_dpq, holders_of
 from dpq_rec.nn.shards import is_under_fsdp
-from dpq_rec.nn.start import start
 from dpq_rec.nn.tables import DPQTables
+from dpq_rec.nn.warm_up import start
 
 _NOT_KEPT = {  # settings of torch's modules, and why a DPQ table does not have them
     "max_norm": "vectors are sums of values that rows share, and cannot be shortened one by one",

@@ -18,8 +18,8 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, Em
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
-from dpq_rec.nn.codebook_loss import with_codebook_loss
-from dpq_rec.nn.finite import Numbers, check_dtype, check_finite, read_by
+from dpq_rec.nn.estimators import with_codebook_loss
+from dpq_rec.nn.finite import Numbers, check_dtype, check_finite, training_inputs
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.shards import check_cuts
 from dpq_rec.nn.tracing import refuse_scripting
@@ -205,7 +205,7 @@ class DPQTables(nn.Module):
         """Of all tables together, with one sum over ranks, before any statistic takes them in."""
         numbers: list[Numbers] = []
         for name, queries_NQ in queries.items():
-            numbers += read_by(self.quantizer(name), queries_NQ, distinct[name].rows_N, self._whose(name))
+            numbers += training_inputs(self.quantizer(name), queries_NQ, distinct[name].rows_N, self._whose(name))
         check_finite(numbers)
 
     def _look_up_queries(self, distinct: Mapping[str, Distinct]) -> dict[str, torch.Tensor]:

@@ -85,7 +85,7 @@ def test_all_statistics_of_the_largest_queries_and_keys_are_finite(options):
     """What is let through does not overflow further in: neither moments nor means, codebook loss nor gradients."""
     torch.manual_seed(0)
     quantizer = Quantizer(64, config(num_subspaces=1, **options), num_embeddings=30)
-    largest = finite.sample(quantizer, torch.zeros(1), None, "").largest
+    largest = finite.training_inputs(quantizer, torch.zeros(1), None, "", only_queries=True)[0].largest
     for parameter in quantizer.parameters():
         limit = min(largest, 60_000.0 if quantizer.config.values_dtype == "float16" else largest)
         parameter.data = limit * (1 - 2 * torch.rand_like(parameter)).sign()

@@ -9,7 +9,7 @@ import torch
 
 from dpq_rec import ConfigError, DPQConfig, MissingDependencyError
 from dpq_rec.nn import Quantizer
-from dpq_rec.nn.kmeans import centroids
+from dpq_rec.nn.codebook import kmeans
 
 
 def queries(num_rows=2000, embedding_dim=8, seed=0):
@@ -87,14 +87,14 @@ def test_start_takes_fewer_rows_than_codes():
 
 
 def test_spherical_centroids_have_length_one():
-    found = centroids(queries().view(-1, 2, 4), 8, shared=False, spherical=True, seed=0)
+    found = kmeans(queries().view(-1, 2, 4), 8, shared=False, spherical=True, seed=0)
     np.testing.assert_allclose(found.norm(dim=-1), 1, atol=1e-5)
 
 
 def test_shared_centroids_are_those_of_all_groups_together():
     groups = queries().view(-1, 2, 4)
-    together = centroids(groups.transpose(0, 1).reshape(-1, 1, 4), 8, shared=False, spherical=False, seed=0)
-    assert torch.equal(centroids(groups, 8, shared=True, spherical=False, seed=0), together)
+    together = kmeans(groups.transpose(0, 1).reshape(-1, 1, 4), 8, shared=False, spherical=False, seed=0)
+    assert torch.equal(kmeans(groups, 8, shared=True, spherical=False, seed=0), together)
 
 
 @pytest.mark.parametrize("exponent", [-90, 60, 100])
@@ -103,8 +103,8 @@ def test_shared_centroids_are_those_of_all_groups_together():
 def test_centroids_of_any_finite_groups_are_those_of_groups_of_size_one(exponent, num_rows, spherical):
     """Their squares are infinite, or zero; faiss ends the process at those."""
     groups = queries(num_rows).view(-1, 2, 4)
-    want = centroids(groups, 8, shared=False, spherical=spherical, seed=0)
-    got = centroids(groups * 2.0**exponent, 8, shared=False, spherical=spherical, seed=0)
+    want = kmeans(groups, 8, shared=False, spherical=spherical, seed=0)
+    got = kmeans(groups * 2.0**exponent, 8, shared=False, spherical=spherical, seed=0)
     is_scaled = not spherical or num_rows < 8
     assert torch.equal(got, want * 2.0**exponent if is_scaled else want)
 
@@ -113,7 +113,7 @@ def test_centroids_of_any_finite_groups_are_those_of_groups_of_size_one(exponent
 def test_one_large_group_among_others_becomes_a_centroid(large):
     groups = queries().view(-1, 2, 4)
     groups[17, 0, 1] = -large
-    found = centroids(groups, 8, shared=False, spherical=False, seed=0)
+    found = kmeans(groups, 8, shared=False, spherical=False, seed=0)
     assert found.isfinite().all()
     assert torch.isclose(found[0, :, 1], torch.tensor(-large)).any()
 
@@ -123,7 +123,7 @@ def test_centroids_refuse_groups_that_are_not_finite(bad):
     groups = queries().view(-1, 2, 4)
     groups[17, 0, 1] = bad
     with pytest.raises(ConfigError, match="k-means: got NaN or infinity in the group of row 17;"):
-        centroids(groups, 8, shared=False, spherical=False, seed=0)
+        kmeans(groups, 8, shared=False, spherical=False, seed=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"metric": "cosine"}, {"metric": "cosine", "tie_keys": True}], ids=str)

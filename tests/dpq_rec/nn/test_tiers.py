@@ -7,7 +7,8 @@ import torch
 
 from dpq_rec import ConfigError, DPQConfig
 from dpq_rec.nn import DPQEmbedding, Quantizer, start
-from dpq_rec.nn.kmeans import centroids
+from dpq_rec.nn.codebook import kmeans
+from dpq_rec.nn.level import Level
 from dpq_rec.nn.quantizer import NO_CODE
 from tests.dpq_rec.nn.modules import queries as queries_of
 
@@ -57,13 +58,13 @@ def test_a_rows_vector_does_not_depend_on_the_rows_beside_it(rows):
 
 def test_training_asks_no_level_for_rows_that_lack_it(monkeypatch):
     quantizer, queries = make(ema_decay=0.9, revive_after=1)
-    compare, compared = Quantizer._compare, []
+    choose, compared = Level.choose, []
 
-    def counted(self, number, rest_NDS, *more):
+    def counted(self, rest_NDS, *more):
         compared.append(len(rest_NDS))
-        return compare(self, number, rest_NDS, *more)
+        return choose(self, rest_NDS, *more)
 
-    monkeypatch.setattr(Quantizer, "_compare", counted)
+    monkeypatch.setattr(Level, "choose", counted)
     quantizer(queries, rows_N=ALL_ROWS)
     quantizer.eval()(queries, rows_N=ALL_ROWS)
     assert compared == [40, 20, 20, 10, 10] * 2
@@ -94,7 +95,7 @@ def test_start_places_a_level_by_the_rows_that_have_it():
     for level, num_rows in enumerate((40, 20, 20, 10, 10)):
         rest = rest[:num_rows]
         placed = quantizer.values_MKS.detach()[3 * level : 3 * level + 3]
-        found = centroids(rest, 4, shared=False, spherical=False, seed=3 + level)
+        found = kmeans(rest, 4, shared=False, spherical=False, seed=3 + level)
         torch.testing.assert_close(placed, found)
         nearest = torch.cdist(rest.transpose(0, 1), placed).argmin(2)  # [D, N]
         rest = rest - torch.stack([placed[d, nearest[d]] for d in range(3)], 1)

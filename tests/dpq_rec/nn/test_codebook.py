@@ -6,7 +6,7 @@ import torch
 
 from dpq_rec import DPQConfig
 from dpq_rec.nn import Quantizer
-from dpq_rec.nn.upkeep import Revival
+from dpq_rec.nn.codebook import Revival
 
 
 def make(embedding_dim=6, num_subspaces=3, num_codes=4, **config):
