@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.files import naming
-from dpq_rec.nn.find import find_tables
-from dpq_rec.nn.finite import Numbers, check_finite, check_tables
+from dpq_rec.nn.find import check_tables, find_tables
+from dpq_rec.nn.finite import Numbers, check_finite
 from training.board import TENSORBOARD, Board, summary_writer
 from training.checkpoint import (
     ARTIFACT,

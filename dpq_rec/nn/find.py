@@ -6,7 +6,8 @@ wrappers (torch.compile, DistributedDataParallel, FSDP, checkpoint_wrapper, Aver
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -25,7 +26,9 @@ from torchrec.distributed.planner.types import ParameterConstraints
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
+from dpq_rec.nn.finite import QUERY_DTYPES, Numbers, check_dtype, check_finite, frozen_inputs, largest_query
 from dpq_rec.nn.quantizer import Quantizer
+from dpq_rec.nn.shards import device_of, dtype_of, shards_of
 from dpq_rec.nn.tables import DPQTables
 
 _BAGS = (EmbeddingBagCollection, ShardedEmbeddingBagCollection)
@@ -107,6 +110,36 @@ def quantized_tables(model: nn.Module, what: str) -> dict[str, TrainedTable]:
 def mark_plain(module: nn.Module) -> None:
     """Let a stock module count among the tables of its model, though it is too small to be quantized."""
     setattr(module, _PLAIN, True)
+
+
+def check_tables(
+    tables: Mapping[str, TrainedTable], *, in_training: bool = False, largest_vector: float = math.inf
+) -> None:
+    """Refuse tables with numbers that are not finite, of any rank's shards; every rank calls it.
+
+    Args:
+        tables: by name.
+        in_training: of queries alone, which training is to go on from: as `start` places keys and values by them.
+        largest_vector: the largest number that vectors of plain tables may hold.
+
+    Raises:
+        ConfigError: naming table and row, on every rank; also weights of a dtype that is not trained or not frozen.
+    """
+    parts: list[Numbers] = []
+    for name, table in tables.items():
+        whose, quantizer, weight_VQ = f"table {name!r}", table.quantizer, table.weight_VQ
+        what, largest = "vector", largest_vector
+        if quantizer is None:
+            check_dtype(whose, "vectors", dtype_of(weight_VQ), *QUERY_DTYPES, torch.float16)
+        else:
+            check_dtype(whose, "queries", dtype_of(weight_VQ))
+            check_dtype(whose, "keys and values", quantizer.values_MKS.dtype, torch.float32)
+            what, largest = "query", largest_query(quantizer, in_training=in_training)
+            parts += [] if in_training else frozen_inputs(quantizer, whose)
+        for shard in shards_of(weight_VQ):
+            held = torch.empty(0, device=device_of(weight_VQ)) if shard.tensor is None else shard.tensor
+            parts.append(Numbers(whose, what, held, shard.first_row, largest, table.padding_idx))
+    check_finite(parts)
 
 
 def modules_with_tables(

@@ -7,7 +7,7 @@ carry it to all rows. Numbers too large to be squared in fp32 end the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,10 +15,8 @@ import torch.distributed as dist
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collectives import sum_over_ranks, world_size
-from dpq_rec.nn.shards import device_of, dtype_of, shards_of
 
 if TYPE_CHECKING:
-    from dpq_rec.nn.find import TrainedTable
     from dpq_rec.nn.quantizer import Quantizer
 
 # The largest number in a query or key, times the root of its width and the levels: fp32 holds the squares of such
@@ -90,7 +88,7 @@ def training_inputs(
 
     Without rows, a message tells queries by their position.
     """
-    largest = _largest(quantizer, in_training=True)
+    largest = largest_query(quantizer, in_training=True)
     queries = Numbers(whose, "query", queries_NQ, 0 if rows_N is None else rows_N, largest)
     if only_queries:
         return [queries]
@@ -102,37 +100,19 @@ def training_inputs(
     return [queries, values, *keys]
 
 
-def check_tables(
-    tables: Mapping[str, TrainedTable], *, in_training: bool = False, largest_vector: float = math.inf
-) -> None:
-    """Refuse tables with numbers that are not finite, of any rank's shards; every rank calls it.
+def frozen_inputs(quantizer: Quantizer, whose: str) -> list[Numbers]:
+    """What an artifact is made of beside queries: keys and values, and the statistics that eval mode chooses by."""
+    statistics = [(name, buffer) for name, buffer in quantizer.named_buffers() if buffer.is_floating_point()]
+    return [
+        *_keys_and_values(quantizer, largest_query(quantizer, in_training=False), whose),
+        *(Numbers(whose, f"running statistics ({name})", buffer) for name, buffer in statistics),
+    ]
 
-    Args:
-        tables: by name.
-        largest_vector: the largest number that vectors of plain tables may hold.
-        in_training: of queries alone, which training is to go on from: as `start` places keys and values by them.
 
-    Raises:
-        ConfigError: naming table and row, on every rank; also weights of a dtype that is not trained or not frozen.
-    """
-    parts: list[Numbers] = []
-    for name, table in tables.items():
-        whose, quantizer, weight_VQ = f"table {name!r}", table.quantizer, table.weight_VQ
-        what, largest = "vector", largest_vector
-        if quantizer is None:
-            check_dtype(whose, "vectors", dtype_of(weight_VQ), *QUERY_DTYPES, torch.float16)
-        else:
-            check_dtype(whose, "queries", dtype_of(weight_VQ))
-            check_dtype(whose, "keys and values", quantizer.values_MKS.dtype, torch.float32)
-            what, largest = "query", _largest(quantizer, in_training=in_training)
-            if not in_training:
-                statistics = [(key, buffer) for key, buffer in quantizer.named_buffers() if buffer.is_floating_point()]
-                parts += _keys_and_values(quantizer, largest, whose)
-                parts += [Numbers(whose, f"running statistics ({key})", buffer) for key, buffer in statistics]
-        for shard in shards_of(weight_VQ):
-            held = torch.empty(0, device=device_of(weight_VQ)) if shard.tensor is None else shard.tensor
-            parts.append(Numbers(whose, what, held, shard.first_row, largest, table.padding_idx))
-    check_finite(parts)
+def largest_query(quantizer: Quantizer, *, in_training: bool) -> float:
+    """The largest number in a query or key whose scores fp32 holds, and in training their statistics."""
+    largest = _LARGEST_OF_BATCH_NORM if in_training and quantizer.config.batch_norm else _LARGEST
+    return largest / ((1 + quantizer.config.num_levels) * math.sqrt(quantizer.query_dim))
 
 
 def check_dtype(whose: str, what: str, dtype: torch.dtype, *allowed: torch.dtype) -> None:
@@ -145,12 +125,6 @@ def check_dtype(whose: str, what: str, dtype: torch.dtype, *allowed: torch.dtype
     if dtype not in allowed:
         wanted = " or ".join(map(str, allowed))
         raise ConfigError(f"{whose}: got {what} of {dtype}, want {wanted}: call .float() on the model")
-
-
-def _largest(quantizer: Quantizer, *, in_training: bool) -> float:
-    """The largest number in a query or key whose scores fp32 holds, and in training their statistics."""
-    largest = _LARGEST_OF_BATCH_NORM if in_training and quantizer.config.batch_norm else _LARGEST
-    return largest / ((1 + quantizer.config.num_levels) * math.sqrt(quantizer.query_dim))
 
 
 def _keys_and_values(quantizer: Quantizer, largest: float, whose: str) -> list[Numbers]:

@@ -13,8 +13,7 @@ from torch import nn
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collectives import world_size
-from dpq_rec.nn.find import TrainedTable, modules_with_tables, quantized_tables
-from dpq_rec.nn.finite import check_tables
+from dpq_rec.nn.find import TrainedTable, check_tables, modules_with_tables, quantized_tables
 from dpq_rec.nn.shards import check_cuts, is_under_fsdp, rows_of
 
 
