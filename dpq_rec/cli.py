@@ -228,11 +228,13 @@ def read_run(folder: Path, tables: Mapping[str, Table]) -> RunHistory:
             for name, table in tables.items()
             if any(name in epoch.get("codes", {}) for epoch in epochs) and table.manifest.has_codes
         }
+        best_epoch = None if found.get("best_epoch") is None else int(found["best_epoch"])
+        about = {name: found.get(name) for name in ("recipe", "embedding", "seed")}
+        about["epoch"] = None if best_epoch is None else f"{best_epoch} of {len(epochs)}"
         return RunHistory(
-            **{name: found.get(name) for name in ("recipe", "embedding", "seed")},
+            about={name: value for name, value in about.items() if value is not None},
             metrics={str(name): float(value) for name, value in found.get("metrics", {}).items()},
-            best_epoch=None if found.get("best_epoch") is None else int(found["best_epoch"]),
-            num_epochs=len(epochs),
+            best_epoch=best_epoch,
             codes=codes,
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -9,7 +9,7 @@ import html
 import math
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ USE_STEPS = ("unused", "< ⅛", "⅛\u2013¼", "¼\u2013½", "½\u20131", "1\u20
 _UNSHOWABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _MOST_DECADES = 9
 _MOST_TICKS = 6
+_ROUND_STEPS = [first * 10.0**power for power in range(-3, 20) for first in (1, 2, 5)]
 _MOST_DOTS = 40
 _MOST_STRIP = 640  # pixels of a row's codes
 _NUMBERED_PITCH = 11  # pixels of a subspace's row that leave room for numbers
@@ -194,90 +195,71 @@ def _tick(text: str, x: float, y: float, anchor: str = "end", name: str = "tick"
     return fill(template, x, y, name, anchor, text)
 
 
-class _Chart:
+def _curve(
+    label: str,
+    points: Sequence[tuple[int, float, str]],
+    x_title: str,
+    y_axis: tuple[float, Mapping[float, str]],
+    *,
+    band: Sequence[tuple[int, float]] = (),
+    mark_x: tuple[int, str] | None = None,
+    mark_y: tuple[float, str] | None = None,
+) -> Markup:
     """A line chart of fixed proportions.
 
     Args:
         label: what it shows.
+        points: of the line: x, y, which may be NaN, and what a dot tells where they are few.
         x_title: what x counts.
-        x_ends: the least and the greatest number of x.
-        y_ends: likewise.
-        y_ticks: numbers of y that are marked, and how they are written.
+        y_axis: the lowest y, and the numbers of y that are marked with how they are written, up to the highest.
+        band: corners of an area behind the line.
+        mark_x: where a dashed line stands, and what it marks.
+        mark_y: where one lies, likewise.
     """
+    left, right, top, bottom = 46.0, 366.0, 12.0, 186.0
+    (first, last), (low, y_ticks) = (points[0][0], points[-1][0]), y_axis
 
-    width, height, left, right, top, bottom = 380.0, 220.0, 46.0, 366.0, 12.0, 186.0
+    def x(number: float) -> float:
+        return left + (right - left) * (number - first) / max(last - first, 1)
 
-    def __init__(
-        self,
-        label: str,
-        x_title: str,
-        x_ends: tuple[int, int],
-        y_ends: tuple[float, float],
-        y_ticks: Mapping[float, str],
-    ) -> None:
-        self.label, self.y_ends = label, y_ends
-        self.x_ends = x_ends[0], max(x_ends[1], x_ends[0] + 1)
-        self.marks: list[Markup] = []
-        for number, text in y_ticks.items():
-            self._line(self.left, self.right, self.y(number), self.y(number), "grid")
-            self.marks.append(_tick(text, self.left - 6, self.y(number) + 4))
-        self.marks += [_tick(f"{tick:,}", self.x(tick), self.height - 18, "middle") for tick in whole_ticks(*x_ends)]
-        self.marks.append(_tick(x_title, (self.left + self.right) / 2, self.height - 3, "middle", "axis"))
+    def y(number: float) -> float:
+        return bottom + (top - bottom) * (number - low) / (max(y_ticks) - low)
 
-    def x(self, number: float) -> float:
-        """Where a number of x lies."""
-        return self.left + (self.right - self.left) * (number - self.x_ends[0]) / (self.x_ends[1] - self.x_ends[0])
-
-    def y(self, number: float) -> float:
-        """Where a number of y lies."""
-        return self.bottom + (self.top - self.bottom) * (number - self.y_ends[0]) / (self.y_ends[1] - self.y_ends[0])
-
-    def _line(self, x1: float, x2: float, y1: float, y2: float, name: str) -> None:
-        self.marks.append(fill('<line x1="{}" x2="{}" y1="{}" y2="{}" class="{}"></line>', x1, x2, y1, y2, name))
-
-    def mark_x(self, number: float, text: str) -> None:
-        """A dashed line at a number of x, and what it marks."""
-        at = self.x(number)
-        self._line(at, at, self.top, self.bottom, "mark")
-        is_right = at > self.width / 2
-        self.marks.append(_tick(text, at - 5 if is_right else at + 5, self.top + 10, "end" if is_right else "start"))
-
-    def mark_y(self, number: float, text: str) -> None:
-        """A dashed line at a number of y, and what it marks."""
-        self._line(self.left, self.right, self.y(number), self.y(number), "mark")
-        self.marks.append(_tick(text, self.right, self.y(number) - 5))
-
-    def band(self, xs_T: NDArray[np.number], lows_T: NDArray[np.float64], highs_T: NDArray[np.float64]) -> None:
-        """The area between two lines; nothing where there is a NaN."""
-        (there_P,) = (~np.isnan(lows_T)).nonzero()
-        edge = [*((t, highs_T) for t in there_P), *((t, lows_T) for t in there_P[::-1])]
-        points = " ".join(f"{self.x(xs_T[t]):.1f},{self.y(ys_T[t]):.1f}" for t, ys_T in edge)
-        self.marks.append(fill('<polygon points="{}" class="band"></polygon>', points))
-
-    def line(self, xs_T: NDArray[np.number], ys_T: NDArray[np.float64], tips: Sequence[str]) -> Markup:
-        """The whole chart, with a line through points, and dots that tell their numbers where there are few."""
-        there = [(self.x(x), self.y(y), tip) for x, y, tip in zip(xs_T, ys_T, tips, strict=True) if not math.isnan(y)]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in there)
-        self.marks.append(fill('<polyline points="{}" class="line"></polyline>', points))
-        dot = '<circle cx="{}" cy="{}" r="3" class="dot"><title>{}</title></circle>'
-        self.marks += [fill(dot, *point) for point in there] if len(there) <= _MOST_DOTS else []
-        svg = '<svg viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}" class="chart">{}</svg>'
-        return fill(svg, self.width, self.height, self.label, join(self.marks))
+    line = '<line x1="{}" x2="{}" y1="{}" y2="{}" class="{}"></line>'
+    marks = []
+    for number, text in y_ticks.items():
+        marks += [fill(line, left, right, y(number), y(number), "grid"), _tick(text, left - 6, y(number) + 4)]
+    marks += [_tick(f"{tick:,}", x(tick), bottom + 16, "middle") for tick in _whole_ticks(first, last)]
+    marks.append(_tick(x_title, (left + right) / 2, bottom + 31, "middle", "axis"))
+    if band:
+        corners = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in band)
+        marks.append(fill('<polygon points="{}" class="band"></polygon>', corners))
+    if mark_x is not None:
+        at, side = x(mark_x[0]), 1 if x(mark_x[0]) <= 190 else -1
+        marks.append(fill(line, at, at, top, bottom, "mark"))
+        marks.append(_tick(mark_x[1], at + 5 * side, top + 10, "start" if side == 1 else "end"))
+    if mark_y is not None:
+        marks.append(fill(line, left, right, y(mark_y[0]), y(mark_y[0]), "mark"))
+        marks.append(_tick(mark_y[1], right, y(mark_y[0]) - 5))
+    there = [(x(a), y(b), tip) for a, b, tip in points if not math.isnan(b)]
+    path = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in there)
+    marks.append(fill('<polyline points="{}" class="line"></polyline>', path))
+    dot = '<circle cx="{}" cy="{}" r="3" class="dot"><title>{}</title></circle>'
+    marks += [fill(dot, *point) for point in there if len(there) <= _MOST_DOTS]
+    svg = '<svg viewBox="0 0 380 220" role="img" aria-label="{}" class="chart">{}</svg>'
+    return fill(svg, label, join(marks))
 
 
-def whole_ticks(low: int, high: int) -> list[int]:
+def _whole_ticks(low: int, high: int) -> list[int]:
     """Whole numbers from low to high, a round step apart, and both ends."""
-    step = next(
-        s * 10**power for power in range(20) for s in (1, 2, 5) if (high - low) // (s * 10**power) < _MOST_TICKS
-    )
-    inner = [n for n in range(-(-low // step) * step, high + 1, step) if low + step / 2 <= n <= high - step / 2]
+    step = next(step for step in _ROUND_STEPS if step >= 1 and (high - low) // step < _MOST_TICKS)
+    inner = [n for n in range(0, high, int(step)) if low + step / 2 <= n <= high - step / 2]
     return sorted({low, *inner, high})
 
 
-def round_ticks(high: float) -> list[float]:
+def _round_ticks(high: float) -> list[float]:
     """Round numbers from 0 to `high` or the next above it."""
-    steps = (s * 10.0**power for power in range(-3, 20) for s in (1, 2, 5))
-    step = next(step for step in steps if high / step <= _MOST_TICKS - 1)
+    step = next(step for step in _ROUND_STEPS if high / step <= _MOST_TICKS - 1)
     return [at * step for at in range(math.ceil(high / step) + 1)]
 
 
@@ -291,42 +273,32 @@ def spectrum_curve(found: Spectrum) -> Markup:
     else:
         step = 1 if decades <= _MOST_DECADES // 2 else 2
         ticks = {-float(at): f"{10.0**-at:g}" if at <= 3 else f"1e-{at}" for at in range(0, decades + 1, step)}
-    chart = _Chart("singular values", "direction", (1, len(values_R)), (-float(decades), 0.0), ticks)
-    if (noise := float(np.log10(found.tolerance))) >= -decades:
-        chart.mark_y(noise, "noise of fp32")
-    tips = [f"direction {n}: {value:.3g}" for n, value in enumerate(values_R.tolist(), 1)]
-    return chart.line(np.arange(1, len(values_R) + 1), np.log10(np.maximum(values_R, 10.0**-decades)), tips)
+    noise = float(np.log10(found.tolerance))
+    logs_R = np.log10(np.maximum(values_R, 10.0**-decades)).tolist()
+    points = [(n + 1, log, f"direction {n + 1}: {values_R[n]:.3g}") for n, log in enumerate(logs_R)]
+    mark = (noise, "noise of fp32") if noise >= -decades else None
+    return _curve("singular values", points, "direction", (-float(decades), ticks), mark_y=mark)
 
 
-def changed_curve(history: CodeHistory, best_epoch: int | None) -> Markup:
-    """The share of codes that changed in an epoch: mean over subspaces, and their range (DPQ paper, figure 6)."""
-    ticks = {tick: percent(tick) for tick in (0.0, 0.25, 0.5, 0.75, 1.0)}
-    tips = [percent(mean) for mean in history.changed_TM.mean(1).tolist()]
-    return _curve_of_epochs("codes changed", history.epochs_T, history.changed_TM, best_epoch, ticks, tips)
+def history_curves(history: CodeHistory, best_epoch: int | None) -> tuple[Markup, Markup]:
+    """Of each epoch the share of codes that changed (DPQ paper, figure 6), and perplexity: means and ranges."""
+    shares = {tick: percent(tick) for tick in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    perplexities = {tick: f"{tick:,g}" for tick in _round_ticks(float(history.perplexity_TM.max(initial=1.0)))}
+    epochs = history.epochs_T.tolist()
+    mark = (best_epoch, "this artifact") if best_epoch is not None and epochs[0] <= best_epoch <= epochs[-1] else None
 
+    def curve(
+        label: str, numbers_TM: NDArray[np.float64], ticks: dict[float, str], tip: Callable[[float], str]
+    ) -> Markup:
+        means = zip(epochs, numbers_TM.mean(1).tolist(), strict=True)
+        points = [(epoch, mean, f"epoch {epoch}: {tip(mean)}") for epoch, mean in means]
+        highs = [*zip(epochs, numbers_TM.max(1).tolist(), strict=True)]
+        lows = [*zip(epochs, numbers_TM.min(1).tolist(), strict=True)]
+        band = [corner for corner in highs + lows[::-1] if not math.isnan(corner[1])]
+        return _curve(label, points, "epoch", (0.0, ticks), band=band, mark_x=mark)
 
-def perplexity_curve(history: CodeHistory, best_epoch: int | None) -> Markup:
-    """Perplexity after each epoch: mean over subspaces, and their range."""
-    ticks = {tick: f"{tick:,g}" for tick in round_ticks(float(history.perplexity_TM.max(initial=1.0)))}
-    tips = [f"{mean:.1f}" for mean in history.perplexity_TM.mean(1).tolist()]
-    return _curve_of_epochs("perplexity", history.epochs_T, history.perplexity_TM, best_epoch, ticks, tips)
-
-
-def _curve_of_epochs(
-    label: str,
-    epochs_T: NDArray[np.int64],
-    numbers_TM: NDArray[np.float64],
-    best_epoch: int | None,
-    ticks: Mapping[float, str],
-    tips: Sequence[str],
-) -> Markup:
-    first, last = int(epochs_T[0]), int(epochs_T[-1])
-    chart = _Chart(label, "epoch", (first, last), (0.0, max(ticks)), ticks)
-    chart.band(epochs_T, numbers_TM.min(1), numbers_TM.max(1))
-    if best_epoch is not None and first <= best_epoch <= last:
-        chart.mark_x(best_epoch, "this artifact")
-    tips = [f"epoch {epoch}: {tip}" for epoch, tip in zip(epochs_T.tolist(), tips, strict=True)]
-    return chart.line(epochs_T, numbers_TM.mean(1), tips)
+    changed = curve("codes changed", history.changed_TM, shares, percent)
+    return changed, curve("perplexity", history.perplexity_TM, perplexities, "{:.1f}".format)
 
 
 # Codes side by side

@@ -50,19 +50,15 @@ class RunHistory:
     """A training run that left an artifact.
 
     Attributes:
-        recipe, embedding, seed: what was trained; None where it is not known.
+        about: what was trained, and how long; as it is shown.
         metrics: on the test split, by name.
         best_epoch: the one whose artifact was kept.
-        num_epochs: that were trained.
         codes: table -> how its codes changed; tables without codes are not there.
     """
 
-    recipe: object
-    embedding: object
-    seed: object
+    about: Mapping[str, object]
     metrics: Mapping[str, float]
     best_epoch: int | None
-    num_epochs: int
     codes: Mapping[str, CodeHistory]
 
 

@@ -103,10 +103,7 @@ def _chips(pairs: Iterable[tuple[object, object]]) -> Markup:
 
 
 def _run_chips(run: RunHistory) -> Markup:
-    known = [("recipe", run.recipe), ("embedding", run.embedding), ("seed", run.seed)]
-    pairs: list[tuple[object, object]] = [(name, from_data(value)) for name, value in known if value is not None]
-    if run.best_epoch is not None:
-        pairs.append(("epoch", f"{run.best_epoch} of {run.num_epochs}"))
+    pairs = [(name, from_data(value)) for name, value in run.about.items()]
     return _chips([*pairs, *((from_data(name), f"{value:.4f}") for name, value in run.metrics.items())])
 
 
@@ -250,11 +247,9 @@ def _history(history: CodeHistory, best_epoch: int | None) -> Markup:
     if not math.isnan(last):
         changed += f" In the last epoch {percent(last)} changed."
     perplexity = "After each epoch: mean over subspaces, and their range."
-    charted = [
-        _titled("Codes that changed", changed, charts.changed_curve(history, best_epoch)),
-        _titled("Perplexity while training", perplexity, charts.perplexity_curve(history, best_epoch)),
-    ]
-    return join(charted, "<div>{}</div>")
+    curves = charts.history_curves(history, best_epoch)
+    texts = {"Codes that changed": changed, "Perplexity while training": perplexity}
+    return join(map(_titled, texts, texts.values(), curves), "<div>{}</div>")
 
 
 def _neighbours(facts: TableFacts, titles: Mapping[Id, str]) -> Markup:
