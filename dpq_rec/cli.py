@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,9 +55,21 @@ _NAMES_HELP = "titles: .parquet, .csv or .tsv with a column called as the table 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is returned (argparse itself leaves with 2)."""
-    arguments = _parser().parse_args(argv)
+    try:
+        try:
+            return _run(_parser().parse_args(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads, `head` say, has enough: end as tools do that the signal ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.run(arguments))
+    except BrokenPipeError:
+        raise
     except DamagedArtifactError as error:
         return _fail(f"{error}; get a sound copy: an artifact never changes once published", DAMAGED_OR_MISSING)
     except (DpqRecError, OSError) as error:

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -381,3 +383,15 @@ def test_the_installed_command_leaves_with_the_exit_code(path):
     command = [Path(sys.executable).with_name("dpq-rec"), "lookup", path, "--table", "dense", "1", "99"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, json.loads(done.stdout)["missing"], done.stderr) == (1, [1], "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "ARTIFACT"], ["lookup", "ARTIFACT", "--table", "dense", *["1"] * 9_000]]
+)
+def test_a_reader_who_has_enough_ends_the_command_quietly(path, arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [Path(sys.executable).with_name("dpq-rec"), *(path if a == "ARTIFACT" else a for a in arguments)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
