@@ -7,7 +7,7 @@ is taken: other measurements make another line.
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 from dpq_rec.codes import CodeLayout
 from dpq_rec.errors import ConfigError
@@ -16,26 +16,6 @@ _NUM_CODES = (256, 128, 64, 32, 16, 8, 4, 2)
 _MOST_LEVELS = 24  # that were measured
 _ENOUGH = 0.98  # of the most that a layout tells: one that tells so much is as good
 _VALUE_BYTES = 2  # of fp16
-
-
-class _Table(NamedTuple):
-    num_embeddings: int
-    embedding_dim: int
-    share_subspaces: bool
-
-    def ratio(self, layout: CodeLayout) -> float:
-        """Bytes of the fp32 table to those of codes and values."""
-        shape = (self.num_embeddings, self.embedding_dim)
-        num_bytes = layout.table_bytes(shape, _VALUE_BYTES, share_subspaces=self.share_subspaces)
-        return 4 * self.num_embeddings * self.embedding_dim / num_bytes
-
-    def largest(self, num_codes: int, num_subspaces: int, ratio: float) -> CodeLayout | None:
-        """The layout with the most levels that reaches the ratio; None where none does."""
-        for num_levels in range(_MOST_LEVELS, 0, -1):
-            layout = CodeLayout(num_subspaces=num_subspaces, num_codes=num_codes, num_levels=num_levels)
-            if self.ratio(layout) >= ratio:
-                return layout
-        return None
 
 
 def choose_layout(
@@ -59,12 +39,23 @@ def choose_layout(
     Raises:
         ConfigError: the ratio cannot be reached: says the largest that can.
     """
-    table = _Table(num_embeddings, embedding_dim, share_subspaces)
+    shape = num_embeddings, embedding_dim
+
+    def ratio_of(layout: CodeLayout) -> float:
+        num_bytes = layout.table_bytes(shape, _VALUE_BYTES, share_subspaces=share_subspaces)
+        return 4 * num_embeddings * embedding_dim / num_bytes
+
+    def largest_fit(num_codes: int, num_subspaces: int) -> CodeLayout | None:
+        """The layout with the most levels that reaches the ratio."""
+        sizes = {"num_subspaces": num_subspaces, "num_codes": num_codes}
+        layouts = (CodeLayout(**sizes, num_levels=num_levels) for num_levels in range(_MOST_LEVELS, 0, -1))
+        return next((layout for layout in layouts if ratio_of(layout) >= ratio), None)
+
     divisors = [d for d in range(1, embedding_dim + 1) if embedding_dim % d == 0]
     divisors = divisors[:-1] or divisors  # subspaces of one number have no directions, which keys of a cosine need
-    fits = [fit for k, d in itertools.product(_NUM_CODES, divisors) if (fit := table.largest(k, d, ratio))]
+    fits = [found for k, d in itertools.product(_NUM_CODES, divisors) if (found := largest_fit(k, d))]
     if not fits:
-        largest = max(table.ratio(CodeLayout(num_subspaces=d, num_codes=2)) for d in divisors)
+        largest = max(ratio_of(CodeLayout(num_subspaces=d, num_codes=2)) for d in divisors)
         got = f"{ratio:g} for a table of {num_embeddings} rows of {embedding_dim} numbers"
         raise ConfigError(
             f"target_ratio: got {got}, want at most {int(largest * 100) / 100:g}: it is too small for more"
@@ -72,7 +63,7 @@ def choose_layout(
     enough = _ENOUGH * max(map(_told_bits, fits))
     layout = min(
         (fit for fit in fits if _told_bits(fit) >= enough),
-        key=lambda fit: (fit.codes_per_row, -table.ratio(fit)),
+        key=lambda fit: (fit.codes_per_row, -ratio_of(fit)),
     )
     return {
         "num_subspaces": layout.num_subspaces,
