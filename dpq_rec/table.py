@@ -20,7 +20,7 @@ from dpq_rec import kernels
 from dpq_rec.codes import Tier
 from dpq_rec.errors import ConfigError, IdTypeError, UnknownIdsError
 from dpq_rec.files import PickledByPath
-from dpq_rec.ids import int64_ids, plain_array, string_ids
+from dpq_rec.ids import ids_of_kind, int64_ids, plain_array
 from dpq_rec.kernels import MISSING_ROW, Coded, Vectors
 from dpq_rec.kernels.lookup import lookup_bytes, lookup_integers
 from dpq_rec.manifest import TableManifest
@@ -79,11 +79,11 @@ class Table(PickledByPath):
         self, ids: Any, *, dtype: VectorType = "float32", missing: MissingPolicy = "zeros", num_threads: int = 1
     ) -> Lookup:
         """See `EmbeddingStore.lookup`."""
-        _check_options(num_threads, missing=missing, dtype=dtype)
+        _check_options(missing, dtype, num_threads)
         if missing == "zeros" and isinstance(self.vocabulary, Int64Vocabulary):  # an error is for before the decoding
             known = self.vocabulary.native
             return Lookup(*lookup_integers(int64_ids(ids), known, self.vectors, dtype=dtype, num_threads=num_threads))
-        rows_N, positions = self.rows(ids, missing=missing)
+        rows_N, positions = self._find(ids, missing)
         return Lookup(self.decode(rows_N, dtype=dtype, num_threads=num_threads), positions)
 
     def lookup_bags(
@@ -98,10 +98,11 @@ class Table(PickledByPath):
         num_threads: int = 1,
     ) -> Lookup:
         """See `EmbeddingStore.lookup_bags`."""
-        _check_options(num_threads, missing=missing, dtype=dtype, pooling=pooling)
+        _check_options(missing, dtype, num_threads)
+        _check_choice("pooling", pooling)
         if pooling == "mean" and weights is not None:
             raise ConfigError("weights: got some with pooling mean, want sum; a weighted mean is not defined")
-        rows_N, positions = self.rows(ids, missing=missing)
+        rows_N, positions = self._find(ids, missing)
         pooled_BE = kernels.decode_bags(
             self.vectors,
             rows_N,
@@ -115,7 +116,8 @@ class Table(PickledByPath):
 
     def lookup_bytes(self, ids: bytes, *, form: Form = "float32", missing: MissingPolicy = "zeros") -> LookupBytes:
         """See `EmbeddingStore.lookup_bytes`."""
-        _check_options(missing=missing, form=form)
+        _check_choice("missing", missing)
+        _check_choice("form", form)
         content, vocabulary = check_ids(ids), self.vocabulary
         if vocabulary.kind == "string":
             raise IdTypeError(f"ids: got bytes, want strings: those are the ids of table {self.name!r}")
@@ -132,9 +134,11 @@ class Table(PickledByPath):
 
     def rows(self, ids: Any, *, missing: MissingPolicy = "zeros") -> Rows:
         """See `EmbeddingStore.rows`."""
-        _check_options(missing=missing)
-        held: NDArray[np.int64] | Sequence[Any]
-        held = string_ids(ids) if self.vocabulary.kind == "string" else int64_ids(ids)
+        _check_choice("missing", missing)
+        return self._find(ids, missing)
+
+    def _find(self, ids: Any, missing: MissingPolicy) -> Rows:
+        held = ids_of_kind(self.vocabulary.kind, ids)
         rows_N = self.vocabulary.rows(held)
         positions = (rows_N == MISSING_ROW).nonzero()[0].astype(np.uint32)
         if missing == "error" and len(positions):
@@ -176,9 +180,10 @@ class Table(PickledByPath):
 
     def codes(self, ids: Any, *, missing: MissingPolicy = "zeros") -> PackedRows:
         """See `EmbeddingStore.codes`."""
-        rows_N, positions = self.rows(ids, missing=missing)
-        self._check_has_codes("codes")
-        assert isinstance(self.vectors, Coded)
+        _check_choice("missing", missing)
+        rows_N, positions = self._find(ids, missing)
+        if not isinstance(self.vectors, Coded):
+            raise self._dense("codes")
         packed_NW, tiers_N = kernels.copy_codes(self.vectors, rows_N)
         return PackedRows(packed_NW, positions, tiers_N)
 
@@ -191,13 +196,13 @@ class Table(PickledByPath):
         Raises:
             ConfigError: the table is dense, and has no values.
         """
-        self._check_has_codes("values")
+        if not self.manifest.has_codes:
+            raise self._dense("values")
         layouts = tuple(tier.layout for tier in self.tiers)
         return Values(version=version, layouts=layouts, values_MKS=self.tensors["values"])
 
-    def _check_has_codes(self, wanted: str) -> None:
-        if not self.manifest.has_codes:
-            raise ConfigError(f"table {self.name!r} is of kind {self.manifest.kind!r}: it has vectors, and no {wanted}")
+    def _dense(self, wanted: str) -> ConfigError:
+        return ConfigError(f"table {self.name!r} is of kind {self.manifest.kind!r}: it has vectors, and no {wanted}")
 
     @functools.cached_property
     def tiers(self) -> tuple[Tier, ...]:
@@ -298,11 +303,15 @@ def sizes(tables: Collection[Table]) -> dict[str, Any]:
     }
 
 
-def _check_options(num_threads: int = 1, **options: str) -> None:
-    for name, value in options.items():
-        choices = _CHOICES[name]
-        if value not in choices:
-            raise ConfigError(f"{name}: got {value!r}, want {', '.join(choices[:-1])} or {choices[-1]}")
+def _check_choice(name: str, value: str) -> None:
+    choices = _CHOICES[name]
+    if value not in choices:
+        raise ConfigError(f"{name}: got {value!r}, want {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def _check_options(missing: MissingPolicy, dtype: VectorType, num_threads: int) -> None:
+    _check_choice("missing", missing)
+    _check_choice("dtype", dtype)
     if not isinstance(num_threads, int | np.integer) or num_threads < 1:
         raise ConfigError(f"num_threads: got {num_threads!r}, want 1 or more")
 

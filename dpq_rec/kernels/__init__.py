@@ -53,7 +53,7 @@ class Coded(HasNative):
 
     def with_codes(self, packed: Sequence[NDArray[np.uint8]]) -> Coded:
         """Other rows with the same values, which are not copied again."""
-        other = dataclasses.replace(self, packed=packed)
+        other = Coded(self.layouts, packed, self.values_MKS)
         vars(other)["native"] = call(_native.Vectors, self.native, other._native_tiers)
         return other
 
