@@ -1,4 +1,4 @@
-"""The hot loops in C++. In: numpy arrays; lists of str. Out: numpy arrays. `reference` says what they compute.
+"""The hot loops in C++. In: numpy arrays; lists of str. Out: numpy arrays. Numpy twins of them: tests/references.py.
 
 The GIL is released. Every function raises ConfigError where arguments are of another type or size, or do not fit each
 other, before anything is read; what comes from a file, rows, codes and offsets, is checked as it is read.
