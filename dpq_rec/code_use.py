@@ -6,13 +6,16 @@ The packed codes are mapped and streamed in blocks: what is held grows with M * 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.codes import unpack_codes
 from dpq_rec.errors import DamagedArtifactError
-from dpq_rec.table import Table
+
+if TYPE_CHECKING:
+    from dpq_rec.table import Table
 
 _BLOCK_CODES = 1 << 21  # unpacked at a time
 

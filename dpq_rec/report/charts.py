@@ -10,13 +10,15 @@ import math
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.codes import CodeLayout
-from dpq_rec.report.facts import CodeHistory, CodeUse, Spectrum
+
+if TYPE_CHECKING:
+    from dpq_rec.report.facts import CodeHistory, CodeUse, Spectrum
 
 PART_CLASSES = {
     "packed codes": "p-codes",

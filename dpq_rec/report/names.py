@@ -10,11 +10,14 @@ import csv
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.export import import_pyarrow
-from dpq_rec.report.facts import Id
-from dpq_rec.table import Table
+
+if TYPE_CHECKING:
+    from dpq_rec.report.facts import Id
+    from dpq_rec.table import Table
 
 _TITLES = ("title", "name", "label", "word", "text")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 from dpq_rec.artifact import Artifact
 from dpq_rec.report import charts
 from dpq_rec.report.charts import Markup, byte_text, fill, join, percent
 from dpq_rec.report.facts import CANDIDATES, CodeHistory, CodeUse, Id, Member, RunHistory, TableFacts
-from dpq_rec.report.names import Names
 from dpq_rec.table import sizes
+
+if TYPE_CHECKING:
+    from dpq_rec.report.names import Names
 
 _MOST_SHOWN = 120  # characters of a text that comes from data
 _NONE = "\u2013"  # where a table has no such number
