@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "half.h"
@@ -22,10 +21,8 @@ namespace nb = nanobind;
 
 namespace {
 
-constexpr int64_t kItemsOfPart = 1024;  // ids or bags, of one thread at a time
-
 struct BagsArgs {
-  dpq::Source source;
+  const dpq::Source& source;
   const int64_t* rows;   // [num_lookups]
   const float* weights;  // [num_lookups]; null where all are 1
   const int64_t* ends;   // of bag b: its rows are those from ends[b - 1], or 0, up to ends[b] - 1
@@ -97,21 +94,6 @@ DPQ_INLINE void pool_loop(const BagsArgs& a) {
 
 DPQ_DEFINE_BY_LANES(pool_bags, pool_loop, BagsArgs)
 
-// First and last + 1 bag of each part: of about as many ids or bags.
-std::vector<std::pair<int64_t, int64_t>> parts_of(const int64_t* ends, int64_t num_bags, int64_t num_threads) {
-  if (num_threads <= 1) return {{0, num_bags}};
-  std::vector<std::pair<int64_t, int64_t>> parts;
-  int64_t first = 0, first_id = 0;
-  for (int64_t bag = 0; bag < num_bags; ++bag) {
-    const bool is_full = ends[bag] - first_id >= kItemsOfPart || bag + 1 - first >= kItemsOfPart;
-    if (!is_full && bag + 1 < num_bags) continue;
-    parts.emplace_back(first, bag + 1);
-    first = bag + 1;
-    first_id = ends[bag];
-  }
-  return parts;
-}
-
 // Where each bag ends, of the rows of each.
 std::vector<int64_t> ends_of(const dpq::Array<const int64_t, 1>& lengths, int64_t num_rows) {
   std::vector<int64_t> ends(lengths.size());
@@ -129,25 +111,21 @@ nb::tuple decode_bags(const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> 
                       std::optional<dpq::Array<const float, 1>> weights, dpq::Array<const int64_t, 1> lengths,
                       bool mean, dpq::Out out, int64_t num_threads) {
   const dpq::Source& source = vectors.source();
+  const int64_t num_bags = dpq::size_of(lengths), num_rows = dpq::size_of(rows);
   dpq::check_threads(num_threads);
-  dpq::check_out(out, dpq::size_of(lengths), source.dim);
-  if (weights) dpq::check_shape("weights", *weights, {dpq::size_of(rows)});
-  const std::vector<int64_t> ends = ends_of(lengths, dpq::size_of(rows));
-  const auto parts = parts_of(ends.data(), dpq::size_of(lengths), num_threads);
-  const int64_t num_parts = static_cast<int64_t>(parts.size());
-  const int64_t tail_bytes = source.max_row_bytes + dpq::kRunSlackBytes;
-  std::vector<uint8_t> tails(num_parts * tail_bytes);
-  std::vector<float> sums(num_parts * source.dim);
-  std::vector<dpq::Damage> damage(num_parts);
-  {
-    nb::gil_scoped_release release;
-    dpq::in_parts(num_parts, num_threads, [&](int64_t part) {
-      pool_bags(BagsArgs{source, rows.data(), weights ? weights->data() : nullptr, ends.data(), parts[part].first,
-                         parts[part].second, static_cast<int64_t>(rows.shape(0)), out.data(), dpq::is_half(out), mean,
-                         sums.data() + part * source.dim, tails.data() + part * tail_bytes, &damage[part]});
-    });
-  }
-  return dpq::first_of(damage);
+  dpq::check_out(out, num_bags, source.dim);
+  if (weights) dpq::check_shape("weights", *weights, {num_rows});
+  const std::vector<int64_t> ends = ends_of(lengths, num_rows);
+  const int64_t bags_of_part = dpq::kItemsOfPart * num_bags / std::max({num_bags, num_rows, int64_t{1}});
+  const auto pool = [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> tail(dpq::tail_bytes(source));
+    std::vector<float> sum(source.dim);
+    dpq::Damage damage;
+    pool_bags(BagsArgs{source, rows.data(), weights ? weights->data() : nullptr, ends.data(), begin, end, num_rows,
+                       out.data(), dpq::is_half(out), mean, sum.data(), tail.data(), &damage});
+    return damage;
+  };
+  return dpq::first_of(dpq::in_parts(num_bags, num_threads, std::max<int64_t>(bags_of_part, 1), pool));
 }
 
 }  // namespace

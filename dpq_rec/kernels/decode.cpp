@@ -1,7 +1,5 @@
 // Rows to vectors. Its plain twin is decode in reference.py, which the tests hold it to bit for bit.
 
-#include "decode.h"
-
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
@@ -49,49 +47,56 @@ struct Store {
   }
 };
 
+struct DecodeArgs {
+  const dpq::Source& source;
+  const int64_t* rows;
+  int64_t begin, end, last;
+  void* out;
+  bool half;
+  uint8_t* tail;  // room for one row and kRunSlackBytes
+  dpq::Damage* damage;
+};
+
 template <int kLanes, typename Number>
-DPQ_INLINE void decode_to(const dpq::DecodeArgs& a) {
+DPQ_INLINE void decode_to(const DecodeArgs& a) {
   dpq::with_vectors<kLanes, true>(a.source, a.tail, [&](const auto& vectors) DPQ_INLINE_LAMBDA {
     Store<kLanes, Number> store{static_cast<Number*>(a.out), a.source.dim};
-    *a.damage = dpq::walk(vectors, a.rows, a.begin, a.end, a.num_lookups, store);
+    *a.damage = dpq::walk(vectors, a.rows, a.begin, a.end, a.last, store);
   });
 }
 
 template <int kLanes>
-DPQ_INLINE void decode_loop(const dpq::DecodeArgs& a) {
+DPQ_INLINE void decode_loop(const DecodeArgs& a) {
   a.half ? decode_to<kLanes, uint16_t>(a) : decode_to<kLanes, float>(a);
 }
 
-DPQ_DEFINE_BY_LANES(decode_by_lanes, decode_loop, dpq::DecodeArgs)
+DPQ_DEFINE_BY_LANES(decode_by_lanes, decode_loop, DecodeArgs)
 
 nb::tuple decode(const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> rows, dpq::Out out, int64_t num_threads) {
-  const dpq::Source& source = vectors.source();
+  const int64_t num_rows = dpq::size_of(rows);
   dpq::check_threads(num_threads);
-  dpq::check_out(out, dpq::size_of(rows), source.dim);
-  const dpq::Parts parts(dpq::size_of(rows), num_threads);
-  const int64_t tail_bytes = source.max_row_bytes + dpq::kRunSlackBytes;
-  std::vector<uint8_t> tails(parts.num_parts * tail_bytes);
-  std::vector<dpq::Damage> damage(parts.num_parts);
-  {
-    nb::gil_scoped_release release;
-    dpq::in_parts(parts.num_parts, num_threads, [&](int64_t part) {
-      dpq::decode_rows(dpq::DecodeArgs{source, rows.data(), parts.begin(part), parts.end(part), parts.num_rows, out.data(),
-                             dpq::is_half(out), tails.data() + part * tail_bytes, &damage[part]});
-    });
-  }
-  return dpq::first_of(damage);
+  dpq::check_out(out, num_rows, vectors.dim());
+  return dpq::first_of(dpq::in_parts(num_rows, num_threads, dpq::kItemsOfPart, [&](int64_t begin, int64_t end) {
+    return dpq::decode_rows(vectors.source(), rows.data(), begin, end, num_rows, out.data(), dpq::is_half(out));
+  }));
 }
 
 }  // namespace
 
-void dpq::decode_rows(const DecodeArgs& args) { decode_by_lanes(args); }
+dpq::Damage dpq::decode_rows(const Source& source, const int64_t* rows, int64_t begin, int64_t end, int64_t last,
+                             void* out, bool half) {
+  std::vector<uint8_t> tail(tail_bytes(source));
+  Damage damage;
+  decode_by_lanes(DecodeArgs{source, rows, begin, end, last, out, half, tail.data(), &damage});
+  return damage;
+}
 
 void define_decode(nb::module_& m) {
   nb::class_<dpq::Vectors>(m, "Vectors")
       .def(nb::init<dpq::Array<const float, 2>>(), dpq::array("dense"))
       .def(nb::init<const dpq::Vectors&, dpq::Vectors::Packed>(), nb::arg("others"), dpq::array("packed"))
-      .def(nb::init<dpq::Vectors::Packed, dpq::Array<const float, 3>, int64_t, int64_t, bool>(), dpq::array("packed"), dpq::array("values"), nb::arg("num_subspaces"), nb::arg("code_bits"),
-           nb::arg("shared"))
+      .def(nb::init<dpq::Vectors::Packed, dpq::Array<const float, 3>, int64_t, int64_t, bool>(), dpq::array("packed"),
+           dpq::array("values"), nb::arg("num_subspaces"), nb::arg("code_bits"), nb::arg("shared"))
       .def_prop_ro("dim", &dpq::Vectors::dim);
   m.def("decode", &decode, nb::arg("vectors"), dpq::array("rows"), dpq::array("out"), nb::arg("num_threads"));
 }

@@ -87,7 +87,7 @@ struct Write {
 // Writes from `out` on, and moves it to the end.
 dpq::Damage write_rows(const dpq::Source& source, const JsonTexts& texts, const int64_t* rows, int64_t num_lookups,
                        char*& out) {
-  std::vector<uint8_t> tail(source.max_row_bytes + dpq::kRunSlackBytes);
+  std::vector<uint8_t> tail(dpq::tail_bytes(source));
   const int64_t stride = source.shared ? 0 : source.num_codes;
   Write write{texts.groups(), texts.begins(), texts.zeros(), source.num_subspaces, stride, texts.copied_bytes(), out};
   dpq::Damage damage;

@@ -1,6 +1,8 @@
 """Vectors of one level as JSON, copied from the texts of their values. In: a Coded, rows. Out: bytes.
 
 A row's vector is the concatenation of D groups of numbers, of which there are only M x K: their texts are written once.
+To write every number anew with orjson makes a request of 256 ids of 64 numbers take 2.3 times as long from end to end,
+one of 2,000 ids 4.8 times.
 """
 
 from __future__ import annotations

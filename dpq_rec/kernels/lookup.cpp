@@ -11,7 +11,6 @@
 #include <optional>
 #include <vector>
 
-#include "decode.h"
 #include "find_integers.h"
 #include "source.h"
 #include "threads.h"
@@ -61,13 +60,6 @@ Found find_and_write(const dpq::Integers& known, const dpq::Source& source, cons
   return found;
 }
 
-dpq::Damage write_vectors(const dpq::Source& source, const int64_t* rows, int64_t begin, int64_t end, void* out,
-                          bool half, uint8_t* tail) {
-  dpq::Damage damage;
-  dpq::decode_rows(dpq::DecodeArgs{source, rows, begin, end, end, out, half, tail, &damage});
-  return damage;
-}
-
 // Packed codes of rows begin .. end - 1, zeros behind those of a tier of fewer levels and where a row is missing; and the
 // tier of each row, if wanted.
 dpq::Damage write_codes(const dpq::Source& source, const int64_t* rows, int64_t begin, int64_t end, uint8_t* packed,
@@ -98,31 +90,23 @@ dpq::Damage write_codes(const dpq::Source& source, const int64_t* rows, int64_t 
 nb::tuple lookup_integers(const dpq::Integers& known, const dpq::Vectors& vectors, dpq::Array<const int64_t, 1> ids,
                           dpq::Array<int64_t, 1> rows, dpq::Out out, int64_t num_threads) {
   const dpq::Source& source = vectors.source();
+  const int64_t num_ids = dpq::size_of(ids);
   dpq::check_threads(num_threads);
-  dpq::check_shape("rows", rows, {dpq::size_of(ids)});
-  dpq::check_out(out, dpq::size_of(ids), source.dim);
-  const dpq::Parts parts(dpq::size_of(ids), num_threads);
-  const int64_t tail_bytes = source.max_row_bytes + dpq::kRunSlackBytes;
-  std::vector<uint8_t> tails(parts.num_parts * tail_bytes);
-  std::vector<Found> found(parts.num_parts);
-  {
-    nb::gil_scoped_release release;
-    dpq::in_parts(parts.num_parts, num_threads, [&](int64_t part) {
-      uint8_t* const tail = tails.data() + part * tail_bytes;
-      const auto write = [&](int64_t begin, int64_t end) {
-        return write_vectors(source, rows.data(), begin, end, out.data(), dpq::is_half(out), tail);
-      };
-      found[part] =
-          find_and_write(known, source, ids.data(), rows.data(), parts.begin(part), parts.end(part), write);
-    });
-  }
+  dpq::check_shape("rows", rows, {num_ids});
+  dpq::check_out(out, num_ids, source.dim);
+  const auto decode = [&](int64_t begin, int64_t end) {
+    return dpq::decode_rows(source, rows.data(), begin, end, end, out.data(), dpq::is_half(out));
+  };
+  const auto find = [&](int64_t begin, int64_t end) {
+    return find_and_write(known, source, ids.data(), rows.data(), begin, end, decode);
+  };
   Found all;
-  for (const Found& of_part : found) {
+  for (const Found& part : dpq::in_parts(num_ids, num_threads, dpq::kItemsOfPart, find)) {
     if (!all.is_bad()) {
-      all.bad_id_at = of_part.bad_id_at;
-      all.damage = of_part.damage;
+      all.bad_id_at = part.bad_id_at;
+      all.damage = part.damage;
     }
-    all.num_missing += of_part.num_missing;
+    all.num_missing += part.num_missing;
   }
   return nb::make_tuple(all.num_missing, all.bad_id_at, all.damage.bad_row_at, all.damage.bad_code_at);
 }
@@ -164,7 +148,7 @@ nb::tuple lookup_bytes(const dpq::Integers& known, const dpq::Vectors& vectors, 
   const int64_t rows_bytes = num_ids * (are_codes ? source.max_row_bytes : number_bytes * source.dim);
   const int64_t tiers_bytes = have_tiers ? num_ids : 0;
   std::vector<int64_t> ids(num_ids), rows(num_ids);
-  std::vector<uint8_t> tail(source.max_row_bytes + dpq::kRunSlackBytes), tiers(tiers_bytes);
+  std::vector<uint8_t> tiers(tiers_bytes);
   std::memcpy(ids.data(), asked.c_str(), num_ids * kIdBytes);
   PyObject* reply = PyBytes_FromStringAndSize(nullptr, rows_bytes + tiers_bytes);
   if (reply == nullptr) throw nb::python_error();
@@ -173,7 +157,7 @@ nb::tuple lookup_bytes(const dpq::Integers& known, const dpq::Vectors& vectors, 
     nb::gil_scoped_release release;
     void* const out = PyBytes_AS_STRING(reply);
     found = find_and_write(known, source, ids.data(), rows.data(), 0, num_ids, [&](int64_t begin, int64_t end) {
-      if (!are_codes) return write_vectors(source, rows.data(), begin, end, out, number_bytes == 2, tail.data());
+      if (!are_codes) return dpq::decode_rows(source, rows.data(), begin, end, end, out, number_bytes == 2);
       return write_codes(source, rows.data(), begin, end, static_cast<uint8_t*>(out),
                          have_tiers ? tiers.data() : nullptr);
     });

@@ -93,18 +93,9 @@ void encode(Array<const float, 3> queries, Array<const float, 3> keys, Array<con
   check_shape("scale", scale, {padded_codes});
   check_shape("shift", shift, {padded_codes});
   check_shape("codes", codes, {size_of(queries), num_subspaces});
-  const EncodeArgs args{queries.data(),
-                        keys.data(),
-                        scale.data(),
-                        shift.data(),
-                        codes.data(),
-                        static_cast<int64_t>(queries.shape(0)),
-                        static_cast<int64_t>(queries.shape(1)),
-                        static_cast<int64_t>(queries.shape(2)),
-                        static_cast<int64_t>(keys.shape(2)),
-                        euclidean};
-  nb::gil_scoped_release release;
-  encode_queries(args);
+  const nb::gil_scoped_release release;
+  encode_queries(EncodeArgs{queries.data(), keys.data(), scale.data(), shift.data(), codes.data(), size_of(queries),
+                            num_subspaces, size_of(queries, 2), padded_codes, euclidean});
 }
 
 }  // namespace

@@ -180,15 +180,9 @@ nb::tuple scan_top(Array<const uint8_t, 2> packed, Array<const float, 2> scores,
   check_shape("best_scores", best_scores, {size_of(best_rows)});
   dpq::check_range("num_found", num_found, 0, size_of(best_rows));
   dpq::check_range("first_row", first_row, 0, INT64_MAX - size_of(packed));
-  const ScanArgs args{packed.data(),
-                      scores.data(),
-                      scales ? scales->data() : nullptr,
-                      static_cast<int64_t>(packed.shape(0)),
-                      static_cast<int64_t>(packed.shape(1)),
-                      static_cast<int64_t>(scores.shape(0)),
-                      num_codes,
-                      code_bits,
-                      first_row};
+  const ScanArgs args{packed.data(),    scores.data(),      scales ? scales->data() : nullptr,
+                      size_of(packed),  size_of(packed, 1), size_of(scores),
+                      num_codes,        code_bits,          first_row};
   std::vector<Found> heap;
   int64_t bad = -1;
   {

@@ -115,6 +115,11 @@ inline void check_out(const Out& out, int64_t num_vectors, int64_t dim) {
   check_shape("out", out, {num_vectors, dim});
 }
 
+// Vectors of rows[begin] .. rows[end - 1] to the same places of `out`, float or half [num_rows, E]; rows up to `last` may
+// be asked from memory. Defined in decode.cpp.
+Damage decode_rows(const Source& source, const int64_t* rows, int64_t begin, int64_t end, int64_t last, void* out,
+                   bool half);
+
 // (position of the first bad row, position of the first bad code), -1 where there is none; of several parts of the work,
 // in order, the first damage.
 inline nanobind::tuple first_of(const std::vector<Damage>& parts) {

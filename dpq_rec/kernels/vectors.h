@@ -65,6 +65,9 @@ DPQ_INLINE int64_t read_beyond(const Source& a) {
   return a.code_bits < 8 ? kRunSlackBytes + 1 - a.code_bits : kSlackBytes;
 }
 
+// Room for the copy of a row that is read with what lies behind it; none where nothing is.
+inline int64_t tail_bytes(const Source& a) { return read_beyond(a) == 0 ? 0 : a.max_row_bytes + kRunSlackBytes; }
+
 // Asks for a row of any kind.
 DPQ_INLINE void prefetch_row(const Source& a, int64_t row) {
   if (a.tiers == nullptr) return prefetch_bytes(a.vectors + row * a.dim, a.dim * sizeof(float));
