@@ -54,20 +54,20 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a text, in UTF-8, and wait until it is on disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write bytes, or a text in UTF-8, and wait until they are on disk."""
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text beside the path and rename it: a reader sees the whole of it, or what was there before."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file beside the path and rename it: a reader sees the whole of it, or what was there before."""
     aside = _beside(path)
     try:
         with naming(path):
-            write_file(aside, text)
+            write_file(aside, content)
             aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)

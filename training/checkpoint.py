@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,10 +23,10 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from dpq_rec import ConfigError
 from dpq_rec.files import replace_file
-from training.board import TENSORBOARD
 from training.config import RunConfig
-from training.interaction_options import SYNTHETIC
-from training.parallel import on_rank_0
+from training.distributed import on_rank_0
+from training.recipes.interactions import SYNTHETIC
+from training.tensorboard import TENSORBOARD
 
 CONFIG, CHECKPOINTS, METRICS, ARTIFACT = "config.json", "checkpoints", "metrics.json", "artifact"
 _LOCK = ".lock"
@@ -58,11 +57,8 @@ class Progress:
     examples: int = 0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def note(self, metric: float | None, *, lower_is_better: bool) -> None:
-        """Call the epoch that is done the best, where its validation metric says so, or where it has none.
-
-        Of equal ones the first is.
-        """
+    def update_best(self, metric: float | None, *, lower_is_better: bool) -> None:
+        """Make the epoch that is done the best one if its metric is better, or if it has none."""
         best = self.best_metric
         if metric is None or best is None or (metric < best if lower_is_better else metric > best):
             self.best_epoch, self.best_metric = self.epoch, metric
@@ -120,9 +116,8 @@ def _settings(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str
 def finished_results(out: Path) -> dict[str, Any] | None:
     """What metrics.json of a finished run holds, on every rank; None where the run is not finished."""
     path = out / METRICS
-    box = [on_rank_0(lambda: json.loads(path.read_text()) if path.exists() else None)]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
+    found: dict[str, Any] | None = on_rank_0(lambda: json.loads(path.read_text()) if path.exists() else None)
+    return found
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,18 +16,16 @@ from dpq_rec import EmbeddingStore
 from dpq_rec.table import Table, sizes
 from training.checkpoint import Progress
 from training.config import RunConfig
-
-
-class Used(NamedTuple):
-    """What a rank trained with: its device, and examples and drawn negatives of a step, less than asked for maybe."""
-
-    device: torch.device
-    batch_size: int
-    num_negatives: int
+from training.task import Task
 
 
 def results(
-    config: RunConfig, store: EmbeddingStore, progress: Progress, test: Mapping[str, float], used: Used
+    config: RunConfig,
+    store: EmbeddingStore,
+    progress: Progress,
+    test: Mapping[str, float],
+    task: Task,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What metrics.json holds (contract 2); every rank calls it."""
     return {
@@ -35,8 +33,8 @@ def results(
         "embedding": config.embedding.kind,
         "seed": config.run.seed,
         "world_size": dist.get_world_size(),
-        "batch_size": used.batch_size,
-        "num_negatives": used.num_negatives,
+        "batch_size": task.batch_size,
+        "num_negatives": task.num_negatives,
         "config": config.as_dict(),
         "metrics": dict(test),
         "tables": {name: {**_sizes([table]), "layout": _layout(table)} for name, table in store.tables.items()},
@@ -45,7 +43,7 @@ def results(
         "examples_per_second": progress.examples / max(progress.train_seconds, 1e-9),
         "seconds": progress.seconds,
         "best_epoch": progress.best_epoch,
-        "peak_memory_bytes": peak_memory_bytes(used.device),
+        "peak_memory_bytes": peak_memory_bytes(device),
         "history": progress.history,
     }
 

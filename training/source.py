@@ -1,4 +1,4 @@
-"""What is trained on, the same on every rank. In: DataOptions. Out: Source(interactions, columns, ...)."""
+"""The interactions of a run, the same on every rank. In: a RunConfig. Out: Source(interactions, columns, counts)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +17,19 @@ from torch import nn
 
 from dpq_rec import ConfigError
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
-from training.config import RunConfig
 from training.data.files import IDS
 from training.data.interactions import Interactions
 from training.data.splits import SplitCounts
 from training.data.synthetic import SyntheticConfig, generate
 from training.data.vocabularies import ColumnVocabulary, VocabularyPolicy, build_vocabulary, has_values
-from training.interaction_options import SYNTHETIC, DataOptions
-from training.parallel import on_rank_0
+from training.distributed import on_rank_0
+from training.recipes.interactions import SYNTHETIC
+
+if TYPE_CHECKING:
+    from training.config import RunConfig
 
 _logger = logging.getLogger(__name__)
+USER, ITEM = IDS
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,242}")  # an artifact takes dots too, torch's ModuleDict none
 
 
@@ -70,12 +73,11 @@ def open_source(config: RunConfig) -> Source:
         ConfigError: the data cannot be read, lack a column, or have no test rows or, unless they train, no validation
             rows; a feature's name can name no table; labels of a split are all the same.
     """
-    assert isinstance(config.data, DataOptions), "text has no source of interactions"
-    data, path = config.data, Path(config.data.path)
+    data, path, is_dlrm = config.data, Path(config.data.path), config.recipe == "dlrm"
     if data.path == SYNTHETIC:
         path = Path(config.run.out) / SYNTHETIC
-        on_rank_0(lambda: generate(_population(config, data), path))
-    is_dlrm = config.recipe == "dlrm"
+        sizes = {name: getattr(data, name) for name in ("num_users", "num_items", "num_interactions", "string_ids")}
+        on_rank_0(lambda: generate(SyntheticConfig(**sizes, with_clicks=is_dlrm, seed=config.run.seed), path))
     interactions = Interactions.open(path, features=data.features, label=is_dlrm, validation_trains=data.refit)
     _check_names(interactions.categorical_features)
     counts = interactions.count_splits()
@@ -111,11 +113,10 @@ def _check_names(features: Sequence[str]) -> None:
 def _without_empty(interactions: Interactions) -> Interactions:
     """The interactions without features that no training row has a value of, of which nothing can be learned."""
     features = interactions.categorical_features
-    box = [on_rank_0(lambda: [name for name in features if not has_values(interactions, name)])]
-    dist.broadcast_object_list(box, 0)
-    for name in box[0] or ():
+    empty = on_rank_0(lambda: [name for name in features if not has_values(interactions, name)])
+    for name in empty:
         _logger.warning("features: %s has no value in the training rows; it is left out", name)
-    return interactions.without(box[0] or ())
+    return interactions.without(empty)
 
 
 def _check_held_out(counts: SplitCounts, *, is_refit: bool) -> None:
@@ -140,31 +141,23 @@ def _check_labels(interactions: Interactions) -> None:
             raise ConfigError(f"label: got {zeros} of 0 and {ones} of 1 in the {split} rows, want some of each")
 
 
-def _population(config: RunConfig, data: DataOptions) -> SyntheticConfig:
-    sizes: dict[str, Any] = {
-        "num_users": data.num_users,
-        "num_items": data.num_items,
-        "num_interactions": data.num_interactions,
-    }
-    wanted = {"with_clicks": config.recipe == "dlrm", "string_ids": data.string_ids}
-    return SyntheticConfig(**sizes, **wanted, seed=config.run.seed)
-
-
 def _from_rank_0(interactions: Interactions, name: str, policy: VocabularyPolicy) -> ColumnVocabulary:
-    """A column's vocabulary: rank 0 reads for all."""
-    built = on_rank_0(lambda: build_vocabulary(interactions, name, policy))
+    """A column's vocabulary: rank 0 reads for all, and sends arrays that may be large as they are."""
+    built: list[ColumnVocabulary] = []
+
+    def build() -> tuple[str, int, list[tuple[str, str, tuple[int, ...]]]]:
+        found = build_vocabulary(interactions, name, policy)
+        built.append(found)
+        arrays = found.vocabulary.tensors().items()
+        return found.vocabulary.kind, found.num_embeddings, [(key, each.dtype.str, each.shape) for key, each in arrays]
+
+    kind, num_embeddings, described = on_rank_0(build)
     if dist.get_world_size() == 1:
-        assert built is not None, "this is rank 0"
-        return built
-    tensors: Mapping[str, NDArray[Any]] = {} if built is None else built.vocabulary.tensors()
-    described = [(key, tensor.dtype.str, tensor.shape) for key, tensor in tensors.items()]
-    box = [None if built is None else (built.vocabulary.kind, built.num_embeddings, described)]
-    dist.broadcast_object_list(box, 0)
-    assert box[0] is not None, "rank 0 has sent it"
-    kind, num_embeddings, described = box[0]
-    received = {key: _broadcast(tensors.get(key), dtype, shape) for key, dtype, shape in described}
-    counts_V = _broadcast(None if built is None else built.counts_V, "<i8", (num_embeddings,))
-    return built or ColumnVocabulary(load_vocabulary(kind, num_embeddings, received), counts_V)
+        return built[0]
+    arrays = built[0].vocabulary.tensors() if built else {}
+    received = {key: _broadcast(arrays.get(key), dtype, shape) for key, dtype, shape in described}
+    counts_V = _broadcast(built[0].counts_V if built else None, "<i8", (num_embeddings,))
+    return built[0] if built else ColumnVocabulary(load_vocabulary(kind, num_embeddings, received), counts_V)
 
 
 def _broadcast(array: NDArray[Any] | None, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -130,7 +130,7 @@ def main():
     if dist.get_rank() == 0:
         (out / "report.json").write_text(json.dumps(report))
     dist.destroy_process_group()
-    gc.collect()  # as `training.parallel.process_group` does, and for the same reason
+    gc.collect()  # as `training.distributed.process_group` does, and for the same reason
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.__main__ import main, parse
+from training.__main__ import main
+from training.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = {"data": ".", "out": "run"}  # what every recipe needs
@@ -33,6 +34,11 @@ def run(*arguments, ranks=2):
 def alone(*arguments):
     """One rank, in this process: its exit code."""
     return main([str(argument) for argument in arguments])
+
+
+def plain(shown):
+    """What tyro shows, in one line, without the boxes that it draws."""
+    return " ".join(shown.translate(dict.fromkeys(map(ord, "│─╭╮╰╯"), " ")).split())
 
 
 def metrics_of(folder):

@@ -12,7 +12,7 @@ from tests.training.command_line import alone, run
 from tests.training.test_language_model import sentences
 from tests.training.test_text_classification import documents
 from training import trainer
-from training.models import BY_CONFIGURATION
+from training.models.two_tower import TwoTowerTask
 
 SIZES = ["--num-users", "100", "--num-items", "40", "--num-interactions", "1500", "--data", "synthetic"]
 SMALL = [*SIZES, "--embedding-dim", "8", "--batch-size", "64", "--epochs", "3", "--learning-rate", "1e38"]
@@ -80,12 +80,19 @@ class Recorded(nn.Module):
         self.over = nn.Linear(1, 1)
 
 
+class Unmeasured(TwoTowerTask):
+    """Stands for a run's task, whose model has no tables."""
+
+    def __init__(self):
+        self.vocabularies = {}
+
+
 @pytest.fixture
 def started():
     """A run of one rank that has a model and no data."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     run = trainer.Run.__new__(trainer.Run)
-    run.model, run.tables, run.kind = Recorded(), "tables.", BY_CONFIGURATION._replace(freeze=lambda *given: None)
+    run.model, run.tables, run.task = Recorded(), "tables.", Unmeasured()
     yield run
     dist.destroy_process_group()
 

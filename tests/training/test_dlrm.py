@@ -10,8 +10,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from dpq_rec import EmbeddingStore
 from tests.training.command_line import alone, metrics_of, run
-from training import tasks
 from training.data.batches import eval_batches
+from training.models import dlrm
 
 CLICKS = ["--num-users", "500", "--num-items", "200", "--num-interactions", "12000", "--data", "synthetic"]
 
@@ -88,7 +88,7 @@ def test_dlrm_measures_a_split_of_fewer_rows_than_ranks(tmp_path, monkeypatch):
                 counts[-1].append(batch.num_examples)
                 yield batch
 
-    monkeypatch.setattr(tasks, "eval_batches", of_three_ranks)
+    monkeypatch.setattr(dlrm, "eval_batches", of_three_ranks)
     arguments = ["--data", tmp_path / "data.parquet", "--embedding", "full", "--epochs", 1]
     assert alone("dlrm", *arguments, "--out", tmp_path / "run") == 0
     assert counts == [[1], [1], [0]] * 2

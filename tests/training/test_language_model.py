@@ -16,14 +16,12 @@ from torch import nn
 from torch.nn import functional
 
 from dpq_rec import EmbeddingStore, verify
-from training import text_tasks
 from training.__main__ import main
-from training.config import with_changes
-from training.parallel import process_group
-from training.recipes import RECIPES
-from training.text_models import LanguageModel, cross_entropy
-from training.text_options import LanguageModelOptions
-from training.text_tasks import LanguageModelTask, perplexity
+from training.distributed import process_group
+from training.models import language_model
+from training.models.language_model import LanguageModel, LanguageModelTask, cross_entropy, perplexity
+from training.recipes import RECIPES, with_changes
+from training.recipes.language_model import LanguageModelOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -97,14 +95,14 @@ def test_two_steps_are_those_of_plain_torch(task_of, clip_norm):
     plain = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
     batches, state, norms = task.train_batches(1), None, []
     for _ in range(2):
-        batch = next(batches)
+        words_TB, next_TB = batch = next(batches)
         optimizer.zero_grad()
         loss = task.loss(model, batch, torch.Generator())
         loss.backward()
         optimizer.step()
 
-        hidden, state = stepwise(plain, plain["word.weight"][batch.words_TB], 2, state)
-        want = sum(functional.cross_entropy(scores(plain, h), n) for h, n in zip(hidden, batch.next_TB, strict=True))
+        hidden, state = stepwise(plain, plain["word.weight"][words_TB], 2, state)
+        want = sum(functional.cross_entropy(scores(plain, h), n) for h, n in zip(hidden, next_TB, strict=True))
         assert loss.item() == pytest.approx(want.item(), rel=1e-5)
         gradients = torch.autograd.grad(want, list(plain.values()))
         norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
@@ -125,8 +123,8 @@ def test_batches_are_the_text_in_reading_order(task_of, text):
     assert task.num_examples == 3 * 4 * len(batches)
     for text_number in range(3):
         begin = text_number * stretch
-        for attribute, shift in (("words_TB", 0), ("next_TB", 1)):
-            rows = torch.cat([getattr(batch, attribute)[:, text_number] for batch in batches])
+        for shift in (0, 1):
+            rows = torch.cat([batch[shift][:, text_number] for batch in batches])
             got = [task.text.words_V[row] for row in rows]
             assert got == words[begin + shift : begin + shift + len(rows)]
 
@@ -173,7 +171,7 @@ def test_the_codebook_loss_of_vq_counts_as_often_as_the_steps_that_a_loss_sums(t
     """Its values are moved by the codebook loss alone: here 4 times the mean of |nearest value - query|^2."""
     task = task_of(embedding="dpq-vq", batch_norm=False, **DPQ)
     model, batch = task.model(), next(task.train_batches(1))
-    queries_TS = model.word.query_weights()["word"].detach()[batch.words_TB.flatten()].view(-1, 4)
+    queries_TS = model.word.query_weights()["word"].detach()[batch[0].flatten()].view(-1, 4)
     values_MKS = model.word.quantizer("word").values_MKS
     (values_KS,) = values_MKS.detach().clone()  # one list for all subspaces
     values_KS.requires_grad_()
@@ -212,8 +210,8 @@ def test_dropout_leaves_out_inputs_of_every_layer_and_outputs_of_the_last():
 
 @pytest.mark.parametrize(("chunk_words", "block_words"), [(7, 3), (1, 1), (1000, 1000)])
 def test_perplexity_is_that_of_a_naive_loop_whatever_the_chunks(task_of, monkeypatch, chunk_words, block_words):
-    monkeypatch.setattr(text_tasks, "_CHUNK_WORDS", chunk_words)
-    monkeypatch.setattr("training.text_models._BLOCK_WORDS", block_words)
+    monkeypatch.setattr(language_model, "_CHUNK_WORDS", chunk_words)
+    monkeypatch.setattr(language_model, "_BLOCK_WORDS", block_words)
     task = task_of(init_scale=1.5)
     model = task.model().eval()
     rows_T = torch.from_numpy(task.text.rows["validation"][:50])

@@ -6,10 +6,11 @@ import torch
 from torch.nn import functional
 from torchrec import KeyedJaggedTensor
 
-from training.config import with_changes
 from training.data.batches import Bag
-from training.models import ClickThrough, TwoTower, make_tables, two_tower_features
-from training.recipes import RECIPES
+from training.models.dlrm import ClickThrough
+from training.models.interactions import make_tables
+from training.models.two_tower import TwoTower, two_tower_features
+from training.recipes import RECIPES, with_changes
 
 CPU = torch.device("cpu")
 NUM_ITEMS, NUM_NEGATIVES = 20, 37

@@ -13,9 +13,9 @@ from dpq_rec import verify
 from tests.limits import files_up_to
 from tests.training.command_line import alone, metrics_of
 from training import trainer
-from training.board import Board
 from training.checkpoint import Checkpoints
 from training.data.synthetic import SyntheticConfig, generate
+from training.tensorboard import TensorBoard
 from training.trainer import Run
 
 QUICK = ["--embedding-dim", 16, "--full-epochs", 0, "--num-codes", 4, "--batch-size", 512, "--num-negatives", 64]
@@ -107,7 +107,7 @@ def test_event_files_that_do_not_fit_are_named(tmp_path, monkeypatch):
 
 
 def show_much(folder):
-    with Board(folder, 0, is_writer=True) as board:
+    with TensorBoard(folder, 0, is_writer=True).closing() as board:
         for step in range(100):
             board.numbers("train", {"loss": 1.0}, step)
         board.flush()

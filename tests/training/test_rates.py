@@ -10,9 +10,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from dpq_rec import DPQConfig
 from dpq_rec.nn import DPQEmbeddingBagCollection
 from tests.training.command_line import parsed
-from training.config import OptimisationOptions
-from training.parallel import shard
-from training.rates import Rates, Schedule
+from training.distributed import shard
+from training.recipes.interactions import TableOptimisation
+from training.schedule import set_rates
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -38,18 +38,20 @@ class Summed(nn.Module):
         return self.tables(features).values().sum() + self.dense.sum()
 
 
-def moves(schedule, rate=None):
-    """By how much each step moves a number of a row, and a dense one."""
-    options = OptimisationOptions(optimizer="sgd", learning_rate=0.5, dense_learning_rate=0.01)
+def moves(full_epochs=0, **changes):
+    """By how much each step of one epoch, or of epochs of one step, moves a number of a row, and a dense one."""
+    steps_per_epoch = STEPS // changes.get("epochs", 1)
+    changes = {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.5, "dense_learning_rate": 0.01, **changes}
+    options = TableOptimisation(**changes)
     model, optimizer = shard(Summed(), options, CPU)
-    rates = Rates(optimizer, schedule)
+    first_rates = [group["lr"] for group in optimizer.param_groups]
     features = KeyedJaggedTensor(keys=["t"], values=torch.tensor([1]), lengths=torch.tensor([1]))
     (weight,) = (w for name, w in model.state_dict().items() if name.endswith("t.weight"))
     table_VE, dense_F = weight.local_shards()[0].tensor, model.state_dict()["dense"]
     of_row, of_dense = [], []
     for step in range(STEPS):
         before = table_VE[1, 0].item(), dense_F[0].item()
-        rates.set(step, rate)
+        set_rates(optimizer, first_rates, options.rate_factor(step, steps_per_epoch, full_epochs))
         optimizer.zero_grad()
         model(features).backward()
         optimizer.step()
@@ -58,67 +60,58 @@ def moves(schedule, rate=None):
     return of_row, of_dense
 
 
-def shares(schedule, rate=None):
+def shares(**changes):
     """Of what each step would move them by if rates stayed; Adam's moves are in proportion to its rate too."""
-    pairs = zip(moves(schedule, rate), moves(Schedule()), strict=True)
+    pairs = zip(moves(**changes), moves(), strict=True)
     return [[fallen / whole for fallen, whole in zip(*pair, strict=True)] for pair in pairs]
 
 
-def test_rates_of_tables_and_of_dense_weights_fall_linearly():
-    of_row, of_dense = shares(Schedule(falls=range(STEPS)))
-    assert of_row == pytest.approx([1, 0.75, 0.5, 0.25], rel=1e-4)
-    assert of_dense == pytest.approx([1, 0.75, 0.5, 0.25], rel=1e-4)
-
-
-def test_rates_stay_until_the_steps_in_which_they_fall():
-    of_row, of_dense = shares(Schedule(falls=range(2, STEPS)))
-    assert of_row == pytest.approx([1, 1, 1, 0.5], rel=1e-4)
-    assert of_dense == pytest.approx([1, 1, 1, 0.5], rel=1e-4)
-
-
-def test_rates_are_multiplied_after_the_full_steps():
-    of_row, of_dense = shares(Schedule(falls=range(2, STEPS), full_steps=1, quantized_rate=0.4))
-    assert of_row == pytest.approx([1, 0.4, 0.4, 0.2], rel=1e-4)
-    assert of_dense == pytest.approx([1, 0.4, 0.4, 0.2], rel=1e-4)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rate_decay": "linear"}, [1, 0.75, 0.5, 0.25]),
+        ({"rate_decay": "late"}, [1, 1, 1, 0.5]),
+        ({"epochs": 4, "full_epochs": 1, "rate_decay": "late", "quantized_rate": 0.4}, [1, 0.4, 0.4, 0.2]),
+    ],
+)
+def test_rates_of_tables_and_of_dense_weights_fall_alike(changes, expected):
+    of_row, of_dense = shares(**changes)
+    assert of_row == pytest.approx(expected, rel=1e-4)
+    assert of_dense == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("flags", "falls", "full_steps", "quantized_rate"),
     [
-        ("two-tower --epochs 6 --embedding full", Schedule(falls=range(40, 60))),
-        ("two-tower --epochs 6 --embedding full --rate-decay linear", Schedule(falls=range(60))),
-        ("two-tower --epochs 6", Schedule(falls=range(40, 60), full_steps=40, quantized_rate=0.5)),
-        (
-            "two-tower --epochs 6 --full-epochs 1 --quantized-rate 0.1",
-            Schedule(falls=range(40, 60), full_steps=10, quantized_rate=0.1),
-        ),
-        ("two-tower --epochs 6 --full-epochs 0 --rate-decay none", Schedule()),
-        ("dlrm --epochs 6", Schedule()),
-        ("language-model --epochs 6 --rate-decay 0.5", Schedule()),
+        ("two-tower --epochs 6 --embedding full", range(40, 60), 0, 1),
+        ("two-tower --epochs 6 --embedding full --rate-decay linear", range(60), 0, 1),
+        ("two-tower --epochs 6", range(40, 60), 40, 0.5),
+        ("two-tower --epochs 6 --full-epochs 1 --quantized-rate 0.1", range(40, 60), 10, 0.1),
+        ("two-tower --epochs 6 --full-epochs 0 --rate-decay none", range(0), 0, 1),
+        ("dlrm --epochs 6", range(0), 0, 1),
+        ("text-classification --epochs 6", range(0), 0, 1),
     ],
 )
-def test_schedule_is_what_the_flags_say(flags, expected):
-    found = Schedule.of(parsed(flags), 10)
-    assert [found.factor(step) for step in range(60)] == [expected.factor(step) for step in range(60)]
+def test_rates_are_what_the_flags_say(flags, falls, full_steps, quantized_rate):
+    config = parsed(flags)
+    for step in range(60):
+        expected = (60 - step) / len(falls) if step in falls else 1
+        if step >= full_steps:
+            expected *= quantized_rate
+        assert config.optimisation.rate_factor(step, 10, config.full_epochs) == expected
 
 
 def test_rates_that_do_not_fall_are_those_of_the_options():
     """SGD moves by its rate, the gradient being 1."""
-    assert moves(Schedule())[0] == pytest.approx([0.5] * STEPS, rel=1e-4)
-
-
-def test_the_rate_of_an_epoch_takes_the_place_of_first_rates():
-    of_row, of_dense = shares(Schedule(falls=range(2 * STEPS)), rate=0.2)
-    assert of_row == pytest.approx([0.4, 0.35, 0.3, 0.25], rel=1e-4)
-    assert of_dense == pytest.approx([20, 17.5, 15, 12.5], rel=1e-4)
+    assert moves()[0] == pytest.approx([0.5] * STEPS, rel=1e-4)
 
 
 def test_rates_fall_from_the_first_ones_whatever_the_groups_hold_since():
     """As after a checkpoint, which brings the rate of its last step."""
-    optimizer = shard(Summed(), OptimisationOptions(learning_rate=0.5), CPU)[1]
-    rates = Rates(optimizer, Schedule(falls=range(10)))
-    rates.set(9)
-    rates.set(5)
+    optimizer = shard(Summed(), TableOptimisation(learning_rate=0.5), CPU)[1]
+    first_rates = [group["lr"] for group in optimizer.param_groups]
+    set_rates(optimizer, first_rates, 0.1)
+    set_rates(optimizer, first_rates, 0.5)
     assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([0.0015, 0.25])
 
 
@@ -129,7 +122,7 @@ def test_keys_and_values_move_at_a_rate_of_their_own():
         DPQConfig(method="vq", num_subspaces=1, num_codes=2, value_gradient=True, penalty_weight=0.0),
     )
     summed = Summed(tables)
-    options = OptimisationOptions(dense_learning_rate=0.02, value_rate=0.1)
+    options = TableOptimisation(dense_learning_rate=0.02, value_rate=0.1)
     model, optimizer = shard(summed, options, CPU)
     weights = {name: weight for name, weight in model.named_parameters() if name.endswith(("values_MKS", "dense"))}
     before = {name: weight.detach().clone() for name, weight in weights.items()}

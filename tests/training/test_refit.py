@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpq_rec import EmbeddingStore
-from training import tasks
 from training.__main__ import main
+from training.models.dlrm import DLRMTask
 
 NUM_ROWS, NUM_USERS, NUM_ITEMS = 3000, 100, 60
 TRAIN, VALIDATION, TEST = 0, 1, 2
@@ -129,7 +129,7 @@ def test_refit_of_an_earlier_run_keeps_the_last_epoch_and_knows_what_only_valida
 @pytest.mark.parametrize("disturbed", [2, 6])
 def test_refit_that_goes_on_ends_as_an_undisturbed_one(chosen, refitted, tmp_path, break_off, disturbed):
     arguments = ["--config", chosen / "metrics.json", "--refit", "--epochs", 6, "--out", tmp_path / "run"]
-    break_off(tasks.ClickTask, disturbed, lambda: run(*arguments))
+    break_off(DLRMTask, disturbed, lambda: run(*arguments))
     assert run(*arguments) == 0
     one, other = metrics_of(refitted), metrics_of(tmp_path / "run")
     assert [one[name] == other[name] for name in ("metrics", "history", "best_epoch")] == [True] * 3

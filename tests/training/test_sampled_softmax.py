@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from training import sampled_softmax as module
-from training.sampled_softmax import sampled_softmax
+from training.models import two_tower as module
+from training.models.two_tower import sampled_softmax
 
 
 def inputs(num_examples, num_candidates, *, with_log_q=True, dtype=torch.float64):

@@ -10,10 +10,9 @@ import pytest
 from dpq_rec import EmbeddingStore, verify
 from dpq_rec.cli import main as dpq_rec
 from tests.training.command_line import alone, metrics_of, run
-from training import tasks
-from training.config import with_changes
-from training.models import make_tables
-from training.recipes import RECIPES
+from training.models.dlrm import DLRMTask
+from training.models.interactions import make_tables
+from training.recipes import RECIPES, with_changes
 
 QUICK = ["--epochs", 2, "--batch-size", 256]
 
@@ -98,7 +97,7 @@ def test_run_of_small_tables_goes_on_as_an_undisturbed_one(clicks, finished, tmp
     for folder, disturb in ((tmp_path / "whole", False), (tmp_path / "killed", True)):
         arguments = [*clicks, "--out", folder]
         if disturb:
-            break_off(tasks.ClickTask, 2, lambda arguments=arguments: alone(*arguments))
+            break_off(DLRMTask, 2, lambda arguments=arguments: alone(*arguments))
         assert alone(*arguments) == 0
     one, other = (metrics_of(tmp_path / name) for name in ("whole", "killed"))
     assert [one[name] == other[name] for name in ("metrics", "history", "tables", "total")] == [True] * 4

@@ -12,11 +12,10 @@ from torch.nn import functional
 
 from dpq_rec import EmbeddingStore, verify
 from training.__main__ import main
-from training.config import with_changes
 from training.data.documents import Labelled
-from training.parallel import process_group
-from training.recipes import RECIPES
-from training.text_tasks import TextClassificationTask
+from training.distributed import process_group
+from training.models.text_classification import TextClassificationTask
+from training.recipes import RECIPES, with_changes
 
 CPU = torch.device("cpu")
 SIZES = {"embedding-dim": 12, "hidden-dim": 16, "batch-size": 32, "dropout": 0.0, "word-dropout": 0.0}

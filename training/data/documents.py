@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,9 @@ from training.data.batches import Bag
 from training.data.files import DataFile, no_nulls, open_files, refuse_twice, row_groups
 from training.data.splits import TEST, TRAIN, VALIDATION, checked_splits
 from training.data.text import split_of_name
-from training.text_options import DocumentOptions
+
+if TYPE_CHECKING:
+    from training.recipes.text_classification import DocumentOptions
 
 _logger = logging.getLogger(__name__)
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}

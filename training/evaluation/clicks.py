@@ -10,7 +10,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
-from training.parallel import on_rank_0
+from training.distributed import on_rank_0
 
 
 def click_metrics(logits_N: torch.Tensor, labels_N: torch.Tensor) -> dict[str, float]:
@@ -30,10 +30,7 @@ def click_metrics(logits_N: torch.Tensor, labels_N: torch.Tensor) -> dict[str, f
     if not dist.is_initialized():
         return _metrics(own_2N)
     every_2N = _on_rank_0(own_2N)
-    box = [on_rank_0(lambda: _metrics(every_2N))]
-    dist.broadcast_object_list(box, 0)
-    assert box[0] is not None, "rank 0 has sent it"
-    return box[0]
+    return on_rank_0(lambda: _metrics(every_2N))
 
 
 def _metrics(columns_2N: torch.Tensor) -> dict[str, float]:

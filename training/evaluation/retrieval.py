@@ -6,6 +6,8 @@ equal vectors, and ties count against the model.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -15,12 +17,13 @@ from torch.nn import functional
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.table import Table
 from training.data.histories import Histories
+from training.distributed import add_up
 from training.evaluation.ranking import EvaluatedUsers, RetrievalMetrics, evaluate, evaluated_users
 from training.evaluation.served import ServedEmbeddingBag
-from training.interaction_options import TwoTowerOptions
-from training.models import ITEM, USER
-from training.parallel import add_up
-from training.source import Source, distinct_values
+from training.source import ITEM, USER, Source, distinct_values
+
+if TYPE_CHECKING:
+    from training.recipes.two_tower import TwoTowerOptions
 
 
 class Retrieval:

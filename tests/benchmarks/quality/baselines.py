@@ -1,4 +1,4 @@
-"""Tables that are trained small, in the place of plain or DPQ ones. In: a method, a budget. Out: a TableKind.
+"""Tables that are trained small, in the place of plain or DPQ ones. In: a method, a budget. Out: a Task.
 
 Data, loss, optimizers, evaluation and epochs are the trainer's own. The parts of a table are TorchRec's tables, with
 the fused optimizer of plain tables and of queries; what else a method learns moves by the dense optimizer, as keys and
@@ -23,14 +23,15 @@ from torch.nn import functional
 from torchrec import EmbeddingBagCollection, EmbeddingCollection, KeyedJaggedTensor, KeyedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 
-from dpq_rec.nn.find import find_tables
+from dpq_rec.nn.find import TrainedTable, find_tables
 from dpq_rec.nn.shards import rows_of
 from dpq_rec.vocabulary import Vocabulary
 from tests.benchmarks.quality.compositions import Composition, Hashing, LowDim, QuotientRemainder, TensorTrain
 from tests.benchmarks.quality.sizes import FLOAT_BYTES, Largest, Shape, Sized, fit_to_budget
 from tests.benchmarks.quality.stored import Stored, plain, write_stored
-from training.config import EmbeddingOptions
-from training.models import TableKind, bag_configs
+from training.models.interactions import bag_configs
+from training.task import Task
+from training.trainer import TASKS
 
 _META = torch.device("meta")
 _WIDTH_MULTIPLE = 4  # FBGEMM's tables have such widths; columns beyond a part's own are never used nor stored
@@ -93,24 +94,31 @@ def sizes_of(
     return fit_to_budget(shapes, ratio, METHODS[method](**settings))
 
 
-def table_kind(method: str, settings: Mapping[str, Any], ratio: float, device: torch.device) -> TableKind:
-    """How the trainer makes and freezes the tables of a method, with `--embedding full` otherwise.
+def composed_task(recipe: str, method: str, settings: Mapping[str, Any], ratio: float) -> type[Task]:
+    """A recipe's Task with the tables of a method in the place of its own, with `--embedding full` otherwise.
 
     Args:
+        recipe: two-tower or dlrm.
         method: one of METHODS.
         settings: of the method.
         ratio: total fp32 bytes to total bytes, at least.
-        device: of the parameters that are no tables.
     """
+    base: Any = TASKS[recipe]
 
-    def make(
-        features: Mapping[str, Sequence[str]], num_embeddings: Mapping[str, int], options: EmbeddingOptions
-    ) -> nn.Module:
-        shapes = {name: (num_embeddings[name], options.embedding_dim) for name in features}
-        sizes = sizes_of(method, settings, ratio, shapes)
-        return ComposedTables(bag_configs(features, num_embeddings, options), sizes, device)
+    class ComposedTask(base):
+        def make_tables(self, features: Mapping[str, Sequence[str]]) -> nn.Module:
+            num_embeddings, options = self.source.num_embeddings, self.config.embedding
+            shapes = {name: (num_embeddings[name], options.embedding_dim) for name in features}
+            sizes = sizes_of(method, settings, ratio, shapes)
+            return ComposedTables(bag_configs(features, num_embeddings, options), sizes, self.device)
 
-    return TableKind(make, freeze_composed)
+        def tables(self, model: nn.Module) -> dict[str, TrainedTable]:
+            return {}  # of parts, whose names are no tables'
+
+        def freeze(self, model: nn.Module, path: Path) -> None:
+            freeze_composed(model, path, self.vocabularies)
+
+    return ComposedTask
 
 
 class ComposedTables(nn.Module):
@@ -251,12 +259,10 @@ def _stored(composition: Composition, table: EmbeddingBagConfig, weights: Mappin
     return Stored(tensors=tensors, vectors_VE=rounded(rows_V, looked).numpy())
 
 
-def freeze_composed(
-    model: nn.Module, path: Path, *, tables: Sequence[str], vocabularies: Mapping[str, Vocabulary]
-) -> None:
+def freeze_composed(model: nn.Module, path: Path, vocabularies: Mapping[str, Vocabulary]) -> None:
     """In the place of `dpq_rec.nn.freeze`: an artifact of every id's vector; every rank calls it."""
     stored = stored_tables(model)
     composed = next(module for module in model.modules() if isinstance(module, ComposedTables))
     if dist.get_rank() == 0:
         features = {table.name: tuple(table.feature_names) for table in composed.embedding_bag_configs()}
-        write_stored(path, {name: stored[name] for name in tables}, vocabularies, features)
+        write_stored(path, {name: stored[name] for name in vocabularies}, vocabularies, features)

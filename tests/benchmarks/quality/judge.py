@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from training.checkpoint import METRICS
-from training.config import RunConfig, with_changes
-from training.parallel import choose_device, process_group
-from training.recipes import load
-from training.tasks import TASKS, ClickTask, RetrievalTask, Task
+from training.config import RunConfig
+from training.distributed import choose_device, process_group
+from training.models.dlrm import DLRMTask
+from training.models.two_tower import TwoTowerTask
+from training.recipes import load, with_changes
+from training.task import Task
+from training.trainer import TASKS
 
 BY_USER = "by_user.npz"
 
@@ -41,7 +44,8 @@ class Judge:
         """
         device = choose_device(config)
         with process_group(device):
-            yield cls(TASKS[config.recipe](config, device))
+            make_task: Callable[..., Task] = TASKS[config.recipe]
+            yield cls(make_task(config, device))
 
     def measure(self, folder: Path, split: str) -> dict[str, float]:
         """See `Task.measure`."""
@@ -54,10 +58,10 @@ class Judge:
         and `labels_N`.
         """
         arrays: dict[str, NDArray[Any]] = {}
-        if isinstance(self.task, RetrievalTask):
+        if isinstance(self.task, TwoTowerTask):
             found = self.task.by_user(folder, split)
             arrays = {"user_ids_U": found.user_ids_U, **dict(zip(found.names, found.values_UC.T, strict=True))}
-        elif isinstance(self.task, ClickTask):
+        elif isinstance(self.task, DLRMTask):
             arrays = {name: tensor.numpy() for name, tensor in self.task.score(folder, split)._asdict().items()}
         if arrays:
             np.savez_compressed(folder / BY_USER, allow_pickle=False, **arrays)

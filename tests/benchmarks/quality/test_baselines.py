@@ -11,13 +11,14 @@ from torch.nn import functional
 from torchrec import KeyedJaggedTensor
 
 from dpq_rec import EmbeddingStore
-from tests.benchmarks.quality.baselines import METHODS, ComposedTables, sizes_of, stored_tables, table_kind
+from tests.benchmarks.quality.baselines import METHODS, ComposedTables, composed_task, sizes_of, stored_tables
 from tests.benchmarks.quality.compositions import Hashing, LowDim, QuotientRemainder, TensorTrain
-from training.config import EmbeddingOptions, OptimisationOptions, with_changes
+from training.config import EmbeddingOptions
 from training.data.synthetic import SyntheticConfig, generate
-from training.models import bag_configs
-from training.parallel import process_group, shard
-from training.recipes import RECIPES
+from training.distributed import process_group, shard
+from training.models.interactions import bag_configs
+from training.recipes import RECIPES, with_changes
+from training.recipes.interactions import TableOptimisation
 from training.trainer import train
 
 CPU = torch.device("cpu")
@@ -103,7 +104,7 @@ def sharded(request):
     """A model under the trainer's own sharding, on one rank."""
     torch.manual_seed(0)
     with process_group(CPU):
-        model, optimizer = shard(small_tables(CASES[request.param]), OptimisationOptions(optimizer="sgd"), CPU)
+        model, optimizer = shard(small_tables(CASES[request.param]), TableOptimisation(optimizer="sgd"), CPU)
         yield model, optimizer
 
 
@@ -190,7 +191,7 @@ def test_trainer_leaves_an_artifact_of_every_vector(method, tmp_path):
     data = generate(SyntheticConfig(num_users=300, num_items=100, num_interactions=8000), tmp_path / "data")
     changes = {"embedding": "full", "embedding-dim": 16, "batch-size": 256, "num-negatives": 64, "epochs": 1}
     config = with_changes(RECIPES["two-tower"](str(data), str(tmp_path / "run")).as_dict(), changes)
-    found = train(config, table_kind(method, {}, 4, CPU))
+    found = train(config, composed_task("two-tower", method, {}, 4))
     assert found["metrics"]["recall@20"] > 0
     item = EmbeddingStore.open(tmp_path / "run" / "artifact").table("item_id")
     assert item.tensors["vectors"].shape == (found["tables"]["item_id"]["num_embeddings"], 16)

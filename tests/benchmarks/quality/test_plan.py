@@ -11,8 +11,7 @@ from tests.benchmarks.quality.case import Case
 from tests.benchmarks.quality.grid import METHODS, STUDIES
 from tests.benchmarks.quality.plan import Known, plan
 from tests.benchmarks.quality.worker import config_of_case
-from training.config import with_changes
-from training.recipes import ANYWHERE, RECIPES
+from training.recipes import RECIPES, with_changes
 
 STUDY = STUDIES[0]
 METRICS = {study.metric for study in STUDIES}
@@ -206,7 +205,7 @@ def test_dpq_sizes_keep_within_their_ratio_and_use_it(method):
         for trial in METHODS[method].trials:
             for ratio, size in trial.sizes[study.dataset].items():
                 flags = {**study.flags, **trial.flags, **size, "embedding": method}
-                options = with_changes(RECIPES[study.recipe](ANYWHERE, ANYWHERE).as_dict(), flags).embedding
+                options = with_changes(RECIPES[study.recipe](".", ".").as_dict(), flags).embedding
                 taken = 0
                 for number, rows in enumerate(study.rows):
                     config = options.dpq_of(str(number), rows)

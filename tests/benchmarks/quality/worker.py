@@ -26,10 +26,8 @@ from tests.benchmarks.quality.judge import Judge, config_of
 from tests.benchmarks.quality.sizes import Shape, bytes_of
 from tests.benchmarks.training import PACKAGES
 from training.checkpoint import CHECKPOINTS, METRICS, write_json
-from training.config import RunConfig, with_changes
-from training.models import BY_CONFIGURATION
-from training.parallel import choose_device
-from training.recipes import RECIPES
+from training.config import RunConfig
+from training.recipes import RECIPES, with_changes
 from training.trainer import train
 
 LINE, RUN = "line.json", "run"
@@ -76,17 +74,17 @@ def work(case: Case, data: Path, out: Path) -> dict[str, Any]:
 def _train(case: Case, data: Path, folder: Path) -> dict[str, Any]:
     run = folder / RUN
     config = config_of_case(case, data, run)
-    kind = BY_CONFIGURATION
+    task = None
     if case.method not in _BY_CONFIGURATION:
         assert case.ratio is not None, "the plan gives one to every baseline that is trained"
-        kind = baselines.table_kind(case.method, case.settings, case.ratio, choose_device(config))
-    found = train(config, kind)
+        task = baselines.composed_task(case.recipe, case.method, case.settings, case.ratio)
+    found = train(config, task)
     if case.stage == "final":
         with Judge.of(config) as judge:
             judge.save_by_user(run, "test")
     shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
     num_bytes = {name: table["artifact_bytes"] for name, table in found["tables"].items()}
-    if kind is not BY_CONFIGURATION:
+    if task is not None:
         num_bytes = _planned_bytes(case, found["tables"])
     best = found["history"][found["best_epoch"] - 1]
     validation = {name: best[name] for name in found["metrics"]}

@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 from tests.benchmarks.machine import where_and_when
 from tests.benchmarks.training import PACKAGES
-from training.config import RunConfig, with_changes
+from training.config import RunConfig
 from training.data.batches import Batch, train_batches
 from training.data.synthetic import SyntheticConfig, generate
-from training.parallel import choose_device, process_group
-from training.recipes import two_tower
+from training.distributed import choose_device, process_group
+from training.models.two_tower import TwoTowerTask
+from training.recipes import RECIPES, with_changes
 from training.results import peak_memory_bytes
 from training.source import Source
-from training.tasks import RetrievalTask
 
 RESULTS = Path(__file__).parents[1] / "results"
 NUM_CODES, NUM_SUBSPACES = (8, 32, 128, 256), (8, 16, 32)
@@ -62,7 +62,7 @@ class Case(NamedTuple):
         changes["num-negatives"] = min(_NUM_NEGATIVES, self.batch_size)
         if self.embedding != "full":
             changes |= {"num-codes": self.num_codes, "num-subspaces": self.num_subspaces}
-        return with_changes(two_tower(self.data, "unused").as_dict(), changes)
+        return with_changes(RECIPES["two-tower"](self.data, "unused").as_dict(), changes)
 
 
 def main(flags: list[str]) -> None:
@@ -142,7 +142,7 @@ def peak_memory(case: Case) -> int:
 def _stepper(case: Case, device: torch.device) -> Callable[[], None]:
     """What takes one training step after the other."""
     config = case.config
-    task = RetrievalTask(config, device)
+    task = TwoTowerTask(config, device)
     torch.manual_seed(0)
     model, optimizer = task.distribute(task.model())
     batches = iter(_batches(case, task.source))

@@ -8,7 +8,7 @@ import pytest
 
 from dpq_rec import ConfigError
 from training.data.documents import read_documents, tokens
-from training.text_options import DocumentOptions
+from training.recipes.text_classification import DocumentOptions
 
 DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[4] / "shared" / "data"))
 

@@ -14,7 +14,7 @@ from training.data.documents import read_documents
 from training.data.interactions import Interactions, held_out
 from training.data.splits import TEST, TRAIN, VALIDATION
 from training.data.vocabularies import count_ids
-from training.text_options import DocumentOptions
+from training.recipes.text_classification import DocumentOptions
 
 NULL = "__HIVE_DEFAULT_PARTITION__"
 

@@ -19,11 +19,11 @@ from training.data.histories import Histories
 from training.data.interactions import Interactions
 from training.data.splits import TEST, TRAIN, VALIDATION
 from training.data.vocabularies import VocabularyPolicy, build_vocabulary, count_ids
+from training.distributed import process_group
 from training.evaluation import ranking as module
 from training.evaluation.ranking import EvaluatedUsers, UserItems, evaluate, evaluated_users, training_items
 from training.evaluation.retrieval import Retrieval
-from training.interaction_options import TwoTowerOptions
-from training.parallel import process_group
+from training.recipes.two_tower import TwoTowerOptions
 from training.source import Source
 
 DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[4] / "shared" / "data"))

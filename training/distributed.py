@@ -11,7 +11,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,10 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from dpq_rec import ConfigError, DpqRecError
 from dpq_rec.nn import Quantizer
-from training.config import OptimisationOptions, RunConfig
+
+if TYPE_CHECKING:
+    from training.config import RunConfig
+    from training.recipes.interactions import TableOptimisation
 
 T = TypeVar("T")
 _FUSED: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
@@ -53,8 +56,7 @@ def choose_device(config: RunConfig) -> torch.device:
     if name == "cuda" and not has_cuda:
         raise ConfigError("--device: got cuda, and no CUDA device is there; want auto or cpu")
     if name == "cpu" or not has_cuda:
-        options = config.optimisation
-        if isinstance(options, OptimisationOptions) and options.optimizer == "adam":
+        if getattr(config.optimisation, "optimizer", None) == "adam":
             want = "rowwise-adagrad, adagrad or sgd, or CUDA"
             raise ConfigError(f"--optimizer: got adam on CPU, where FBGEMM has no fused Adam; want {want}")
         return torch.device("cpu")
@@ -83,7 +85,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def shard(
-    model: nn.Module, options: OptimisationOptions, device: torch.device
+    model: nn.Module, options: TableOptimisation, device: torch.device
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """The model under DistributedModelParallel, and the optimizer of all its parameters.
 
@@ -110,7 +112,7 @@ def shard(
     of_tables = {id(weight) for collection in collections for weight in collection.parameters()}
     has_dense = any(weight.requires_grad and id(weight) not in of_tables for weight in model.parameters())
     wrapped = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders, init_data_parallel=has_dense)
-    _start_alike(wrapped)
+    _broadcast_quantizers(wrapped)
     trained = in_backward_optimizer_filter(wrapped.named_parameters())
     dense = {name: weight for name, weight in trained if weight.requires_grad}
     placed = {id(w) for module in wrapped.modules() if isinstance(module, Quantizer) for w in module.parameters()}
@@ -165,31 +167,36 @@ def stored(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _start_alike(model: nn.Module) -> None:
-    """Give every rank rank 0's keys, values and their statistics; DDP sees to parameters alone, and not always."""
+def _broadcast_quantizers(model: nn.Module) -> None:
+    """Give every rank the keys, values and statistics of rank 0; DDP broadcasts parameters alone, and not always."""
     for module in model.modules():
         if isinstance(module, Quantizer):
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.data, 0)
 
 
-def on_rank_0(work: Callable[[], T]) -> T | None:
-    """What rank 0's call returns, on rank 0; None on the others, who wait for it.
+def on_rank_0(work: Callable[[], T]) -> T:
+    """What rank 0's call returns, on every rank: the others wait for it. It has to be small, and can be pickled.
 
     Raises:
         ConfigError: rank 0 raised one, or an OSError: on every rank, so that none is left waiting.
     """
-    result, refusal = None, ""
+    box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            result = work()
+            box[0] = work()
         except (DpqRecError, OSError) as error:
-            refusal = str(error)
-    box = [refusal]
+            box[1] = str(error)
     dist.broadcast_object_list(box, 0)
-    if box[0]:
-        raise ConfigError(box[0])
-    return result
+    if box[1] is not None:
+        raise ConfigError(box[1])
+    return box[0]
+
+
+def check_shared_out(batch_size: int) -> None:
+    """Raises ConfigError where the ranks cannot share out the examples of a step evenly."""
+    if batch_size % dist.get_world_size():
+        raise ConfigError(f"--batch-size: got {batch_size} on {dist.get_world_size()} ranks, want a multiple of them")
 
 
 def add_up(values: list[float]) -> list[float]:

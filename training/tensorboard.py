@@ -7,9 +7,8 @@ comes again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from dpq_rec import CodeLayout
@@ -33,7 +32,7 @@ def summary_writer() -> Any:
     return SummaryWriter
 
 
-class Board:
+class TensorBoard:
     """The event files of a run.
 
     Args:
@@ -48,41 +47,39 @@ class Board:
             with naming(folder):
                 self._writer = summary_writer()(str(folder), purge_step=num_steps_done + 1)
 
-    def __enter__(self) -> Board:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._writer is not None:
-            # The error that ended the run matters more than that its last numbers cannot be written.
-            with naming(self._folder), contextlib.suppress(OSError) if error else contextlib.nullcontext():
-                self._writer.close()
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[TensorBoard]:
+        """Close the files after the block; an error that ended it matters more than that they cannot be written."""
+        try:
+            yield self
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._call("close")
+            raise
+        self._call("close")
 
     def numbers(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Show numbers as `group/name` after a step."""
-        if self._writer is not None:
-            with naming(self._folder):
-                for name, value in values.items():
-                    self._writer.add_scalar(f"{group}/{name}", value, step)
+        for name, value in values.items():
+            self._call("add_scalar", f"{group}/{name}", value, step)
 
     def codes(self, table: str, layout: CodeLayout, stats: CodeStats, step: int) -> None:
         """Show a table's codes, one line for each level and subspace."""
-        names = [
-            f"level{m // layout.num_subspaces}_subspace{m % layout.num_subspaces:03d}"
-            for m in range(layout.codes_per_row)
-        ]
         columns = {
             "used_codes": stats.used_codes_M,
             "perplexity": stats.perplexity_M,
             "changed_codes": stats.changed_M,
         }
         for name, values_M in columns.items():
-            if values_M is not None:
-                self.numbers(f"{name}/{table}", dict(zip(names, values_M.tolist(), strict=True)), step)
+            for m, value in enumerate([] if values_M is None else values_M.tolist()):
+                level, subspace = divmod(m, layout.num_subspaces)
+                self._call("add_scalar", f"{name}/{table}/level{level}_subspace{subspace:03d}", value, step)
 
     def flush(self) -> None:
         """Write what is still held."""
+        self._call("flush")
+
+    def _call(self, method: str, *arguments: Any) -> None:
         if self._writer is not None:
             with naming(self._folder):
-                self._writer.flush()
+                getattr(self._writer, method)(*arguments)

@@ -1,4 +1,4 @@
-"""A full phase under the trainer's sharding and optimizers, and whole runs that have one."""
+"""The warm-up under the trainer's sharding and optimizers, and whole runs that have one."""
 
 import json
 
@@ -11,13 +11,14 @@ from torchrec import KeyedJaggedTensor
 
 from dpq_rec import DPQConfig, verify
 from dpq_rec.nn import Quantizer, warm_up
-from training import tasks
 from training.__main__ import main
-from training.config import EmbeddingOptions, OptimisationOptions
-from training.models import make_tables
-from training.parallel import shard
-from training.phases import begin_anew, enter, to_unit_length
+from training.config import EmbeddingOptions
+from training.distributed import shard
+from training.models.interactions import make_tables
+from training.models.two_tower import TwoTowerTask
 from training.recipes import RECIPES
+from training.recipes.interactions import TableOptimisation
+from training.schedule import begin_epoch, reset_quantizer_state, to_unit_length
 
 CPU = torch.device("cpu")
 ROWS = {"user_id": 12, "item_id": 7}
@@ -50,7 +51,7 @@ class Compared(nn.Module):
 
 def sharded(dpq, optimizer="rowwise-adagrad"):
     """A model with its optimizer, and table -> its rows; two of the same kind begin alike."""
-    model, optimizer = shard(Compared(dpq), OptimisationOptions(optimizer=optimizer, learning_rate=0.2), CPU)
+    model, optimizer = shard(Compared(dpq), TableOptimisation(optimizer=optimizer, learning_rate=0.2), CPU)
     weights = {name.split(".")[-2]: w for name, w in model.state_dict().items() if name.endswith("_id.weight")}
     rows = {name: weight.local_shards()[0].tensor for name, weight in weights.items()}
     for number, rows_VE in enumerate(rows[name] for name in ROWS):
@@ -70,7 +71,7 @@ def step(model, optimizer, number):
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise-adagrad", "adagrad", "sgd"])
-def test_full_phase_learns_step_by_step_what_plain_tables_do(one_rank, optimizer):
+def test_warm_up_learns_step_by_step_what_plain_tables_do(one_rank, optimizer):
     (model, own, rows), (plain, others, wanted) = (sharded(dpq, optimizer) for dpq in (DPQ, None))
     warm_up(model)
     for number in range(5):
@@ -108,13 +109,13 @@ def test_row_of_zeros_has_no_length_to_be_cut_to(one_rank):
 
 
 def test_quantized_phase_begins_without_adams_memory_of_zeros(one_rank):
-    """One step of Adam moves by its rate at most; with the steps of the full phase counted it would be three times."""
+    """One step of Adam moves by its rate at most; with the steps of the warm-up counted it would be three times."""
     model, optimizer, _ = sharded(DPQ)
     warm_up(model)
     for number in range(30):
         step(model, optimizer, number)
     warm_up(model, enabled=False)
-    begin_anew(model, optimizer)
+    reset_quantizer_state(model, optimizer)
     placed = [weight for module in model.modules() if isinstance(module, Quantizer) for weight in module.parameters()]
     before = [weight.detach().clone() for weight in placed]
     step(model, optimizer, 30)
@@ -132,7 +133,7 @@ def test_keys_and_values_are_placed_before_the_first_quantized_epoch_alone(one_r
     seen = []
     for epoch in range(1, 5):
         before = [quantizer.values_MKS.detach().clone() for quantizer in quantizers]
-        enter(model, optimizer, config, epoch)
+        begin_epoch(model, optimizer, config, epoch)
         placed = not any(torch.equal(q.values_MKS, was) for q, was in zip(quantizers, before, strict=True))
         seen.append((quantizers[0].is_warming_up, placed, bool((rows["user_id"].norm(dim=1) - 1).abs().max() < 1e-5)))
     assert seen == [(True, False, False), (True, False, False), (False, True, True), (False, False, True)]
@@ -164,7 +165,7 @@ def test_run_measures_quantized_epochs_alone_and_leaves_the_best_of_them(phased)
 
 @pytest.mark.parametrize("disturbed", [2, 3, 4])
 def test_run_that_goes_on_in_either_phase_ends_as_an_undisturbed_one(phased, tmp_path, break_off, disturbed):
-    break_off(tasks.RetrievalTask, disturbed, lambda: run(tmp_path / "run", *PHASED))
+    break_off(TwoTowerTask, disturbed, lambda: run(tmp_path / "run", *PHASED))
     assert run(tmp_path / "run", *PHASED) == 0
     one, other = metrics_of(phased), metrics_of(tmp_path / "run")
     assert [one[name] == other[name] for name in ("metrics", "history", "best_epoch")] == [True] * 3

@@ -1,12 +1,13 @@
-"""A full phase, then a quantized one. In: model and optimizer, before an epoch. Out: the same, as the epoch wants them.
+"""What changes from epoch to epoch and from step to step: the warm-up, and learning rates. In: model and optimizer.
 
-In the first `--full-epochs` epochs vectors are the queries themselves: the tables learn as plain ones do. Then keys and
-values are placed by k-means of the queries, and quantized training goes on with the same queries and the same state of
-their optimizer.
+In the first `--full-epochs` epochs, the warm-up, vectors are the queries themselves: the tables learn as plain ones do.
+Then keys and values are placed by k-means of the queries, and quantized training goes on with the same queries and the
+same state of their optimizer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,27 +18,31 @@ from dpq_rec.nn import Quantizer, start, warm_up
 from dpq_rec.nn.find import find_tables
 from dpq_rec.nn.shards import shards_of
 from training.config import RunConfig
-from training.interaction_options import TwoTowerOptions
 
 _LEAST_LENGTH = 1e-12  # of a row: one of zeros stays as it is
 
 
-def enter(model: nn.Module, optimizer: KeyedOptimizer, config: RunConfig, epoch: int) -> None:
+def set_rates(optimizer: KeyedOptimizer, first_rates: Sequence[float], factor: float) -> None:
+    """Set the learning rates of all groups to their first ones times a factor; before the step's `zero_grad`."""
+    for group, first in zip(optimizer.param_groups, first_rates, strict=True):
+        group["lr"] = first * factor
+
+
+def begin_epoch(model: nn.Module, optimizer: KeyedOptimizer, config: RunConfig, epoch: int) -> None:
     """Bring a model to where an epoch begins; every rank calls it, with a model as the epoch before has left it."""
-    options = config.embedding
+    full_epochs = config.full_epochs
     if not any(isinstance(module, Quantizer) for module in model.modules()):  # plain tables, or too small to quantize
         return
-    full_epochs = config.full_epochs
     if full_epochs:
         warm_up(model, enabled=epoch <= full_epochs)
     if epoch != full_epochs + 1:
         return
-    if full_epochs and isinstance(config.model, TwoTowerOptions) and config.model.similarity == "cosine":
+    if full_epochs and getattr(config.model, "similarity", None) == "cosine":
         to_unit_length(model, optimizer)
-    if full_epochs or options.start == "kmeans":
+    if full_epochs or config.embedding.start == "kmeans":
         start(model, seed=config.run.seed)
     if full_epochs:
-        begin_anew(model, optimizer)
+        reset_quantizer_state(model, optimizer)
 
 
 @torch.no_grad()
@@ -67,8 +72,8 @@ def to_unit_length(model: nn.Module, optimizer: KeyedOptimizer) -> None:
 
 
 @torch.no_grad()
-def begin_anew(model: nn.Module, optimizer: KeyedOptimizer) -> None:
-    """Forget what the optimizer knows of keys and values: Adam, having seen nothing but zeros, would leap."""
+def reset_quantizer_state(model: nn.Module, optimizer: KeyedOptimizer) -> None:
+    """Zero the optimizer's state of keys and values: after gradients of zero, Adam's first step would be too long."""
     quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
     placed = {id(weight) for quantizer in quantizers for weight in quantizer.parameters()}
     for weight, state in optimizer.state.items():
