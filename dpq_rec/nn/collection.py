@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -23,20 +23,81 @@ from torchrec.modules.embedding_modules import (
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collectives import rank
-from dpq_rec.nn.tables import DPQTables, Looked
+from dpq_rec.nn.tables import DPQTables
 from dpq_rec.nn.tracing import leaf
 
-TableConfig = TypeVar("TableConfig", bound=BaseEmbeddingConfig)
 Configs = DPQConfig | Mapping[str, DPQConfig | None]  # for all tables, or by name; None leaves a table as it is
 
 _POOLING = {PoolingType.SUM: "sum", PoolingType.MEAN: "mean"}
 
 
-class DPQEmbeddingBagCollection(DPQTables, EmbeddingBagCollectionInterface):
+class _Collection(DPQTables):
+    """What the two collections share: tables by TorchRec's configs, some of which may stay in stock collections."""
+
+    def __init__(
+        self, stock: type, tables: Sequence[Any], config: Configs, device: torch.device | None, **options: bool
+    ) -> None:
+        # A table that names no feature serves the one of its own name, as upstream.
+        tables = [t if t.feature_names else dataclasses.replace(t, feature_names=[t.name]) for t in tables]
+        configs = configs_by_table(tables, config)
+        super().__init__([t for t in tables if t.name in configs], configs, device)
+        self._configs: list[Any] = tables
+        self._embedding_names: list[list[str]] = get_embedding_names_by_table(tables)
+        self._plain_outputs: dict[str, tuple[str, list[str]]] = {}  # table -> its place in `plain`, and names there
+        plain: dict[str, list[Any]] = {}
+        for table in tables:
+            if table.name not in configs:  # a stock EmbeddingCollection holds tables of one dimension
+                place = "bags" if stock is EmbeddingBagCollection else str(table.embedding_dim)
+                plain.setdefault(place, []).append(table)
+        for place, group in plain.items():
+            self.plain[place] = stock(tables=group, device=device, **options)
+            for table, names in zip(group, get_embedding_names_by_table(group), strict=True):
+                self._plain_outputs[table.name] = place, names
+
+    def _outputs(
+        self, features: KeyedJaggedTensor, jagged: Mapping[str, JaggedTensor]
+    ) -> Iterator[tuple[str, JaggedTensor, torch.Tensor]]:
+        """Name of each output, the ids of its feature, and their vectors [T, E] or bags [B, E]."""
+        plain: dict[str, Any] = {place: collection(features) for place, collection in self.plain.items()}
+        looked_up = self._look_up(
+            {t.name: torch.cat([jagged[name].values() for name in t.feature_names]) for t in self.quantized_tables}
+        )
+        for table, names in zip(self._configs, self._embedding_names, strict=True):
+            ids = [jagged[feature] for feature in table.feature_names]
+            if table.name in looked_up:
+                vectors_NE, at_T = looked_up[table.name]
+                by_feature = zip(ids, at_T.split([len(each.values()) for each in ids]), strict=True)
+                found = [self._of_feature(table, each, vectors_NE, at_T) for each, at_T in by_feature]
+            else:
+                place, of_place = self._plain_outputs[table.name]
+                found = [plain[place][name] for name in of_place]
+                found = [each.values() if isinstance(each, JaggedTensor) else each for each in found]
+            yield from zip(names, ids, found, strict=True)
+
+    def _of_feature(self, table: Any, ids: JaggedTensor, vectors_NE: torch.Tensor, at_T: torch.Tensor) -> torch.Tensor:
+        """The output of ids whose vectors are at these positions: the vectors, unless a subclass pools them."""
+        return vectors_NE.index_select(0, at_T)
+
+
+class DPQEmbeddingBagCollection(_Collection, EmbeddingBagCollectionInterface):
     """TorchRec's EmbeddingBagCollection with tables that are trained to be frozen to a few bytes a row.
 
-    >>> ebc = DPQEmbeddingBagCollection(tables=[EmbeddingBagConfig(...)], config=DPQConfig(num_subspaces=16))
-    >>> pooled = ebc(features)          # KeyedJaggedTensor -> KeyedTensor, as before
+    Two tables, of vectors of 8 and of 4 numbers; `item` serves two features. A row of either becomes 4 codes of 3 bits:
+    2 bytes, instead of 32 and 16.
+
+    >>> items = EmbeddingBagConfig(name="item", num_embeddings=900, embedding_dim=8, feature_names=["item", "seen"])
+    >>> users = EmbeddingBagConfig(name="user", num_embeddings=500, embedding_dim=4, feature_names=["user"])
+    >>> ebc = DPQEmbeddingBagCollection([items, users], DPQConfig(num_subspaces=4, num_codes=8))
+    >>> features = KeyedJaggedTensor(  # of two examples: bags of 1 and 0, 2 and 1, 1 and 1 ids
+    ...     keys=["item", "seen", "user"],
+    ...     values=torch.tensor([7, 42, 7, 7, 3, 3]),
+    ...     lengths=torch.tensor([1, 0, 2, 1, 1, 1]),
+    ... )
+    >>> pooled = ebc(features)
+    >>> pooled.keys(), pooled.values().shape
+    (['item', 'seen', 'user'], torch.Size([2, 20]))
+    >>> torch.equal(pooled["item"][0], pooled["seen"][1]), pooled["item"][1].tolist()
+    (True, [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
 
     Training and sharding: see `DPQTables`.
 
@@ -59,19 +120,13 @@ class DPQEmbeddingBagCollection(DPQTables, EmbeddingBagCollectionInterface):
         is_weighted: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self._configs, configs = _with_features(tables), configs_by_table(tables, config)
-        for table in self._configs:
+        for table in tables:
             if table.pooling not in _POOLING:
                 raise ConfigError(f"table {table.name!r}: got pooling {table.pooling}, want SUM or MEAN")
             if is_weighted and table.pooling != PoolingType.SUM:
                 raise ConfigError(f"table {table.name!r}: got pooling {table.pooling} with is_weighted, want SUM")
-        super().__init__([t for t in self._configs if t.name in configs], configs, device)
+        super().__init__(EmbeddingBagCollection, tables, config, device, is_weighted=is_weighted)
         self._is_weighted = is_weighted
-        self._embedding_names = get_embedding_names_by_table(self._configs)
-        plain = [t for t in self._configs if t.name not in configs]
-        self._plain_names = _names_by_table(plain)
-        if plain:
-            self.plain["bags"] = EmbeddingBagCollection(tables=plain, is_weighted=is_weighted, device=device)
 
     @leaf
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -83,37 +138,27 @@ class DPQEmbeddingBagCollection(DPQTables, EmbeddingBagCollectionInterface):
             ValueError: lengths that do not fit the ids.
             ConfigError: weights where none are taken or the reverse, or a batch size per feature.
         """
-        bags = _jagged_by_feature(features, self._configs)
+        jagged = _jagged_by_feature(features, self._configs)
         if (features.weights_or_none() is not None) != self._is_weighted:
             got = "no per-sample weights" if self._is_weighted else "per-sample weights"
             raise ConfigError(f"features: got {got}, with is_weighted {self._is_weighted}: build the collection to fit")
-        plain = self.plain["bags"](features) if self._plain_names else {}
-        looked = self._look_up(_rows_by_table(bags, self.quantized_tables))
-        pooled: list[torch.Tensor] = []
-        for table in self._configs:
-            if table.name in looked:
-                pooled += self._pool(bags, table, looked[table.name])
-            else:
-                pooled += [plain[name] for name in self._plain_names[table.name]]
         return KeyedTensor(
             keys=[name for names in self._embedding_names for name in names],
             length_per_key=[t.embedding_dim for t in self._configs for _ in t.feature_names],
-            values=torch.cat(pooled, dim=1),
+            values=torch.cat([bags_BE for _, _, bags_BE in self._outputs(features, jagged)], dim=1),
         )
 
-    def _pool(self, bags: Mapping[str, JaggedTensor], table: EmbeddingBagConfig, looked: Looked) -> list[torch.Tensor]:
-        """Bags [B, E] of each feature that the table serves."""
-        return [
-            functional.embedding_bag(
-                at_T,
-                looked.vectors_NE,
-                jagged.offsets(),
-                mode=_POOLING[table.pooling],
-                include_last_offset=True,
-                per_sample_weights=jagged.weights() if self._is_weighted else None,
-            )
-            for at_T, jagged in _by_feature(bags, table, looked)
-        ]
+    def _of_feature(
+        self, table: EmbeddingBagConfig, ids: JaggedTensor, vectors_NE: torch.Tensor, at_T: torch.Tensor
+    ) -> torch.Tensor:
+        return functional.embedding_bag(
+            at_T,
+            vectors_NE,
+            ids.offsets(),
+            mode=_POOLING[table.pooling],
+            include_last_offset=True,
+            per_sample_weights=ids.weights() if self._is_weighted else None,
+        )
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables' configs."""
@@ -124,8 +169,17 @@ class DPQEmbeddingBagCollection(DPQTables, EmbeddingBagCollectionInterface):
         return self._is_weighted
 
 
-class DPQEmbeddingCollection(DPQTables, EmbeddingCollectionInterface):
+class DPQEmbeddingCollection(_Collection, EmbeddingCollectionInterface):
     """TorchRec's EmbeddingCollection with tables that are trained to be frozen to a few bytes a row.
+
+    Two texts, of the words 9 and 31 and of the word 9:
+
+    >>> words = EmbeddingConfig(name="word", num_embeddings=900, embedding_dim=8, feature_names=["text"])
+    >>> ec = DPQEmbeddingCollection([words], DPQConfig(num_subspaces=4, num_codes=8))
+    >>> texts = KeyedJaggedTensor(keys=["text"], values=torch.tensor([9, 31, 9]), lengths=torch.tensor([2, 1]))
+    >>> vectors_TE = ec(texts)["text"].values()
+    >>> vectors_TE.shape, torch.equal(vectors_TE[0], vectors_TE[2])
+    (torch.Size([3, 8]), True)
 
     Training and sharding: see `DPQTables`.
 
@@ -147,17 +201,8 @@ class DPQEmbeddingCollection(DPQTables, EmbeddingCollectionInterface):
         need_indices: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self._configs, configs = _with_features(tables), configs_by_table(tables, config)
-        super().__init__([t for t in self._configs if t.name in configs], configs, device)
+        super().__init__(EmbeddingCollection, tables, config, device)
         self._need_indices = need_indices
-        self._embedding_names = get_embedding_names_by_table(self._configs)
-        plain: dict[str, list[EmbeddingConfig]] = {}
-        for table in self._configs:
-            if table.name not in configs:
-                plain.setdefault(str(table.embedding_dim), []).append(table)
-        self._plain_names = {k: v for group in plain.values() for k, v in _names_by_table(group).items()}
-        for dim, group in plain.items():
-            self.plain[dim] = EmbeddingCollection(tables=group, device=device)
 
     @leaf
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
@@ -169,23 +214,10 @@ class DPQEmbeddingCollection(DPQTables, EmbeddingCollectionInterface):
             ValueError: lengths that do not fit the ids.
             ConfigError: a batch size per feature.
         """
-        jagged = _jagged_by_feature(features, self._configs)
-        plain = {dim: collection(features) for dim, collection in self.plain.items()}
-        looked = self._look_up(_rows_by_table(jagged, self.quantized_tables))
-        out: dict[str, JaggedTensor] = {}
-        for table, names in zip(self._configs, self._embedding_names, strict=True):
-            if table.name in looked:
-                vectors_NE = looked[table.name].vectors_NE
-                vectors = [
-                    vectors_NE.index_select(0, at_T) for at_T, _ in _by_feature(jagged, table, looked[table.name])
-                ]
-            else:
-                answer = plain[str(table.embedding_dim)]
-                vectors = [answer[name].values() for name in self._plain_names[table.name]]
-            for name, feature, vectors_TE in zip(names, table.feature_names, vectors, strict=True):
-                ids = jagged[feature].values() if self._need_indices else None
-                out[name] = JaggedTensor(values=vectors_TE, lengths=jagged[feature].lengths(), weights=ids)
-        return out
+        return {
+            name: JaggedTensor(vectors_TE, lengths=ids.lengths(), weights=ids.values() if self._need_indices else None)
+            for name, ids, vectors_TE in self._outputs(features, _jagged_by_feature(features, self._configs))
+        }
 
     def of_node(self, node: Any) -> dict[str, Any]:
         """A dict, as stock collections return while they are traced, so that callers can go through it."""
@@ -249,17 +281,6 @@ def without_small(configs: Mapping[str, DPQConfig], shapes: Mapping[str, tuple[i
     return {name: config for name, config in configs.items() if name not in small}
 
 
-def _with_features(tables: Sequence[TableConfig]) -> list[TableConfig]:
-    """A table that names no feature serves the one of its own name, as upstream."""
-    return [t if t.feature_names else dataclasses.replace(t, feature_names=[t.name]) for t in tables]
-
-
-def _names_by_table(tables: Sequence[BaseEmbeddingConfig]) -> dict[str, list[str]]:
-    """What a stock collection of these tables names its outputs."""
-    names: Any = get_embedding_names_by_table(list(tables))
-    return {table.name: own for table, own in zip(tables, names, strict=True)}
-
-
 def _jagged_by_feature(features: KeyedJaggedTensor, tables: Sequence[BaseEmbeddingConfig]) -> dict[str, JaggedTensor]:
     """Each feature's ids and bags; TorchRec checks none of this itself."""
     wanted = {name for table in tables for name in table.feature_names}
@@ -273,17 +294,3 @@ def _jagged_by_feature(features: KeyedJaggedTensor, tables: Sequence[BaseEmbeddi
         got = f"lengths of {int(features.offsets()[-1])} ids in all"
         raise ValueError(f"features: {got}, but {len(features.values())} ids")
     return features.to_dict()
-
-
-def _rows_by_table(
-    jagged: Mapping[str, JaggedTensor], tables: Sequence[BaseEmbeddingConfig]
-) -> dict[str, torch.Tensor]:
-    return {table.name: torch.cat([jagged[name].values() for name in table.feature_names]) for table in tables}
-
-
-def _by_feature(
-    jagged: Mapping[str, JaggedTensor], table: BaseEmbeddingConfig, looked: Looked
-) -> list[tuple[torch.Tensor, JaggedTensor]]:
-    """For each feature of a table: where its ids' vectors are, and its bags."""
-    features = [jagged[name] for name in table.feature_names]
-    return list(zip(looked.at_T.split([len(f.values()) for f in features]), features, strict=True))

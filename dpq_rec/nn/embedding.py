@@ -22,7 +22,7 @@ from dpq_rec.nn.collectives import world_size
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.recompute import FirstRuns
 from dpq_rec.nn.shards import is_under_fsdp
-from dpq_rec.nn.tables import Distinct, DPQTables, Looked
+from dpq_rec.nn.tables import Distinct, DPQTables, Vectors
 from dpq_rec.nn.tracing import leaf, node_of, refuse_scripting, refused_elsewhere
 
 Mode = Literal["sum", "mean", "max"]
@@ -99,55 +99,41 @@ class _OneTable(_DecodedWeight, DPQTables):
         written into it is lost: queries are what trains.
         """
         values: Any = self.only_quantizer.values_MKS
-        if isinstance(values, Proxy):
-            return self._read_by_graph(values)
+        if isinstance(values, Proxy):  # torch.fx traces: a node that reads the weight anew at each run of its graph
+            values.tracer.graph.erase_node(values.node)
+            return node_of(self, values, None)
         if values.is_meta:
             return torch.empty(self.num_embeddings, self.embedding_dim, device=values.device)
         return self._decode_all()
 
     @refused_elsewhere
     def _decode_all(self) -> torch.Tensor:
-        self._check_readable()
-        ids_V = torch.arange(self.num_embeddings, device=self.only_quantizer.values_MKS.device)
-        looked = self._vectors_of(ids_V, share=1 / world_size())
-        weight_VE = looked.vectors_NE.index_select(0, looked.at_T)
-        if torch.is_grad_enabled() and self._trains_queries():
-            weight_VE.requires_grad_()  # transformers learns from it whether the table is trained, in eval mode too
-        return weight_VE
-
-    def _read_by_graph(self, values: Proxy) -> Any:
-        """A node that reads the weight anew at each run of the graph that torch.fx traces, instead of `values`'."""
-        values.tracer.graph.erase_node(values.node)
-        return node_of(self, values, None)
-
-    def _check_readable(self) -> None:
-        """Refuse to decode a weight that would be a constant of a graph, or of which this rank holds a piece."""
         if is_fx_symbolic_tracing():
             got = "torch.fx, which would record the vectors that there are now"
             raise ConfigError(f"weight: got {got}; use a TiedLinear(embedding), which is a node of its graph")
-        if self._is_in_pieces():
+        own = self._own_queries()
+        # By fully_shard, and by FSDP's wrapper: a flat piece, or a view of memory that was given back.
+        if isinstance(own, DTensor) or (
+            own is not None and (own.dim() != 2 or (is_under_fsdp(self) and not own.untyped_storage().size()))
+        ):
             got = "a table that FSDP holds in pieces"
             raise ConfigError(
                 f"weight: got {got}; read it in the forward of a module that fully_shard takes as a whole"
             )
+        ids_V = torch.arange(self.num_embeddings, device=self.only_quantizer.values_MKS.device)
+        vectors_NE, at_V = self._vectors_of(ids_V, share=1 / world_size())
+        weight_VE = vectors_NE.index_select(0, at_V)
+        trained = self.queries.parameters() if own is None else (own,)
+        if torch.is_grad_enabled() and any(queries.requires_grad for queries in trained):
+            weight_VE.requires_grad_()  # transformers learns from it whether the table is trained, in eval mode too
+        return weight_VE
 
     def _own_queries(self) -> Any:
-        """The weight in which the queries are; None where TorchRec has sharded them."""
+        """The weight that holds the queries; None where TorchRec has sharded them."""
         (table,), (collection,) = self.quantized_tables, self.queries.values()
         if not isinstance(collection, EmbeddingCollection):
             return None
         return collection.embeddings[table.name].weight  # by name: FSDP's wrapper makes it no parameter
-
-    def _trains_queries(self) -> bool:
-        own = self._own_queries()
-        return any(each.requires_grad for each in (self.queries.parameters() if own is None else (own,)))
-
-    def _is_in_pieces(self) -> bool:
-        """Whether FSDP, by `fully_shard` or by its wrapper, holds no whole queries on this rank at present."""
-        own = self._own_queries()
-        if own is None or isinstance(own, DTensor):
-            return own is not None
-        return len(own.shape) != 2 or (is_under_fsdp(self) and not own.untyped_storage().size())
 
     @torch.no_grad()
     def resize(self, num_embeddings: int) -> None:
@@ -185,10 +171,10 @@ class _OneTable(_DecodedWeight, DPQTables):
         if self.padding_idx is not None and self.padding_idx >= num_embeddings:
             self.padding_idx = None
 
-    def _whose(self, table: str) -> str:
-        return super()._whose(self.name or table)
+    def _label(self, table: str) -> str:
+        return super()._label(self.name or table)
 
-    def _vectors_of(self, ids_T: torch.Tensor, share: float = 1.0) -> Looked:
+    def _vectors_of(self, ids_T: torch.Tensor, share: float = 1.0) -> Vectors:
         """Vectors of ids; the last one is zeros, for the padding, where there is such an id. See `_look_up`."""
         if ids_T.dtype not in (torch.int64, torch.int32):
             raise IdTypeError(f"ids: got {ids_T.dtype}, want torch.int64 or torch.int32")
@@ -200,7 +186,7 @@ class _OneTable(_DecodedWeight, DPQTables):
         vectors_NE, at_kept = self._look_up({key: rows_T[kept_T]}, share)[key]
         at_T = torch.full_like(rows_T, len(vectors_NE))
         at_T[kept_T] = at_kept
-        return Looked(torch.cat([vectors_NE, vectors_NE.new_zeros(1, self.embedding_dim)]), at_T)
+        return torch.cat([vectors_NE, vectors_NE.new_zeros(1, self.embedding_dim)]), at_T
 
     def extra_repr(self) -> str:
         """As torch's."""
@@ -211,8 +197,10 @@ class _OneTable(_DecodedWeight, DPQTables):
 class DPQEmbedding(_OneTable, nn.Embedding):  # type: ignore[override]
     """torch's nn.Embedding with a table that is trained to be frozen to a few bytes a row.
 
-    >>> embedding = DPQEmbedding(50_000, 512, DPQConfig(num_subspaces=64), padding_idx=0)
-    >>> vectors = embedding(ids)        # [..., E], as before
+    >>> words = DPQEmbedding(50_000, 512, DPQConfig(num_subspaces=64), padding_idx=0)
+    >>> vectors = words(torch.tensor([[7, 9, 0], [7, 0, 0]]))
+    >>> vectors.shape, bool(vectors[0, 2].any())
+    (torch.Size([2, 3, 512]), False)
 
     It may be called several times in a forward, by encoder and decoder for example: the codebook loss of each counts.
     An optimizer that is fused into backward makes an update for each call.
@@ -238,10 +226,10 @@ class DPQEmbedding(_OneTable, nn.Embedding):  # type: ignore[override]
         self.keeps_padding, self._padding_runs = True, FirstRuns()
         self.register_buffer("padding_is_kept", torch.ones((), dtype=torch.bool, device=self.device))
 
-    def _quantize(self, name: str, queries_NQ: torch.Tensor, asked: Distinct) -> torch.Tensor:
+    def _quantize(self, name: str, queries_NQ: torch.Tensor, distinct: Distinct) -> torch.Tensor:
         if self.padding_idx is None or not (self.training and self.keeps_padding):
-            return super()._quantize(name, queries_NQ, asked)
-        rows_N, counts_N, at_T = asked
+            return super()._quantize(name, queries_NQ, distinct)
+        rows_N, counts_N, at_T = distinct
         learns_N = rows_N.ne(self.padding_idx)
         learned = Distinct(rows_N[learns_N], counts_N[learns_N], at_T)
         vectors_NE = super()._quantize(name, queries_NQ[learns_N], learned)
@@ -263,8 +251,8 @@ class DPQEmbedding(_OneTable, nn.Embedding):  # type: ignore[override]
         """
         if ids is None:
             return self.weight
-        looked = self._vectors_of(ids.reshape(-1))
-        return looked.vectors_NE.index_select(0, looked.at_T).view(*ids.shape, self.embedding_dim)
+        vectors_NE, at_T = self._vectors_of(ids.reshape(-1))
+        return vectors_NE.index_select(0, at_T).view(*ids.shape, self.embedding_dim)
 
 
 class DPQEmbeddingBag(_OneTable):
@@ -314,15 +302,15 @@ class DPQEmbeddingBag(_OneTable):
         """
         if ids is None:
             return self.weight
-        looked = self._vectors_of(ids.reshape(-1))
+        vectors_NE, at_T = self._vectors_of(ids.reshape(-1))
         return functional.embedding_bag(
-            looked.at_T.view(ids.shape),
-            looked.vectors_NE,
+            at_T.view(ids.shape),
+            vectors_NE,
             offsets,
             mode=self.mode,
             include_last_offset=self.include_last_offset,
             per_sample_weights=per_sample_weights,
-            padding_idx=None if self.padding_idx is None else len(looked.vectors_NE) - 1,
+            padding_idx=None if self.padding_idx is None else len(vectors_NE) - 1,
         )
 
     def extra_repr(self) -> str:
@@ -334,8 +322,9 @@ class DPQEmbeddingBag(_OneTable):
 class TiedLinear(_DecodedWeight, nn.Linear):
     """torch's nn.Linear whose weight is an embedding's: an output layer that scores every row of a DPQ table.
 
-    >>> embedding = DPQEmbedding(50_000, 512, DPQConfig(num_subspaces=64))
-    >>> logits = TiedLinear(embedding)(hidden)        # [..., 512] -> [..., 50_000]
+    >>> words = DPQEmbedding(900, 64, DPQConfig(num_subspaces=8))
+    >>> TiedLinear(words)(torch.zeros(4, 10, 64)).shape
+    torch.Size([4, 10, 900])
 
     The table is trained, moved and saved where the embedding itself stands; see `DPQEmbedding.weight`.
 

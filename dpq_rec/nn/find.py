@@ -8,41 +8,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
 from dpq_rec.nn.finite import QUERY_DTYPES, Numbers, check_dtype, check_finite, frozen_inputs, largest_query
 from dpq_rec.nn.quantizer import Quantizer
-from dpq_rec.nn.shards import device_of, dtype_of, shards_of
+from dpq_rec.nn.shards import configs_of, device_of, dtype_of, is_pooled, shards_of, weights_of
 from dpq_rec.nn.tables import DPQTables
 
-_BAGS = (EmbeddingBagCollection, ShardedEmbeddingBagCollection)
-_COLLECTIONS = (*_BAGS, EmbeddingCollection, ShardedEmbeddingCollection)
-_WRAPPED = {  # wrapper -> its attribute that is the module
-    OptimizedModule: "_orig_mod",
-    DistributedModelParallel: "_dmp_wrapped_module",
-    DistributedDataParallel: "module",
-    DataParallel: "module",
-    FullyShardedDataParallel: "_fsdp_wrapped_module",
-    ActivationWrapper: "_checkpoint_wrapped_module",
-    AveragedModel: "module",
-}
-_PLAIN = "dpq_stays_plain"
+STAYS_PLAIN = "dpq_stays_plain"  # set on a stock module that counts among the tables, though too small to be quantized
+_COLLECTIONS = (
+    EmbeddingBagCollection,
+    ShardedEmbeddingBagCollection,
+    EmbeddingCollection,
+    ShardedEmbeddingCollection,
+)
+# What wrappers call the module inside: torch.compile, DistributedModelParallel, FSDP, checkpoint_wrapper. Others call
+# it `module`, as users may call a part of theirs: there the wrapper is told by its type.
+_WRAPPED = ("_orig_mod", "_dmp_wrapped_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _CUT_MULTIPLE = 4  # TorchRec cuts columns at multiples of it only
 
 
@@ -77,11 +71,11 @@ def find_tables(model: nn.Module, names: Collection[str] | None = None) -> dict[
     tables: dict[str, TrainedTable] = {}
     others: dict[str, TrainedTable] = {}
     for path, module in modules_with_tables(model):
-        is_torch = _is_torchs(module) and not getattr(module, _PLAIN, False)
+        is_other = _is_torchs(module) and not getattr(module, STAYS_PLAIN, False)
         for name, table in _tables_of(module, path).items():
             if name in tables or name in others:
                 raise ConfigError(f"two tables of the model are named {name}; give each a name of its own")
-            (others if is_torch else tables)[name] = table
+            (others if is_other else tables)[name] = table
     if names is None:
         if not tables:
             raise ConfigError(
@@ -102,14 +96,9 @@ def quantized_tables(model: nn.Module, what: str) -> dict[str, TrainedTable]:
         ConfigError: no table was ever to be quantized, for `what` is asked of the model.
     """
     found = {name: table for name, table in find_tables(model).items() if table.quantizer is not None}
-    if not found and not any(isinstance(m, DPQTables) or getattr(m, _PLAIN, False) for m in model.modules()):
+    if not found and not any(isinstance(m, DPQTables) or getattr(m, STAYS_PLAIN, False) for m in model.modules()):
         raise ConfigError(f"{what}: the model holds no DPQ module; replace_embeddings makes some")
     return found
-
-
-def mark_plain(module: nn.Module) -> None:
-    """Let a stock module count among the tables of its model, though it is too small to be quantized."""
-    setattr(module, _PLAIN, True)
 
 
 def check_tables(
@@ -150,20 +139,23 @@ def modules_with_tables(
     if id(module) in seen:
         return
     seen.add(id(module))
+    inner = module
     if isinstance(module, (DPQTables, nn.Embedding, nn.EmbeddingBag, *_COLLECTIONS)):
         yield path, module
-    inner = module.plain if isinstance(module, DPQTables) else module
-    if _is_torchs(module) or isinstance(module, _COLLECTIONS):
-        return
+        if not isinstance(module, DPQTables):
+            return
+        inner, path = module.plain, f"{path}.plain".removeprefix(".")
     for name, child in inner.named_children():
-        child_path = ".".join(filter(None, (path, "plain" if inner is not module else "", name)))
-        yield from modules_with_tables(child, child_path, seen)
+        yield from modules_with_tables(child, f"{path}.{name}".removeprefix("."), seen)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    while names := [name for kind, name in _WRAPPED.items() if isinstance(module, kind)]:
-        module = getattr(module, names[0])
-    return module
+    while True:
+        is_wrapper = isinstance(module, DistributedDataParallel | DataParallel | AveragedModel)
+        name = "module" if is_wrapper else next((name for name in _WRAPPED if name in module._modules), None)
+        if name is None:
+            return module
+        module = getattr(module, name)
 
 
 def _is_torchs(module: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:
@@ -173,43 +165,25 @@ def _is_torchs(module: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:
 
 def _tables_of(module: nn.Module, path: str) -> dict[str, TrainedTable]:
     if _is_torchs(module):
-        weight, pooled = module.weight.detach(), isinstance(module, nn.EmbeddingBag) and module.mode != "max"
-        # An nn.Embedding returns its padding row as it is; a bag leaves it out.
-        padding = module.padding_idx if isinstance(module, nn.EmbeddingBag) else None
-        shape = module.num_embeddings, module.embedding_dim
-        return {path or "table": TrainedTable(*shape, (), weight, padding_idx=padding, pooled=pooled)}
-    if not isinstance(module, DPQTables):
-        return _plain_tables(module)
-    weights = module.query_weights()
+        shape, weight_VE = (module.num_embeddings, module.embedding_dim), module.weight.detach()
+        table = TrainedTable(*shape, (), weight_VE, pooled=False)  # and its padding row is returned as it is
+        if isinstance(module, nn.EmbeddingBag):
+            table = table._replace(padding_idx=module.padding_idx, pooled=module.mode != "max")
+        return {path or "table": table}
+    dpq = module if isinstance(module, DPQTables) else None
+    configs, weights = (dpq.quantized_tables, dpq.query_weights()) if dpq else (configs_of(module), weights_of(module))
     own_name = (module.name or path) if isinstance(module, DPQEmbedding | DPQEmbeddingBag) else ""
     return {
-        own_name or table.name: TrainedTable(
-            table.num_embeddings,
-            table.embedding_dim,
-            tuple(table.feature_names),
-            weights[table.name],
-            module.quantizer(table.name),
-            None if module.keeps_padding else module.padding_idx,
+        own_name or config.name: TrainedTable(
+            config.num_embeddings,
+            config.embedding_dim,
+            tuple(config.feature_names),
+            weights[config.name],
+            None if dpq is None else dpq.quantizer(config.name),
+            None if dpq is None or dpq.keeps_padding else dpq.padding_idx,
+            pooled=is_pooled(module),
         )
-        for table in module.quantized_tables
-    }
-
-
-def _plain_tables(collection: Any) -> dict[str, TrainedTable]:
-    pooled = isinstance(collection, _BAGS)
-    if isinstance(collection, EmbeddingBagCollection | EmbeddingCollection):
-        configs = collection.embedding_bag_configs() if pooled else collection.embedding_configs()
-        modules: Any = collection.embedding_bags if pooled else collection.embeddings
-        weights = {name: module.weight.detach() for name, module in modules.items()}
-    else:
-        configs = collection._embedding_bag_configs if pooled else collection._embedding_configs
-        state, prefix = collection.state_dict(), "embedding_bags" if pooled else "embeddings"
-        weights = {table.name: state[f"{prefix}.{table.name}.weight"] for table in configs}
-    return {
-        table.name: TrainedTable(
-            table.num_embeddings, table.embedding_dim, tuple(table.feature_names), weights[table.name], pooled=pooled
-        )
-        for table in configs
+        for config in configs
     }
 
 
@@ -224,28 +198,27 @@ def subspace_constraints(model: nn.Module, num_shards: int) -> dict[str, Paramet
         ConfigError: no cut into 2 to num_shards equal parts lies between subspaces and at a multiple of 4 columns; or
             two tables of a name that are to be cut differently.
     """
-    constraints: dict[str, ParameterConstraints] = {}
-    for _, module in modules_with_tables(model):
-        for name, quantizer in module.quantizers.items() if isinstance(module, DPQTables) else ():
-            assert isinstance(quantizer, Quantizer), "quantizers holds nothing else"
-            width, num_subspaces = quantizer.query_dim, quantizer.config.num_subspaces
-            parts = [
-                n
-                for n in range(min(2, num_shards), num_shards + 1)
-                if num_subspaces % n == 0 and (n == 1 or width % (n * _CUT_MULTIPLE) == 0)
-            ]
-            if not parts:
-                raise ConfigError(
-                    f"table {name!r}: got {num_subspaces} subspaces in queries of {width} columns, want some that 2 to "
-                    f"{num_shards} shards can share in multiples of {_CUT_MULTIPLE} columns; shard it by rows instead"
-                )
-            columns = width // parts[-1]
-            if name in constraints and constraints[name].min_partition != columns:  # the planner goes by the name alone
-                raise ConfigError(
-                    f"two tables are named {name!r}, to be cut every {constraints[name].min_partition} and every "
-                    f"{columns} columns; name each of them: DPQEmbedding(..., name=...)"
-                )
-            constraints[name] = ParameterConstraints(
-                sharding_types=["column_wise"], compute_kernels=["fused"], min_partition=columns
+    columns_by_name: dict[str, int] = {}
+    modules = [module for _, module in modules_with_tables(model) if isinstance(module, DPQTables)]
+    for name, quantizer in ((name, module.quantizer(name)) for module in modules for name in module.quantizers):
+        width, num_subspaces = quantizer.query_dim, quantizer.config.num_subspaces
+        parts = [
+            n
+            for n in range(min(2, num_shards), num_shards + 1)
+            if num_subspaces % n == 0 and (n == 1 or width % (n * _CUT_MULTIPLE) == 0)
+        ]
+        if not parts:
+            raise ConfigError(
+                f"table {name!r}: got {num_subspaces} subspaces in queries of {width} columns, want some that 2 to "
+                f"{num_shards} shards can share in multiples of {_CUT_MULTIPLE} columns; shard it by rows instead"
             )
-    return constraints
+        columns = width // parts[-1]
+        if columns_by_name.setdefault(name, columns) != columns:  # the planner goes by the name alone
+            raise ConfigError(
+                f"two tables are named {name!r}, to be cut every {columns_by_name[name]} and every {columns} columns; "
+                "name each of them: DPQEmbedding(..., name=...)"
+            )
+    return {
+        name: ParameterConstraints(sharding_types=["column_wise"], compute_kernels=["fused"], min_partition=columns)
+        for name, columns in columns_by_name.items()
+    }

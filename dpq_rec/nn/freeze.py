@@ -7,12 +7,12 @@ rank encodes the subspaces that lie in it, and rank 0 puts the codes of a row to
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from dpq_rec.errors import ConfigError, DpqRecError
 from dpq_rec.nn.collectives import rank, world_size
 from dpq_rec.nn.find import TrainedTable, check_tables, find_tables
 from dpq_rec.nn.quantizer import Quantizer
-from dpq_rec.nn.shards import Shard, check_cuts, shards_of, with_whole_weights
+from dpq_rec.nn.shards import Shard, check_cuts, device_of, shards_of, whole_weights
 from dpq_rec.vocabulary import IdentityVocabulary, Int64Vocabulary, Vocabulary
 
 _CHUNK_ROWS = 1 << 16
@@ -36,7 +36,6 @@ Progress = Callable[[int], object]
 
 
 @torch.no_grad()
-@with_whole_weights
 def freeze(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -67,37 +66,32 @@ def freeze(
             not finite, of a dtype that fp32 does not hold; a vocabulary that names a padding row.
         FileExistsError: the path exists.
     """
-    found = find_tables(model, tables)
-    if unknown := set(vocabularies or {}) - set(found):
-        raise ConfigError(f"vocabularies: got {', '.join(sorted(unknown))}; the model's tables: {', '.join(found)}")
-    for name, table in found.items():
-        if table.quantizer is not None:
-            check_cuts(name, table.weight_VQ, table.quantizer.config)
-            if table.quantizer.is_warming_up:
-                got = "a table in its warm-up"
-                raise ConfigError(f"table {name!r}: got {got}; call warm_up(model, enabled=False), and start, before")
-    check_tables(found)
-    contents = {
-        name: _contents(name, table, (vocabularies or {}).get(name) or _vocabulary(table))
-        for name, table in found.items()
-    }
-    refusal = None
-    if rank() == 0:
-        refusal = _write(path, found, {n: _reported(c, progress) for n, c in contents.items()}, version)
-    if rank() != 0 or refusal is not None:
-        for content in contents.values():
-            for _ in content.chunks:
+    with whole_weights(model):
+        found, vocabularies = find_tables(model, tables), vocabularies or {}
+        if unknown := set(vocabularies) - set(found):
+            raise ConfigError(f"vocabularies: got {', '.join(sorted(unknown))}; the model's tables: {', '.join(found)}")
+        for name, table in found.items():
+            _check(name, table)
+        check_tables(found)
+        chunks = {name: _chunks_to_rank_0(table) for name, table in found.items()}
+        contents = {
+            name: _contents(name, table, vocabularies.get(name), _reported(chunks[name], progress))
+            for name, table in found.items()
+        }
+        error = _write(path, found, contents, version) if rank() == 0 else None
+        if rank() != 0 or error is not None:
+            for _ in itertools.chain.from_iterable(chunks.values()):
                 pass  # running through them sends this rank's rows, or takes what the others still send
-    if world_size() > 1:
-        box = [refusal if isinstance(refusal, DpqRecError | OSError | None) else RuntimeError(f"rank 0: {refusal!r}")]
-        dist.broadcast_object_list(box, 0)
-        refusal = box[0] if rank() != 0 else refusal
-        # Gloo's threads let go of a broadcast's tensors a moment after it, for which they need the interpreter: a rank
-        # that ended right here would now and then abort. A barrier has no tensors, and gives them the time.
-        dist.barrier()
-    if refusal is not None:
-        raise refusal
+        _raise_everywhere(error)
     return Path(path)
+
+
+def _check(name: str, table: TrainedTable) -> None:
+    if table.quantizer is not None:
+        check_cuts(name, table.weight_VQ, table.quantizer.config)
+        if table.quantizer.is_warming_up:
+            got = "a table in its warm-up"
+            raise ConfigError(f"table {name!r}: got {got}; call warm_up(model, enabled=False), and start, before")
 
 
 def _write(
@@ -116,23 +110,24 @@ def _write(
     return None
 
 
-def _reported(contents: TableContents, progress: Progress) -> TableContents:
+def _raise_everywhere(error: Exception | None) -> None:
+    """Raise rank 0's error on every rank: what a user can mend as it is, anything else as a RuntimeError."""
+    if world_size() > 1:
+        box = [error if isinstance(error, DpqRecError | OSError | None) else RuntimeError(f"rank 0: {error!r}")]
+        dist.broadcast_object_list(box, 0)
+        error = box[0] if rank() != 0 else error
+        # Gloo's threads let go of a broadcast's tensors a moment after it, for which they need the interpreter: a rank
+        # that ended right here would now and then abort. A barrier has no tensors, and gives them the time.
+        dist.barrier()
+    if error is not None:
+        raise error
+
+
+def _reported(chunks: Iterator[NDArray[Any]], progress: Progress) -> Iterator[NDArray[Any]]:
     """The same, telling of each chunk once it was taken; an error of `progress` leaves the chunks themselves usable."""
-
-    def chunks() -> Iterator[NDArray[Any]]:
-        for chunk in contents.chunks:
-            yield chunk
-            progress(len(chunk))
-
-    return dataclasses.replace(contents, chunks=chunks())
-
-
-def _vocabulary(table: TrainedTable) -> Vocabulary:
-    """Ids are rows, but for the padding row, which has none."""
-    if table.padding_idx is None:
-        return IdentityVocabulary(table.num_embeddings)
-    rows_U = np.delete(np.arange(table.num_embeddings), table.padding_idx)
-    return Int64Vocabulary(rows_U, rows_U.astype(np.uint32))
+    for chunk in chunks:
+        yield chunk
+        progress(len(chunk))
 
 
 def _check_padding(name: str, table: TrainedTable, vocabulary: Vocabulary) -> None:
@@ -147,22 +142,29 @@ def _check_padding(name: str, table: TrainedTable, vocabulary: Vocabulary) -> No
         )
 
 
-def _contents(name: str, table: TrainedTable, vocabulary: Vocabulary) -> TableContents:
-    quantizer, num_rows = table.quantizer, table.num_embeddings
-    tiers = () if quantizer is None else quantizer.config.tiers_of(num_rows)
-    stored: dict[int, _Stored] = {0: _StoredVectors(table)}
-    if quantizer is not None:
-        stored = {tier.first_row: _StoredCodes(quantizer, tier) for tier in tiers if tier.num_rows}
+def _contents(
+    name: str, table: TrainedTable, vocabulary: Vocabulary | None, chunks: Iterator[NDArray[Any]]
+) -> TableContents:
+    if vocabulary is None:
+        vocabulary = IdentityVocabulary(table.num_embeddings)
+        if table.padding_idx is not None:  # which has no id
+            rows_U = np.delete(np.arange(table.num_embeddings), table.padding_idx)
+            vocabulary = Int64Vocabulary(rows_U, rows_U.astype(np.uint32))
+    quantizer, tiers = table.quantizer, _tiers(table)
     return TableContents(
         num_embeddings=table.num_embeddings,
         embedding_dim=table.embedding_dim,
         vocabulary=vocabulary,
-        chunks=_chunks_to_rank_0(shards_of(table.weight_VQ), stored),
+        chunks=chunks,
         layout=quantizer.config.layout if quantizer else None,
         values=_stored_values(name, quantizer) if quantizer else None,
         features=table.features,
         tiers=tiers if len(tiers) > 1 else (),
     )
+
+
+def _tiers(table: TrainedTable) -> tuple[Tier, ...]:
+    return table.quantizer.config.tiers_of(table.num_embeddings) if table.quantizer else ()
 
 
 def _stored_values(name: str, quantizer: Quantizer) -> NDArray[Any]:
@@ -175,106 +177,69 @@ def _stored_values(name: str, quantizer: Quantizer) -> NDArray[Any]:
     return values_MKS.astype(quantizer.config.values_dtype)
 
 
-class _Stored(Protocol):
-    """How the rows of a table are stored, and parts of them sent."""
-
-    dtype: torch.dtype
-
-    def width(self, shard: Shard) -> int:
-        """Of the shard's part of a row."""
-
-    def part(self, shard: Shard, rows_NQ: torch.Tensor, first_row: int) -> NDArray[Any]:
-        """The shard's part of some rows, of the table's from the first on."""
-
-    def whole(self, shards: list[Shard], parts: list[NDArray[Any]]) -> NDArray[Any]:
-        """Rows from their parts, in the order of columns."""
-
-
-class _StoredVectors:
-    """Rows of a dense table, as they are."""
-
-    dtype = torch.float32
-
-    def __init__(self, table: TrainedTable) -> None:
-        self.pooled = table.pooled
-
-    def width(self, shard: Shard) -> int:
-        return shard.num_columns
-
-    def part(self, shard: Shard, rows_NQ: torch.Tensor, first_row: int) -> NDArray[Any]:
-        rows_NQ = rows_NQ.float()
-        return (rows_NQ + _NO_MINUS_ZERO if self.pooled else rows_NQ).cpu().numpy()
-
-    def whole(self, shards: list[Shard], parts: list[NDArray[Any]]) -> NDArray[Any]:
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
-
-
-class _StoredCodes:
-    """Packed codes of a tier's rows; a column shard's are those of its subspaces, packed by themselves."""
-
-    dtype = torch.uint8
-
-    def __init__(self, quantizer: Quantizer, tier: Tier) -> None:
-        self.quantizer, self.layout = quantizer, tier.layout
-        self.key_width = quantizer.query_dim // quantizer.config.num_subspaces
-
-    def _layout(self, shard: Shard) -> CodeLayout:
-        return CodeLayout(
-            num_subspaces=shard.num_columns // self.key_width,
-            num_codes=self.layout.num_codes,
-            num_levels=self.layout.num_levels,
-        )
-
-    def width(self, shard: Shard) -> int:
-        return self._layout(shard).row_bytes
-
-    def part(self, shard: Shard, rows_NQ: torch.Tensor, first_row: int) -> NDArray[Any]:
-        rows_N = torch.arange(first_row, first_row + len(rows_NQ), device=rows_NQ.device)
-        codes_NM = self.quantizer.encode(rows_NQ, shard.first_column // self.key_width, rows_N)
-        layout = self._layout(shard)
-        return pack_codes(codes_NM[:, : layout.codes_per_row].cpu().numpy(), layout)
-
-    def whole(self, shards: list[Shard], parts: list[NDArray[Any]]) -> NDArray[Any]:
-        if len(parts) == 1:
-            return parts[0]
-        by_level = [
-            unpack_codes(part_NW, self._layout(shard)).reshape(len(part_NW), self.layout.num_levels, -1)
-            for shard, part_NW in zip(shards, parts, strict=True)
-        ]
-        return pack_codes(np.concatenate(by_level, 2).reshape(len(parts[0]), -1), self.layout)
-
-
-def _chunks_to_rank_0(shards: list[Shard], stored_from: Mapping[int, _Stored]) -> Iterator[NDArray[Any]]:
-    """All rows in order on rank 0; on another rank nothing, but running through it sends that rank's parts.
-
-    Args:
-        shards: of the table.
-        stored_from: row -> how rows are stored from there to the next such row; no chunk holds rows of both sides.
-    """
-    for _, group in itertools.groupby(shards, lambda shard: shard.first_row):
+def _chunks_to_rank_0(table: TrainedTable) -> Iterator[NDArray[Any]]:
+    """All rows in order on rank 0, no chunk of two tiers; elsewhere nothing, but it sends that rank's parts of rows."""
+    tiers = [tier for tier in _tiers(table) if tier.num_rows]
+    bounds = [tier.first_row for tier in tiers] or [0]
+    layouts: list[CodeLayout | None] = [*(tier.layout for tier in tiers)] or [None]
+    for _, group in itertools.groupby(shards_of(table.weight_VQ), lambda shard: shard.first_row):
         beside = list(group)  # the shards that hold the columns of the same rows
         first, end = beside[0].first_row, beside[0].first_row + beside[0].num_rows
-        for (begin, stored), until in zip(stored_from.items(), [*list(stored_from)[1:], end], strict=False):
+        for begin, until, layout in zip(bounds, [*bounds[1:], end], layouts, strict=True):
             last = min(until, end)
             for start in range(max(begin, first), last, _CHUNK_ROWS):
-                rows = slice(start - first, min(start + _CHUNK_ROWS, last) - first)
-                parts = [_part_to_rank_0(shard, rows, stored) for shard in beside]
+                stop = min(start + _CHUNK_ROWS, last)
+                parts = [_part_to_rank_0(table, shard, start, stop, layout) for shard in beside]
                 if rank() == 0:
-                    yield stored.whole(beside, [part for part in parts if part is not None])
+                    yield _joined(table, beside, [part for part in parts if part is not None], layout)
 
 
-def _part_to_rank_0(shard: Shard, rows: slice, stored: _Stored) -> NDArray[Any] | None:
-    part = None
+def _part_to_rank_0(
+    table: TrainedTable, shard: Shard, start: int, stop: int, layout: CodeLayout | None
+) -> NDArray[Any] | None:
+    """A shard's part of rows of the table, as it is stored; None where this is not rank 0."""
+    box: list[NDArray[Any] | None] = [None]
     if shard.tensor is not None:
-        rows_NQ = shard.tensor.detach()[rows].clone()  # FSDP could not free what numpy looks at
-        part = stored.part(shard, rows_NQ, shard.first_row + rows.start)
-    if shard.owner == 0 or world_size() == 1:
-        return part
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    if part is not None:
-        dist.send(torch.from_numpy(np.ascontiguousarray(part)).to(device), 0)
-    elif rank() == 0:
-        received = torch.empty((rows.stop - rows.start, stored.width(shard)), dtype=stored.dtype, device=device)
-        dist.recv(received, shard.owner)
-        return received.cpu().numpy()
-    return None
+        rows_NQ = shard.tensor.detach()[start - shard.first_row : stop - shard.first_row]
+        rows_NQ = rows_NQ.clone()  # FSDP could not free what numpy looks at
+        box[0] = _stored(table, shard, rows_NQ, start, layout)
+    if shard.owner != 0 and world_size() > 1:
+        if rank() == shard.owner:
+            dist.send_object_list(box, 0, device=device_of(table.weight_VQ))
+        elif rank() == 0:
+            dist.recv_object_list(box, shard.owner, device=device_of(table.weight_VQ))
+    return box[0]
+
+
+def _stored(
+    table: TrainedTable, shard: Shard, rows_NQ: torch.Tensor, first_row: int, layout: CodeLayout | None
+) -> NDArray[Any]:
+    """A shard's part of some rows as it is stored: vectors of a plain table, or packed codes."""
+    if table.quantizer is None or layout is None:
+        rows_NQ = rows_NQ.float()
+        return (rows_NQ + _NO_MINUS_ZERO if table.pooled else rows_NQ).cpu().numpy()
+    rows_N = torch.arange(first_row, first_row + len(rows_NQ), device=rows_NQ.device)
+    first_subspace = shard.first_column // (table.quantizer.query_dim // layout.num_subspaces)
+    codes_NM = table.quantizer.encode(rows_NQ, first_subspace, rows_N)
+    own_layout = _layout_of(shard, table.quantizer, layout)
+    return pack_codes(codes_NM[:, : own_layout.codes_per_row].cpu().numpy(), own_layout)
+
+
+def _joined(
+    table: TrainedTable, shards: list[Shard], parts: list[NDArray[Any]], layout: CodeLayout | None
+) -> NDArray[Any]:
+    """Rows of their parts in the order of columns. The codes of a column shard were packed by themselves."""
+    if len(parts) == 1:
+        return parts[0]
+    if table.quantizer is None or layout is None:
+        return np.concatenate(parts, 1)
+    by_level = [
+        unpack_codes(part_NW, _layout_of(shard, table.quantizer, layout)).reshape(len(part_NW), layout.num_levels, -1)
+        for shard, part_NW in zip(shards, parts, strict=True)
+    ]
+    return pack_codes(np.concatenate(by_level, 2).reshape(len(parts[0]), -1), layout)
+
+
+def _layout_of(shard: Shard, quantizer: Quantizer, layout: CodeLayout) -> CodeLayout:
+    """Of the codes of the subspaces in a column shard."""
+    return replace(layout, num_subspaces=layout.num_subspaces * shard.num_columns // quantizer.query_dim)

@@ -1,8 +1,13 @@
-"""The tables of a model by quantized ones. In: a model with stock tables. Out: the same model, its tables replaced."""
+"""The tables of a model by quantized ones. In: a model with stock tables. Out: the same model, its tables replaced.
+
+TorchRec's modules around a collection (feature processors, towers) become subclasses that change nothing. A sharder
+takes a module of exactly its type, with the stock collection in it, as a whole: a subclass is no such module, so that
+DistributedModelParallel shards what is in it, and trains the rest data parallel.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,14 +15,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_tower import EmbeddingTower, EmbeddingTowerCollection
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+from torchrec.modules.itep_embedding_modules import ITEPEmbeddingBagCollection, ITEPEmbeddingCollection
+from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
+from torchrec.modules.pec_embedding_modules import PECEmbeddingCollection
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection, without_small
 from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag, TiedLinear
-from dpq_rec.nn.find import mark_plain, modules_with_tables
-from dpq_rec.nn.holders import hold_dpq, holders_of
-from dpq_rec.nn.shards import is_under_fsdp
+from dpq_rec.nn.find import STAYS_PLAIN, modules_with_tables
+from dpq_rec.nn.shards import is_under_fsdp, modules_of
 from dpq_rec.nn.tables import DPQTables
 from dpq_rec.nn.warm_up import start
 
@@ -28,13 +37,51 @@ _NOT_KEPT = {  # settings of torch's modules, and why a DPQ table does not have 
 }
 
 
+class DPQFeatureProcessedEmbeddingBagCollection(FeatureProcessedEmbeddingBagCollection):
+    """TorchRec's, around a DPQEmbeddingBagCollection."""
+
+
+class DPQEmbeddingTower(EmbeddingTower):
+    """TorchRec's, around a DPQ collection."""
+
+
+class DPQEmbeddingTowerCollection(EmbeddingTowerCollection):
+    """TorchRec's, around DPQ collections."""
+
+
+class DPQPECEmbeddingCollection(PECEmbeddingCollection):
+    """TorchRec's, around a DPQEmbeddingCollection; rows are sent as by any other, without priorities."""
+
+
+_AROUND_DPQ: dict[type[nn.Module], type[nn.Module]] = {
+    FeatureProcessedEmbeddingBagCollection: DPQFeatureProcessedEmbeddingBagCollection,
+    EmbeddingTower: DPQEmbeddingTower,
+    EmbeddingTowerCollection: DPQEmbeddingTowerCollection,
+    PECEmbeddingCollection: DPQPECEmbeddingCollection,
+}
+_MOVES_ROWS: dict[type[nn.Module], str] = {  # modules around a collection that a DPQ table cannot follow
+    BaseManagedCollisionEmbeddingCollection: "gives rows to other ids",
+    ITEPEmbeddingBagCollection: "prunes rows",
+    ITEPEmbeddingCollection: "prunes rows",
+}
+
+
 class _Stock(NamedTuple):
-    """A module that can be replaced, and its tables' weights under the names that a caller uses."""
+    """A module that can be replaced.
+
+    Attributes:
+        path: in the model.
+        module: a collection of TorchRec, or torch's nn.Embedding or nn.EmbeddingBag.
+        weights: of its tables, by the names that a caller uses.
+        twins: other nn.Embedding of the same weight and settings.
+        outputs: nn.Linear of the same weight.
+    """
 
     path: str
     module: Any
     weights: dict[str, nn.Parameter]
-    twins: tuple[nn.Embedding, ...] = ()  # other modules that are the same to the bit, with the same weight
+    twins: tuple[nn.Module, ...] = ()
+    outputs: tuple[Any, ...] = ()
 
 
 def replace_embeddings(
@@ -47,16 +94,18 @@ def replace_embeddings(
 ) -> nn.Module:
     """Replace a model's embedding tables, in place, by DPQ tables of the same interface.
 
-    >>> model = replace_embeddings(DLRM(EmbeddingBagCollection(tables=[...]), ...), DPQConfig(num_subspaces=16))
+    >>> model = nn.Sequential(nn.Embedding(50_000, 64), nn.Linear(64, 1))
+    >>> model = replace_embeddings(model, DPQConfig(num_subspaces=16))
+    >>> [type(module).__name__ for module in model]
+    ['DPQEmbedding', 'Linear']
 
     Replaced are EmbeddingBagCollection, EmbeddingCollection, nn.Embedding and nn.EmbeddingBag themselves, at any depth,
     not subclasses, which may do something else; TorchRec's modules around them (FeatureProcessedEmbeddingBagCollection,
     EmbeddingTower) become subclasses that DistributedModelParallel shards from within. A module that stands in several
-    places stays one, and several
-    nn.Embedding of one weight become one, under the name of the first; an nn.Linear of that weight, a tied output
-    layer, becomes a `TiedLinear`. Device, training mode and requires_grad are kept; hooks on a replaced module are not.
-    Do it before optimizers are made and before DistributedModelParallel, which takes the queries over as they are,
-    unless they are on meta.
+    places stays one, and several nn.Embedding of one weight become one, under the name of the first; an nn.Linear of
+    that weight, a tied output layer, becomes a `TiedLinear`. Device, training mode and requires_grad are kept; hooks on
+    a replaced module are not. Do it before optimizers are made and before DistributedModelParallel, which takes the
+    queries over as they are, unless they are on meta.
 
     Args:
         model: plain, not sharded.
@@ -75,102 +124,87 @@ def replace_embeddings(
         ConfigError: a name that the model does not have, or a table that cannot be replaced, with the reason, such as
             managed collisions around it, or weights that are not finite, with the row. The model is as it was.
     """
-    wrappers = DistributedModelParallel | DistributedDataParallel
-    under_fsdp = any(is_under_fsdp(module) for _, module in modules_with_tables(model))
-    if under_fsdp or any(isinstance(module, wrappers) for module in model.modules()):
-        raise ConfigError("model: got one that is distributed already; replace its embeddings before it is wrapped")
-    stock = list(_stock_modules(model))
-    shapes = {name: (len(w), w.shape[1]) for found in stock for name, w in found.weights.items()}
-    asked = _chosen(shapes, config, tables)
-    chosen = without_small(asked, shapes)
-    plain = [found.module for found in stock if asked.keys() - chosen.keys() >= found.weights.keys()]
-    stock = [found for found in stock if chosen.keys() & found.weights.keys()]
-    for found in stock:
-        for name in chosen.keys() & found.weights.keys():
-            _check(name, found, chosen[name], from_weights=from_weights)
-    outputs = _tied_outputs(model, stock)
-    _check_ties(model, stock, chosen, outputs)
-    first_chosen = {id(found.module): next(name for name in found.weights if name in chosen) for found in stock}
-    holders = holders_of(model, first_chosen)
-    made: dict[int, nn.Module] = {}
-    for found in stock:
-        replacement = _replacement(found, chosen, from_weights=from_weights)
+    stock = _stock_modules(model)
+    shapes = {name: (len(w), w.shape[1]) for each in stock for name, w in each.weights.items()}
+    wanted = _chosen(shapes, config, tables)
+    chosen = without_small(wanted, shapes)
+    small = [each.module for each in stock if wanted.keys() - chosen.keys() >= each.weights.keys()]
+    stock = [each for each in stock if chosen.keys() & each.weights.keys()]
+    for each in stock:
+        for name in chosen.keys() & each.weights.keys():
+            _check(name, each, chosen[name], from_weights=from_weights)
+    _check_ties(model, stock, chosen)
+    around = _modules_around(model, stock, chosen)
+    replaced: dict[int, nn.Module] = {}
+    for each in stock:
+        made = _replacement(each, chosen, from_weights=from_weights)
         if from_weights:
-            start(replacement, seed=seed)
-        made |= dict.fromkeys(map(id, (found.module, *found.twins)), replacement)
-        if isinstance(replacement, DPQEmbedding | DPQEmbeddingBag):
-            for linear in outputs.get(id(found.module.weight), ()):
-                made[id(linear)] = TiedLinear(replacement, linear.bias).train(linear.training)
-    for module in plain:
-        mark_plain(module)
-    _leave_ties_to_us(model, made)
+            start(made, seed=seed)
+        replaced |= dict.fromkeys(map(id, (each.module, *each.twins)), made)
+        replaced |= {id(out): TiedLinear(made, out.bias).train(out.training) for out in each.outputs}
+    for module in small:
+        setattr(module, STAYS_PLAIN, True)
+    _leave_ties_to_us(model, replaced)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if id(child) in made:
-                parent._modules[name] = made[id(child)]
-    for holder in holders:
-        hold_dpq(holder)
-    return made.get(id(model), model)
+            parent._modules[name] = replaced.get(id(child), child)
+    for module in around:
+        module.__class__ = _AROUND_DPQ[type(module)]
+    return replaced.get(id(model), model)
 
 
-def _stock_modules(model: nn.Module) -> Iterator[_Stock]:
+def _stock_modules(model: nn.Module) -> list[_Stock]:
+    found, modules = list(modules_with_tables(model)), list(model.modules())
+    is_distributed = any(isinstance(module, DistributedModelParallel | DistributedDataParallel) for module in modules)
+    if is_distributed or any(is_under_fsdp(module) for _, module in found):
+        raise ConfigError("model: got one that is distributed already; replace its embeddings before it is wrapped")
+    stock: list[_Stock] = []
+    twins: set[int] = set()
     path: str
     module: Any
-    twins: set[int] = set()
-    for path, module in modules_with_tables(model):
+    for path, module in found:
         kind = type(module)
         if kind is EmbeddingBagCollection or kind is EmbeddingCollection:
-            tables = module.embedding_bags if kind is EmbeddingBagCollection else module.embeddings
-            yield _Stock(path, module, {name: table.weight for name, table in tables.items()})
-        elif id(module) in twins:
-            continue
-        elif kind is nn.Embedding or kind is nn.EmbeddingBag:
-            others: list[Any] = [each for each in model.modules() if each is not module and _are_twins(module, each)]
-            twins |= set(map(id, others))
-            yield _Stock(path, module, {path or "table": module.weight}, tuple(others))
+            weights = {name: table.weight for name, table in modules_of(module).items()}
+            stock.append(_Stock(path, module, weights))
+        elif (kind is nn.Embedding or kind is nn.EmbeddingBag) and id(module) not in twins:
+            users = [each for each in modules if each._parameters.get("weight") is module.weight]
+            same = tuple(each for each in users if each is not module and _are_twins(module, each))
+            outputs = tuple(each for each in users if type(each) is nn.Linear)
+            twins |= set(map(id, same))
+            stock.append(_Stock(path, module, {path or "table": module.weight}, same, outputs))
+    return stock
 
 
 def _are_twins(one: Any, other: Any) -> bool:
-    """Whether two of torch's nn.Embedding share their weight and do the same with it."""
-    if not (type(one) is type(other) is nn.Embedding and one.weight is other.weight):
+    """Whether two modules of one weight are torch's nn.Embedding and do the same with it."""
+    if not type(one) is type(other) is nn.Embedding:
         return False
     return all(getattr(one, name) == getattr(other, name) for name in ("padding_idx", *_NOT_KEPT))
-
-
-def _tied_outputs(model: nn.Module, stock: list[_Stock]) -> dict[int, list[nn.Linear]]:
-    """The nn.Linear that use a table's weight, by the weight's id; of torch's own embeddings alone."""
-    weights = {id(found.module.weight) for found in stock if isinstance(found.module, nn.Embedding | nn.EmbeddingBag)}
-    outputs: dict[int, list[nn.Linear]] = {}
-    for module in model.modules():
-        if type(module) is nn.Linear and id(module.weight) in weights:
-            outputs.setdefault(id(module.weight), []).append(module)
-    return outputs
 
 
 def _chosen(
     names: Collection[str], config: DPQConfig | Mapping[str, DPQConfig], tables: Collection[str] | None
 ) -> dict[str, DPQConfig]:
     """The config of each table to replace."""
-    if tables is None:
-        tables = names if isinstance(config, DPQConfig) else list(config)
+    configs = dict.fromkeys(names, config) if isinstance(config, DPQConfig) else dict(config)
+    tables = configs if tables is None else tables
     known = ", ".join(sorted(names)) or "none that can be replaced"
-    for what, given in (("tables", tables), ("config", () if isinstance(config, DPQConfig) else config)):
+    for what, given in (("tables", tables), ("config", configs)):
         if unknown := set(given) - set(names):
             raise ConfigError(f"{what}: got {', '.join(sorted(unknown))}; the model's tables: {known}")
     if not tables:
         raise ConfigError(f"tables: got none to replace; the model's tables: {known}")
-    if isinstance(config, DPQConfig):
-        return dict.fromkeys(tables, config)
-    if without := set(tables) - set(config):
+    if without := set(tables) - set(configs):
         raise ConfigError(
             f"config: got none for {', '.join(sorted(without))}, want one for every table named in tables"
         )
-    return {name: config[name] for name in tables}
+    return {name: configs[name] for name in tables}
 
 
-def _check(name: str, found: _Stock, config: DPQConfig, *, from_weights: bool) -> None:
+def _check(name: str, stock: _Stock, config: DPQConfig, *, from_weights: bool) -> None:
     """Refuse what a DPQ table would not do as the stock one does."""
-    weight, module = found.weights[name], found.module
+    weight, module = stock.weights[name], stock.module
     for setting, reason in _NOT_KEPT.items():
         if getattr(module, setting, None):
             raise ConfigError(f"table {name!r}: got {setting}={getattr(module, setting)}, which is not kept: {reason}")
@@ -194,31 +228,89 @@ def _check(name: str, found: _Stock, config: DPQConfig, *, from_weights: bool) -
         raise ConfigError(f"table {name!r}: got from_weights with a model on the meta device, which has no weights")
 
 
-def _check_ties(
-    model: nn.Module,
-    stock: list[_Stock],
-    chosen: Mapping[str, DPQConfig],
-    outputs: Mapping[int, list[nn.Linear]],
-) -> None:
+def _check_ties(model: nn.Module, stock: list[_Stock], chosen: Mapping[str, DPQConfig]) -> None:
     """A weight that another module uses too, and that cannot be tied anew, would silently cease to be the same."""
-    replaced = {id(w): name for found in stock for name, w in found.weights.items() if name in chosen}
-    inside = {id(m) for found in stock for m in found.module.modules()}
-    tied = {id(m) for found in stock for m in found.twins} | {id(m) for each in outputs.values() for m in each}
-    holders: dict[int, str] = {}
+    replaced = {id(weight): name for each in stock for name, weight in each.weights.items() if name in chosen}
+    inside = {id(module) for each in stock for module in each.module.modules()}
+    tied = {id(module) for each in stock for module in (*each.twins, *each.outputs)}
+    used: set[int] = set()
     for path, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if id(parameter) not in replaced or id(module) in tied:
+        for weight in map(id, module._parameters.values()):
+            if weight not in replaced or id(module) in tied:
                 continue
-            if id(module) not in inside or id(parameter) in holders:
-                got = f"got a weight that {path or 'the model'} uses too"
+            if id(module) not in inside or weight in used:
                 raise ConfigError(
-                    f"table {replaced[id(parameter)]!r}: {got}; an nn.Embedding can share its own with an nn.Linear "
-                    "or an nn.Embedding of its settings; untie it, or leave the table out"
+                    f"table {replaced[weight]!r}: got a weight that {path or 'the model'} uses too; an nn.Embedding "
+                    "can share its own with an nn.Linear or an nn.Embedding of its settings; untie it, or leave the "
+                    "table out"
                 )
-            holders[id(parameter)] = path
+            used.add(weight)
 
 
-def _leave_ties_to_us(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
+def _modules_around(model: nn.Module, stock: list[_Stock], chosen: Mapping[str, DPQConfig]) -> list[nn.Module]:
+    """TorchRec's modules around a collection that is to be replaced.
+
+    Raises:
+        ConfigError: one whose sharded form does more than to look rows up.
+    """
+    tables = {id(each.module): next(name for name in each.weights if name in chosen) for each in stock}
+    around = []
+    for path, module in model.named_modules():
+        table = next((tables[id(inner)] for inner in module.modules() if id(inner) in tables), None)
+        does = next((does for kind, does in _MOVES_ROWS.items() if isinstance(module, kind)), None)
+        if table is not None and does is not None:
+            raise ConfigError(
+                f"table {table!r}: got a {type(module).__name__} around it at {path or 'the model'}, which {does} "
+                "while it trains, and a DPQ table cannot follow; name the other tables (tables=...), or map ids to "
+                "rows before a plain collection"
+            )
+        if table is not None and type(module) in _AROUND_DPQ:
+            around.append(module)
+    return around
+
+
+@torch.no_grad()
+def _replacement(stock: _Stock, chosen: Mapping[str, DPQConfig], *, from_weights: bool) -> Any:
+    made = _make(stock, chosen)
+    queries = made.query_weights()
+    for name, weight in stock.weights.items():
+        if name not in chosen:  # it keeps its very weight, so that optimizers and ties hold
+            for plain in map(modules_of, made.plain.values()):
+                if name in plain:
+                    plain[name].weight = weight
+            continue
+        key = name if name in queries else next(iter(queries))
+        if from_weights:
+            queries[key].copy_(weight)
+            if isinstance(made, DPQEmbedding) and made.padding_idx is not None and weight[made.padding_idx].any():
+                made.keep_padding()
+        if not weight.requires_grad:
+            made.quantizer(key).requires_grad_(requires_grad=False)
+            for collection in map(modules_of, made.queries.values()):
+                if key in collection:
+                    collection[key].requires_grad_(requires_grad=False)
+    return made.train(stock.module.training)
+
+
+def _make(stock: _Stock, chosen: Mapping[str, DPQConfig]) -> DPQTables:
+    module, configs = stock.module, {name: chosen.get(name) for name in stock.weights}
+    device = next(iter(stock.weights.values())).device
+    if isinstance(module, EmbeddingBagCollection):
+        tables = module.embedding_bag_configs()
+        return DPQEmbeddingBagCollection(tables, configs, is_weighted=module.is_weighted(), device=device)
+    if isinstance(module, EmbeddingCollection):
+        tables = module.embedding_configs()
+        return DPQEmbeddingCollection(tables, configs, need_indices=module.need_indices(), device=device)
+    (config,) = (chosen[name] for name in stock.weights)
+    shape = module.num_embeddings, module.embedding_dim
+    common: Any = {"padding_idx": module.padding_idx, "name": stock.path or None, "device": device}
+    if isinstance(module, nn.EmbeddingBag):
+        common |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
+        return DPQEmbeddingBag(*shape, config, **common)
+    return DPQEmbedding(*shape, config, **common)
+
+
+def _leave_ties_to_us(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
     """Strike replaced weights from the names by which transformers ties weights again, after resizing for example.
 
     Of modules that became one it is told so: it saves what they share once.
@@ -230,7 +322,7 @@ def _leave_ties_to_us(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
                 continue
             kept = {}
             for names in ties.items():
-                ours = [_replacement_of(module, name, made) for name in names]
+                ours = [_replacement_of(module, name, replaced) for name in names]
                 if ours == [None, None]:
                     kept[names[0]] = names[1]
                 elif ours[0] is ours[1] and attribute == "_tied_weights_keys":
@@ -238,61 +330,10 @@ def _leave_ties_to_us(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
             setattr(module, attribute, kept)
 
 
-def _replacement_of(module: nn.Module, name: str, made: Mapping[int, nn.Module]) -> nn.Module | None:
+def _replacement_of(module: nn.Module, name: str, replaced: Mapping[int, nn.Module]) -> nn.Module | None:
     """What the submodule with a weight of this name, if it is a name and no pattern, is about to be replaced by."""
     path, _, parameter = name.rpartition(".")
     try:
-        return made.get(id(module.get_submodule(path))) if parameter == "weight" else None
+        return replaced.get(id(module.get_submodule(path))) if parameter == "weight" else None
     except AttributeError:
         return None
-
-
-@torch.no_grad()
-def _replacement(found: _Stock, chosen: Mapping[str, DPQConfig], *, from_weights: bool) -> DPQTables:
-    made = _make(found, chosen)
-    queries = made.query_weights()
-    for name, weight in found.weights.items():
-        if name not in chosen:
-            _keep_plain(made, name, weight)
-            continue
-        key = name if name in queries else next(iter(queries))
-        if from_weights:
-            queries[key].copy_(weight)
-            if isinstance(made, DPQEmbedding) and made.padding_idx is not None and weight[made.padding_idx].any():
-                made.keep_padding()
-        if not weight.requires_grad:
-            for width, names in made.names_by_width.items():
-                if key in names:
-                    made.queries[width].get_submodule(f"embeddings.{key}").requires_grad_(requires_grad=False)
-            made.quantizer(key).requires_grad_(requires_grad=False)
-    return made.train(found.module.training)
-
-
-def _make(found: _Stock, chosen: Mapping[str, DPQConfig]) -> DPQTables:
-    module, configs = found.module, {name: chosen.get(name) for name in found.weights}
-    device = next(iter(found.weights.values())).device
-    if isinstance(module, EmbeddingBagCollection):
-        return DPQEmbeddingBagCollection(
-            module.embedding_bag_configs(), configs, is_weighted=module.is_weighted(), device=device
-        )
-    if isinstance(module, EmbeddingCollection):
-        return DPQEmbeddingCollection(
-            module.embedding_configs(), configs, need_indices=module.need_indices(), device=device
-        )
-    (config,) = configs.values()
-    assert config is not None, "a module of one table is replaced only if that table was chosen"
-    shape = module.num_embeddings, module.embedding_dim
-    common: Any = {"padding_idx": module.padding_idx, "name": found.path or None, "device": device}
-    if isinstance(module, nn.EmbeddingBag):
-        common |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
-        return DPQEmbeddingBag(*shape, config, **common)
-    return DPQEmbedding(*shape, config, **common)
-
-
-def _keep_plain(made: DPQTables, name: str, weight: nn.Parameter) -> None:
-    """A table that was not chosen keeps its very weight, so that optimizers and ties hold."""
-    for collection in made.plain.values():
-        is_bag = isinstance(collection, EmbeddingBagCollection)
-        modules: Any = collection.embedding_bags if is_bag else collection.embeddings
-        if name in modules:
-            modules[name].weight = weight

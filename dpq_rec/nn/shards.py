@@ -1,25 +1,27 @@
-"""Where the pieces of a table lie. In: a weight, plain or sharded by TorchRec. Out: its shards, the same on every rank.
+"""Where the weights of TorchRec's collections lie, whole or in shards.
 
-Column shards must hold whole subspaces, so that a rank can encode what it holds: `find.subspace_constraints` asks the
-planner for that, `check_cuts` refuses anything else.
+In: a collection, or a table's weight, plain or sharded. Out: its shards, the same on every rank. Column shards must
+hold whole subspaces, so that a rank can encode what it holds: `find.subspace_constraints` asks the planner for that,
+`check_cuts` refuses anything else.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collectives import rank, sum_over_ranks
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Shard(NamedTuple):
@@ -33,27 +35,47 @@ class Shard(NamedTuple):
     tensor: torch.Tensor | None
 
 
+def is_pooled(collection: Any) -> bool:
+    """Whether a collection of TorchRec, stock or sharded, hands out bags."""
+    return isinstance(collection, EmbeddingBagCollection | ShardedEmbeddingBagCollection)
+
+
+def configs_of(collection: Any) -> list[BaseEmbeddingConfig]:
+    """The configs of a collection of TorchRec, stock or sharded."""
+    return collection._embedding_bag_configs if is_pooled(collection) else collection._embedding_configs
+
+
+def modules_of(collection: Any) -> Any:
+    """Table -> the module that holds its weight, of a stock collection."""
+    return collection.embedding_bags if is_pooled(collection) else collection.embeddings
+
+
+def weights_of(collection: Any) -> dict[str, Any]:
+    """Table -> its weight, a tensor or, sharded, a ShardedTensor, in the same memory."""
+    if isinstance(collection, EmbeddingBagCollection | EmbeddingCollection):
+        # Not from its state_dict, which fully_shard's hooks would shard again.
+        return {name: module.weight.detach() for name, module in modules_of(collection).items()}
+    state, prefix = collection.state_dict(), "embedding_bags" if is_pooled(collection) else "embeddings"
+    return {table.name: state[f"{prefix}.{table.name}.weight"] for table in configs_of(collection)}
+
+
 def is_under_fsdp(tables: nn.Module) -> bool:
     """Whether FSDP, by `fully_shard` or by its wrapper, holds weights of a module with tables."""
     return any(getattr(module, "_is_fsdp_managed_module", False) for module in tables.modules())
 
 
-def with_whole_weights(function: Function) -> Function:
-    """Let a function of a model see whole weights on every rank where FSDP cuts them up; TorchRec's shards stay."""
-
-    @functools.wraps(function)
-    def called(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        held = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Let every rank see whole the weights that FSDP cuts up; TorchRec's shards stay."""
+    held = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        for module in held:
+            module.unshard()
+        try:
+            yield
+        finally:
             for module in held:
-                module.unshard()
-            try:
-                return function(model, *args, **kwargs)
-            finally:
-                for module in held:
-                    module.reshard()
-
-    return called  # type: ignore[return-value]
+                module.reshard()
 
 
 def shards_of(weight_VQ: torch.Tensor | ShardedTensor) -> list[Shard]:
@@ -73,9 +95,8 @@ def shards_of(weight_VQ: torch.Tensor | ShardedTensor) -> list[Shard]:
 def rows_of(weight_VQ: torch.Tensor | ShardedTensor, rows_N: torch.Tensor) -> torch.Tensor:
     """Some rows [N, Q], put together from their shards, the same on every rank; every rank calls it."""
     shards = shards_of(weight_VQ)
-    width = max(shard.first_column + shard.num_columns for shard in shards)
     device = next((s.tensor.device for s in shards if s.tensor is not None), device_of(weight_VQ))
-    found_NQ = torch.zeros(len(rows_N), width, dtype=torch.float32, device=device)
+    found_NQ = torch.zeros(len(rows_N), _width(shards), dtype=torch.float32, device=device)
     for shard in shards:
         if shard.tensor is None:
             continue
@@ -97,10 +118,12 @@ def device_of(weight_VQ: torch.Tensor | ShardedTensor) -> torch.device:
 
 def dtype_of(weight_VQ: torch.Tensor | ShardedTensor) -> torch.dtype:
     """The dtype of a weight, of which this rank may hold nothing."""
-    if isinstance(weight_VQ, ShardedTensor):
-        dtype: torch.dtype = weight_VQ.metadata().tensor_properties.dtype
-        return dtype
-    return weight_VQ.dtype
+    is_sharded = isinstance(weight_VQ, ShardedTensor)  # whose own attribute warns that it is deprecated
+    return weight_VQ.metadata().tensor_properties.dtype if is_sharded else weight_VQ.dtype
+
+
+def _width(shards: list[Shard]) -> int:
+    return max(shard.first_column + shard.num_columns for shard in shards)
 
 
 def check_cuts(table: str, weight_VQ: torch.Tensor | ShardedTensor, config: DPQConfig) -> None:
@@ -110,7 +133,7 @@ def check_cuts(table: str, weight_VQ: torch.Tensor | ShardedTensor, config: DPQC
         ConfigError: one does not.
     """
     shards = shards_of(weight_VQ)
-    key_width = max(s.first_column + s.num_columns for s in shards) // config.num_subspaces
+    key_width = _width(shards) // config.num_subspaces
     for shard in shards:
         if shard.first_column % key_width or shard.num_columns % key_width:
             got = f"a shard of columns {shard.first_column} to {shard.first_column + shard.num_columns - 1}"

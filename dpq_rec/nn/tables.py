@@ -1,4 +1,4 @@
-"""Rows to vectors: what all modules share. In: the rows that each table is asked for. Out: Looked(vectors_NE, at_T).
+"""Rows to vectors: what all modules share. In: the rows of each table. Out: vectors of distinct rows, and positions.
 
 The queries live in stock EmbeddingCollections, so that TorchRec's planner, sharders and fused optimizers find them.
 Each table is asked for the query of every distinct row once, and quantizes it once.
@@ -6,6 +6,7 @@ Each table is asked for the query of every distinct row once, and quantizes it o
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,22 +20,12 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, Em
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.estimators import with_codebook_loss
-from dpq_rec.nn.finite import Numbers, check_dtype, check_finite, training_inputs
+from dpq_rec.nn.finite import check_dtype, check_finite, training_inputs
 from dpq_rec.nn.quantizer import Quantizer
-from dpq_rec.nn.shards import check_cuts
+from dpq_rec.nn.shards import check_cuts, configs_of, modules_of, weights_of
 from dpq_rec.nn.tracing import refuse_scripting
 
-
-class Looked(NamedTuple):
-    """What a table answers.
-
-    Attributes:
-        vectors_NE: the vectors of the distinct rows.
-        at_T: position among them of each row that was asked for.
-    """
-
-    vectors_NE: torch.Tensor
-    at_T: torch.Tensor
+Vectors = tuple[torch.Tensor, torch.Tensor]  # of distinct rows [N, E], and where among them is each row asked for [T]
 
 
 class Distinct(NamedTuple):
@@ -108,7 +99,6 @@ class DPQTables(nn.Module):
             by_width.setdefault(str(quantizer.query_dim), []).append(_query_config(table, quantizer.query_dim))
         # TorchRec's EmbeddingCollection holds tables of one dimension.
         self.queries = nn.ModuleDict({width: EmbeddingCollection(group, device) for width, group in by_width.items()})
-        self.names_by_width = {width: [table.name for table in group] for width, group in by_width.items()}
 
     def quantizer(self, table: str) -> Quantizer:
         """Keys and values of a table."""
@@ -118,15 +108,7 @@ class DPQTables(nn.Module):
 
     def query_weights(self) -> dict[str, Any]:
         """Table -> its queries [V, query_dim], as a tensor or, sharded, as a ShardedTensor; they share memory."""
-        weights: dict[str, Any] = {}
-        for width, names in self.names_by_width.items():
-            collection: Any = self.queries[width]
-            if isinstance(collection, EmbeddingCollection):  # fully_shard's hooks on state_dict would shard it again
-                weights |= {name: collection.embeddings[name].weight.detach() for name in names}
-            else:
-                state = collection.state_dict()
-                weights |= {name: state[f"embeddings.{name}.weight"] for name in names}
-        return weights
+        return {name: w for collection in self.queries.values() for name, w in weights_of(collection).items()}
 
     @property
     def device(self) -> torch.device:
@@ -153,16 +135,17 @@ class DPQTables(nn.Module):
         """Start anew, as after construction: for a module built on meta, after `to_empty`."""
         for name in self.quantizers:
             self.quantizer(name).reset_parameters()
+        collection: Any
         for collection in (*self.queries.values(), *self.plain.values()):
-            if isinstance(collection, EmbeddingCollection):
-                _initialise(collection.embedding_configs(), collection.embeddings)
-            elif isinstance(collection, EmbeddingBagCollection):
-                _initialise(collection.embedding_bag_configs(), collection.embedding_bags)
+            if isinstance(collection, EmbeddingCollection | EmbeddingBagCollection):
+                # Upstream's own reset does nothing where a collection was built on meta, wherever it is now.
+                for table in configs_of(collection):
+                    assert table.init_fn is not None, "TorchRec gives every table one"
+                    table.init_fn(modules_of(collection)[table.name].weight)
             else:
-                sharded: Any = collection
-                sharded.reset_parameters()
+                collection.reset_parameters()
 
-    def _look_up(self, rows: Mapping[str, torch.Tensor], share: float = 1.0) -> dict[str, Looked]:
+    def _look_up(self, rows: Mapping[str, torch.Tensor], share: float = 1.0) -> dict[str, Vectors]:
         """Vectors of the rows [T] (int64) that each table is asked for; every table is asked.
 
         An occurrence counts as `share` of one: as 1 / ranks where all ranks ask for the same, which is to count once.
@@ -176,54 +159,49 @@ class DPQTables(nn.Module):
             for name, weight in self.query_weights().items():
                 check_cuts(name, weight, self.quantizer(name).config)
             self._cuts_checked = True
-        distinct = {table.name: _distinct(rows[table.name], table) for table in self.quantized_tables}
-        if share != 1:
-            distinct = {name: asked._replace(counts_N=asked.counts_N * share) for name, asked in distinct.items()}
+        distinct = {table.name: _distinct(rows[table.name], table, share) for table in self.quantized_tables}
         self._check_dtypes()
-        queries = self._look_up_queries(distinct)
-        if self.training:
-            self._check_finite(queries, distinct)
+        queries = self._look_up_queries({name: rows_N for name, (rows_N, _, _) in distinct.items()})
+        if self.training:  # all tables together, with one sum over ranks, before any statistic takes them in
+            numbers = [
+                training_inputs(self.quantizer(name), queries_NQ, distinct[name].rows_N, self._label(name))
+                for name, queries_NQ in queries.items()
+            ]
+            check_finite(list(itertools.chain.from_iterable(numbers)))
         return {
-            name: Looked(self._quantize(name, queries_NQ, distinct[name]), distinct[name].at_T)
+            name: (self._quantize(name, queries_NQ, distinct[name]), distinct[name].at_T)
             for name, queries_NQ in queries.items()
         }
 
     def _check_dtypes(self) -> None:
-        for width, collection in self.queries.items():
+        for collection in self.queries.values():
             if isinstance(collection, EmbeddingCollection):  # shards keep theirs
-                names = self.names_by_width[width]
-                first: Any = collection.embeddings[names[0]]  # FSDP's wrapper makes its weight an attribute
-                check_dtype(f"table {', '.join(map(repr, names))}", "queries", first.weight.dtype)
+                weights = weights_of(collection)
+                dtype = next(iter(weights.values())).dtype
+                check_dtype(f"table {', '.join(map(repr, weights))}", "queries", dtype)
         for name in self.quantizers:
-            check_dtype(self._whose(name), "keys and values", self.quantizer(name).values_MKS.dtype, torch.float32)
+            check_dtype(self._label(name), "keys and values", self.quantizer(name).values_MKS.dtype, torch.float32)
 
-    def _whose(self, table: str) -> str:
+    def _label(self, table: str) -> str:
         """How messages begin, by the name that the table has for its user."""
         return f"table {table!r}"
 
-    def _check_finite(self, queries: Mapping[str, torch.Tensor], distinct: Mapping[str, Distinct]) -> None:
-        """Of all tables together, with one sum over ranks, before any statistic takes them in."""
-        numbers: list[Numbers] = []
-        for name, queries_NQ in queries.items():
-            numbers += training_inputs(self.quantizer(name), queries_NQ, distinct[name].rows_N, self._whose(name))
-        check_finite(numbers)
-
-    def _look_up_queries(self, distinct: Mapping[str, Distinct]) -> dict[str, torch.Tensor]:
+    def _look_up_queries(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Queries [N, Q] (fp32, as TorchRec hands them out) of each table's rows, from whichever rank holds them."""
-        asked = {}
-        for width, collection in self.queries.items():
-            names = self.names_by_width[width]
-            rows = [distinct[name].rows_N for name in names]
-            lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
-            keyed = KeyedJaggedTensor(keys=names, values=torch.cat(rows), lengths=lengths)
-            asked[width] = collection(keyed)  # sharded collections answer later: ask all, then wait
-        found = {name: asked[width][name].values() for width, names in self.names_by_width.items() for name in names}
+        pending = []
+        for collection in self.queries.values():
+            names = [table.name for table in configs_of(collection)]
+            rows_T = torch.cat([rows[name] for name in names])
+            lengths = torch.tensor([len(rows[name]) for name in names], device=rows_T.device)
+            keyed = KeyedJaggedTensor(keys=names, values=rows_T, lengths=lengths)
+            pending.append((names, collection(keyed)))  # sharded collections answer later: ask all, then wait
+        found = {name: jagged[name].values() for names, jagged in pending for name in names}
         if any(queries_NQ.is_meta for queries_NQ in found.values()):
             remedy = "DistributedModelParallel makes them, or module.to_empty(device=...) and module.reset_parameters()"
             raise ConfigError(f"forward: got queries on meta, which hold no numbers: {remedy}")
         return found
 
-    def _quantize(self, name: str, queries_NQ: torch.Tensor, asked: Distinct) -> torch.Tensor:
+    def _quantize(self, name: str, queries_NQ: torch.Tensor, distinct: Distinct) -> torch.Tensor:
         quantizer = self.quantizer(name)
         if quantizer.is_warming_up:
             if not self.training:
@@ -231,7 +209,7 @@ class DPQTables(nn.Module):
             self.codebook_losses[name] = queries_NQ.new_zeros(())
             return _WarmUp.apply(queries_NQ, *(weight for weight in quantizer.parameters() if weight.requires_grad))
         with torch.autocast(queries_NQ.device.type, enabled=False):  # half precision would choose other codes
-            quantized = quantizer(queries_NQ, asked.counts_N.to(queries_NQ.dtype), asked.rows_N, is_checked=True)
+            quantized = quantizer(queries_NQ, distinct.counts_N.to(queries_NQ.dtype), distinct.rows_N, is_checked=True)
         if not self.training:
             return quantized.vectors_NE
         self.codebook_losses[name] = quantized.codebook_loss.detach()
@@ -275,21 +253,12 @@ def _query_config(table: BaseEmbeddingConfig, query_dim: int) -> EmbeddingConfig
     )
 
 
-def _initialise(tables: Sequence[BaseEmbeddingConfig], modules: nn.ModuleDict) -> None:
-    """Upstream's own reset does nothing where a collection was built on meta, wherever it is now."""
-    for table in tables:
-        weight = modules[table.name].weight
-        assert isinstance(weight, torch.Tensor), "a table has a weight"
-        assert table.init_fn is not None, "TorchRec gives every table one"
-        table.init_fn(weight)
-
-
-def _distinct(rows_T: torch.Tensor, table: BaseEmbeddingConfig) -> Distinct:
+def _distinct(rows_T: torch.Tensor, table: BaseEmbeddingConfig, share: float) -> Distinct:
     rows_N, at_T, counts_N = torch.unique(rows_T, return_inverse=True, return_counts=True)
     if len(rows_N) and not (int(rows_N[0]) >= 0 and int(rows_N[-1]) < table.num_embeddings):  # unique sorts
         got = f"ids from {int(rows_N[0])} to {int(rows_N[-1])}"
         raise IndexError(f"table {table.name!r}: got {got}, want 0 to {table.num_embeddings - 1}")
-    return Distinct(rows_N, counts_N, at_T)
+    return Distinct(rows_N, counts_N if share == 1 else counts_N * share, at_T)
 
 
 class _WarmUp(torch.autograd.Function):

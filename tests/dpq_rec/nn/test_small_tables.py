@@ -20,7 +20,7 @@ from dpq_rec.nn import (
     start,
     warm_up,
 )
-from dpq_rec.nn.replace import without_small
+from dpq_rec.nn.collection import without_small
 from dpq_rec.table import sizes
 from tests.dpq_rec.nn.modules import keyed
 
