@@ -15,25 +15,16 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torchrec import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
 from dpq_rec.nn.finite import QUERY_DTYPES, Numbers, check_dtype, check_finite, frozen_inputs, largest_query
 from dpq_rec.nn.quantizer import Quantizer
-from dpq_rec.nn.shards import configs_of, device_of, dtype_of, is_pooled, shards_of, weights_of
+from dpq_rec.nn.shards import COLLECTIONS, configs_of, device_of, dtype_of, is_pooled, shards_of, weights_of
 from dpq_rec.nn.tables import DPQTables
 
 STAYS_PLAIN = "dpq_stays_plain"  # set on a stock module that counts among the tables, though too small to be quantized
-_COLLECTIONS = (
-    EmbeddingBagCollection,
-    ShardedEmbeddingBagCollection,
-    EmbeddingCollection,
-    ShardedEmbeddingCollection,
-)
 # What wrappers call the module inside: torch.compile, DistributedModelParallel, FSDP, checkpoint_wrapper. Others call
 # it `module`, as users may call a part of theirs: there the wrapper is told by its type.
 _WRAPPED = ("_orig_mod", "_dmp_wrapped_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -140,7 +131,7 @@ def modules_with_tables(
         return
     seen.add(id(module))
     inner = module
-    if isinstance(module, (DPQTables, nn.Embedding, nn.EmbeddingBag, *_COLLECTIONS)):
+    if isinstance(module, (DPQTables, nn.Embedding, nn.EmbeddingBag, *COLLECTIONS)):
         yield path, module
         if not isinstance(module, DPQTables):
             return

@@ -1,7 +1,7 @@
 """Forwards that run twice, by activation checkpointing. In: a forward's rows. Out: what they were compared with.
 
-Checkpointing runs a forward again in the backward pass, for what it did not save. What moves by use (statistics, EMA,
-revival) must move once, and the second run must find the keys and values of the first.
+Checkpointing runs a forward again in the backward pass, for what it did not save. Statistics, EMA and revival must move
+once, and the second run must find the keys and values of the first.
 """
 
 from __future__ import annotations
@@ -21,11 +21,6 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _may_be_recomputed() -> bool:
-    """Whether a second run may follow: the graph of this one is not kept, or its tensors are packed by hooks."""
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 class Codebook(NamedTuple):
     """What a level compares queries with, and emits; D subspaces, which may share both."""
 
@@ -41,15 +36,16 @@ class FirstRun:
     """
 
     def __init__(self, like: tuple[torch.Tensor, ...]) -> None:
-        self.like, self.codebooks, self.found = like, list[Codebook](), False
+        self.like, self.codebooks, self.is_found = like, list[Codebook](), False
 
     def codebook(self, level: int, now: Codebook) -> Codebook:
         """The level's codebook: in a second run that of the first, with gradients that go to the one there is now."""
         if not recomputing():
             self.codebooks.append(Codebook(now.values_DKS.detach(), now.keys_DKX.detach()))
             return now
-        then = self.codebooks[level]
-        return Codebook(_As.apply(now.values_DKS, then.values_DKS), _As.apply(now.keys_DKX, then.keys_DKX))
+        # The difference is exactly zero.
+        first = zip(self.codebooks[level], now, strict=True)
+        return Codebook(*(contents + (tensor - tensor.detach()) for contents, tensor in first))
 
     def fixed(self, now: torch.Tensor) -> torch.Tensor:
         """What has no gradients; in a second run that of the first."""
@@ -84,8 +80,9 @@ class FirstRuns:
         """The same, of a module that FSDP may hold."""
         if recomputing():
             return self._find(like)
-        self._kept = [run for run in self._kept if not run.found]
-        if not _may_be_recomputed():
+        self._kept = [run for run in self._kept if not run.is_found]
+        # A second run follows where the graph of this one is not kept, or its tensors are packed by hooks.
+        if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
             return None
         self._any_dropped |= len(self._kept) == _MOST_KEPT
         self._kept = [*self._kept[1 - _MOST_KEPT :], FirstRun(like)]
@@ -94,24 +91,12 @@ class FirstRuns:
     def _find(self, like: tuple[torch.Tensor, ...]) -> FirstRun | None:
         """The last one of these contents that was not found yet: backward passes go from the last to the first."""
         same = [run for run in self._kept if all(map(torch.equal, run.like, like))]
-        run = next((run for run in reversed(same) if not run.found), same[-1] if same else None)
+        run = next((run for run in reversed(same) if not run.is_found), same[-1] if same else None)
         if run is not None:
-            run.found = True
+            run.is_found = True
         elif self._any_dropped:
             raise ConfigError(
                 f"forward: got one to run again of which {_MOST_KEPT} others have run since, with ema_decay, "
                 "revive_after or a kept padding row; call backward more often, or leave checkpointing out"
             )
         return run
-
-
-class _As(torch.autograd.Function):
-    """Another tensor's contents; the gradient passes as if they were its own."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, contents: torch.Tensor) -> torch.Tensor:
-        return contents.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None

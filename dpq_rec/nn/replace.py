@@ -320,20 +320,12 @@ def _leave_ties_to_us(model: nn.Module, replaced: Mapping[int, nn.Module]) -> No
             ties = getattr(module, attribute, None)
             if not isinstance(ties, dict):
                 continue
-            kept = {}
-            for names in ties.items():
-                ours = [_replacement_of(module, name, replaced) for name in names]
-                if ours == [None, None]:
-                    kept[names[0]] = names[1]
-                elif ours[0] is ours[1] and attribute == "_tied_weights_keys":
-                    kept[names[0].removesuffix(".weight")] = names[1].removesuffix(".weight")
+            named = module.named_modules(remove_duplicate=False)
+            ours = {f"{path}.weight": replaced[id(inner)] for path, inner in named if id(inner) in replaced}
+            kept = {one: other for one, other in ties.items() if one not in ours and other not in ours}
+            if attribute == "_tied_weights_keys":
+                became_one = [
+                    (one, other) for one, other in ties.items() if one in ours and ours[one] is ours.get(other)
+                ]
+                kept |= {one.removesuffix(".weight"): other.removesuffix(".weight") for one, other in became_one}
             setattr(module, attribute, kept)
-
-
-def _replacement_of(module: nn.Module, name: str, replaced: Mapping[int, nn.Module]) -> nn.Module | None:
-    """What the submodule with a weight of this name, if it is a name and no pattern, is about to be replaced by."""
-    path, _, parameter = name.rpartition(".")
-    try:
-        return replaced.get(id(module.get_submodule(path))) if parameter == "weight" else None
-    except AttributeError:
-        return None

@@ -16,12 +16,16 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collectives import rank, sum_over_ranks
+
+_POOLED = (EmbeddingBagCollection, ShardedEmbeddingBagCollection)
+COLLECTIONS = (*_POOLED, EmbeddingCollection, ShardedEmbeddingCollection)
 
 
 class Shard(NamedTuple):
@@ -37,7 +41,7 @@ class Shard(NamedTuple):
 
 def is_pooled(collection: Any) -> bool:
     """Whether a collection of TorchRec, stock or sharded, hands out bags."""
-    return isinstance(collection, EmbeddingBagCollection | ShardedEmbeddingBagCollection)
+    return isinstance(collection, _POOLED)
 
 
 def configs_of(collection: Any) -> list[BaseEmbeddingConfig]:
