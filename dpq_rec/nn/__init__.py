@@ -2,8 +2,7 @@
 
 `quantizer` loops over the `level`s of a `codebook`, and `estimators` let gradients pass; `tables` look rows up, for
 `embedding` and `collection`; then `replace`, `warm_up` and `freeze`, which `find` the tables of a model.
-`tracing`, `recompute` and `holders` are for what else is done to a model: graph capture, checkpointing, TorchRec's
-modules around a collection.
+`shards`, `tracing` and `recompute` are for what is done to a model: sharding, graph capture, checkpointing.
 """
 
 try:

@@ -111,29 +111,23 @@ class _OneTable(_DecodedWeight, DPQTables):
         if is_fx_symbolic_tracing():
             got = "torch.fx, which would record the vectors that there are now"
             raise ConfigError(f"weight: got {got}; use a TiedLinear(embedding), which is a node of its graph")
-        own = self._own_queries()
-        # By fully_shard, and by FSDP's wrapper: a flat piece, or a view of memory that was given back.
-        if isinstance(own, DTensor) or (
-            own is not None and (own.dim() != 2 or (is_under_fsdp(self) and not own.untyped_storage().size()))
-        ):
-            got = "a table that FSDP holds in pieces"
-            raise ConfigError(
-                f"weight: got {got}; read it in the forward of a module that fully_shard takes as a whole"
-            )
+        (table,), (collection,) = self.quantized_tables, self.queries.values()
+        trained: list[Any] = list(self.queries.parameters())
+        if isinstance(collection, EmbeddingCollection):  # not sharded by TorchRec
+            own: Any = collection.embeddings[table.name].weight  # by name: FSDP's wrapper makes it no parameter
+            trained = [own]
+            is_freed = is_under_fsdp(self) and not own.untyped_storage().size()
+            if isinstance(own, DTensor) or own.dim() != 2 or is_freed:  # of fully_shard, or of FSDP's wrapper
+                raise ConfigError(
+                    "weight: got a table that FSDP holds in pieces; read it in the forward of a module that "
+                    "fully_shard takes as a whole"
+                )
         ids_V = torch.arange(self.num_embeddings, device=self.only_quantizer.values_MKS.device)
         vectors_NE, at_V = self._vectors_of(ids_V, share=1 / world_size())
         weight_VE = vectors_NE.index_select(0, at_V)
-        trained = self.queries.parameters() if own is None else (own,)
         if torch.is_grad_enabled() and any(queries.requires_grad for queries in trained):
             weight_VE.requires_grad_()  # transformers learns from it whether the table is trained, in eval mode too
         return weight_VE
-
-    def _own_queries(self) -> Any:
-        """The weight that holds the queries; None where TorchRec has sharded them."""
-        (table,), (collection,) = self.quantized_tables, self.queries.values()
-        if not isinstance(collection, EmbeddingCollection):
-            return None
-        return collection.embeddings[table.name].weight  # by name: FSDP's wrapper makes it no parameter
 
     @torch.no_grad()
     def resize(self, num_embeddings: int) -> None:

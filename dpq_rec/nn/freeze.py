@@ -71,7 +71,11 @@ def freeze(
         if unknown := set(vocabularies) - set(found):
             raise ConfigError(f"vocabularies: got {', '.join(sorted(unknown))}; the model's tables: {', '.join(found)}")
         for name, table in found.items():
-            _check(name, table)
+            if table.quantizer is not None:
+                check_cuts(name, table.weight_VQ, table.quantizer.config)
+                if table.quantizer.is_warming_up:
+                    wanted = "call warm_up(model, enabled=False), and start, before"
+                    raise ConfigError(f"table {name!r}: got a table in its warm-up; {wanted}")
         check_tables(found)
         chunks = {name: _chunks_to_rank_0(table) for name, table in found.items()}
         contents = {
@@ -86,14 +90,6 @@ def freeze(
     return Path(path)
 
 
-def _check(name: str, table: TrainedTable) -> None:
-    if table.quantizer is not None:
-        check_cuts(name, table.weight_VQ, table.quantizer.config)
-        if table.quantizer.is_warming_up:
-            got = "a table in its warm-up"
-            raise ConfigError(f"table {name!r}: got {got}; call warm_up(model, enabled=False), and start, before")
-
-
 def _write(
     path: str | os.PathLike[str],
     found: Mapping[str, TrainedTable],
@@ -103,7 +99,13 @@ def _write(
     """Write what all ranks send; the error, for every rank to raise: until it is told, they would wait for this one."""
     try:
         for name, table in found.items():
-            _check_padding(name, table, contents[name].vocabulary)
+            if (row := table.padding_idx) is None:
+                continue
+            for id_ in contents[name].vocabulary.ids_of_rows(row, row + 1).ids_N[:1]:
+                raise ConfigError(
+                    f"vocabularies: got one for table {name!r} in which id {id_} lives in row {row}, the padding row, "
+                    "for which the model returns zeros; leave that id out"
+                )
         write_artifact(path, contents, version=version)
     except Exception as error:
         return error
@@ -128,18 +130,6 @@ def _reported(chunks: Iterator[NDArray[Any]], progress: Progress) -> Iterator[ND
     for chunk in chunks:
         yield chunk
         progress(len(chunk))
-
-
-def _check_padding(name: str, table: TrainedTable, vocabulary: Vocabulary) -> None:
-    if table.padding_idx is None:
-        return
-    ids_N = vocabulary.ids_of_rows(table.padding_idx, table.padding_idx + 1).ids_N
-    if len(ids_N):
-        first = next(iter(ids_N[:1]))
-        raise ConfigError(
-            f"vocabularies: got one for table {name!r} in which id {first} lives in row {table.padding_idx}, the "
-            "padding row, for which the model returns zeros; leave that id out"
-        )
 
 
 def _contents(

@@ -137,11 +137,7 @@ def replace_embeddings(
     around = _modules_around(model, stock, chosen)
     replaced: dict[int, nn.Module] = {}
     for each in stock:
-        made = _replacement(each, chosen, from_weights=from_weights)
-        if from_weights:
-            start(made, seed=seed)
-        replaced |= dict.fromkeys(map(id, (each.module, *each.twins)), made)
-        replaced |= {id(out): TiedLinear(made, out.bias).train(out.training) for out in each.outputs}
+        replaced |= _replacements(each, chosen, from_weights=from_weights, seed=seed)
     for module in small:
         setattr(module, STAYS_PLAIN, True)
     _leave_ties_to_us(model, replaced)
@@ -270,8 +266,11 @@ def _modules_around(model: nn.Module, stock: list[_Stock], chosen: Mapping[str, 
 
 
 @torch.no_grad()
-def _replacement(stock: _Stock, chosen: Mapping[str, DPQConfig], *, from_weights: bool) -> Any:
-    made = _make(stock, chosen)
+def _replacements(
+    stock: _Stock, chosen: Mapping[str, DPQConfig], *, from_weights: bool, seed: int
+) -> dict[int, nn.Module]:
+    """Id of a module -> what replaces it."""
+    made: Any = _make(stock, chosen)
     queries = made.query_weights()
     for name, weight in stock.weights.items():
         if name not in chosen:  # it keeps its very weight, so that optimizers and ties hold
@@ -289,7 +288,11 @@ def _replacement(stock: _Stock, chosen: Mapping[str, DPQConfig], *, from_weights
             for collection in map(modules_of, made.queries.values()):
                 if key in collection:
                     collection[key].requires_grad_(requires_grad=False)
-    return made.train(stock.module.training)
+    made.train(stock.module.training)
+    if from_weights:
+        start(made, seed=seed)
+    outputs = {id(output): TiedLinear(made, output.bias).train(output.training) for output in stock.outputs}
+    return dict.fromkeys(map(id, (stock.module, *stock.twins)), made) | outputs
 
 
 def _make(stock: _Stock, chosen: Mapping[str, DPQConfig]) -> DPQTables:

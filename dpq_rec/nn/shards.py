@@ -122,8 +122,9 @@ def device_of(weight_VQ: torch.Tensor | ShardedTensor) -> torch.device:
 
 def dtype_of(weight_VQ: torch.Tensor | ShardedTensor) -> torch.dtype:
     """The dtype of a weight, of which this rank may hold nothing."""
-    is_sharded = isinstance(weight_VQ, ShardedTensor)  # whose own attribute warns that it is deprecated
-    return weight_VQ.metadata().tensor_properties.dtype if is_sharded else weight_VQ.dtype
+    if isinstance(weight_VQ, ShardedTensor):  # whose own attribute warns that it is deprecated
+        return weight_VQ.metadata().tensor_properties.dtype
+    return weight_VQ.dtype
 
 
 def _width(shards: list[Shard]) -> int:

@@ -45,22 +45,22 @@ class _Unscripted(nn.ModuleDict):
 class DPQTables(nn.Module):
     """Tables that are trained to be frozen to a few bytes a row; the modules that users build are subclasses.
 
-    The codebook loss of DPQ-VQ needs no line in the training loop: the gradient of the vectors holds it.
+    The codebook loss of DPQ-VQ needs no line in the training loop: the gradient of the vectors holds it. It cannot see
+    what a loss is multiplied by before `backward`: set `codebook_loss_scale` to that factor, a GradScaler's scale or
+    1 / n where n gradients are accumulated. It counts once for each forward that is differentiated, in the first of
+    several backwards.
+
     Sharding and fused optimizers apply to `queries` (`DistributedModelParallel` finds them); keys and values are data
     parallel. Shards of a table on meta start from their rank's own generator: seed ranks apart, or shards begin alike.
     In training every rank must call forward equally often: batch statistics are summed over ranks. A forward inside a
-    backward pass is one run again (gradient checkpointing): it moves no statistics. Keep data-parallel
-    queries out of plans on CPU, where TorchRec's fail (FBGEMM #4586); stock plans are row-wise.
+    backward pass is one run again (gradient checkpointing): it moves no statistics. Keep data-parallel queries out of
+    plans on CPU, where TorchRec's fail (FBGEMM #4586); stock plans are row-wise. Values that are running means
+    (`ema_decay`) are no parameters to DistributedDataParallel, which refuses a model that has no others: wrap such a
+    model with init_data_parallel=False, after `start` or the same seed on every rank.
 
-    The codebook loss cannot see what a loss is multiplied by before `backward`: set `codebook_loss_scale` to that
-    factor, a GradScaler's scale or 1 / n where n gradients are accumulated. It counts once for each forward that is
-    differentiated, in the first of several backwards. Values that are running means (`ema_decay`) are no parameters to
-    DistributedDataParallel, which refuses a model that has no others: wrap such a model with init_data_parallel=False,
-    after `start` or the same seed on every rank.
-
-    Queries may be in bfloat16; keys, values and statistics are fp32 always, whatever dtype the model is moved to, so
-    are vectors: cast them for layers of another dtype, or use autocast. A forward in training refuses numbers that
-    are not finite, on every rank: a GradScaler does not hold back a step of an optimizer that is fused into backward.
+    Queries may be in bfloat16. Keys, values, statistics and vectors are fp32 whatever dtype the model is moved to: cast
+    vectors for layers of another dtype, or use autocast. A forward in training refuses numbers that are not finite, on
+    every rank: a GradScaler does not hold back a step of an optimizer that is fused into backward.
 
     Args:
         tables: configs of the quantized tables, of any embedding_dim. Without an init_fn, queries start uniform in
@@ -204,16 +204,18 @@ class DPQTables(nn.Module):
     def _quantize(self, name: str, queries_NQ: torch.Tensor, distinct: Distinct) -> torch.Tensor:
         quantizer = self.quantizer(name)
         if quantizer.is_warming_up:
-            if not self.training:
-                return queries_NQ
-            self.codebook_losses[name] = queries_NQ.new_zeros(())
-            return _WarmUp.apply(queries_NQ, *(weight for weight in quantizer.parameters() if weight.requires_grad))
-        with torch.autocast(queries_NQ.device.type, enabled=False):  # half precision would choose other codes
-            quantized = quantizer(queries_NQ, distinct.counts_N.to(queries_NQ.dtype), distinct.rows_N, is_checked=True)
+            vectors_NE = queries_NQ
+            # Keys and values get gradients of zero, so that none is missing to DistributedDataParallel.
+            none_of_each = [weight[:0].sum() for weight in quantizer.parameters() if weight.requires_grad]
+            codebook_loss = sum(none_of_each, queries_NQ.new_zeros(()))
+        else:
+            counts_N = distinct.counts_N.to(queries_NQ.dtype)
+            with torch.autocast(queries_NQ.device.type, enabled=False):  # half precision would choose other codes
+                _, vectors_NE, codebook_loss = quantizer(queries_NQ, counts_N, distinct.rows_N, is_checked=True)
         if not self.training:
-            return quantized.vectors_NE
-        self.codebook_losses[name] = quantized.codebook_loss.detach()
-        return with_codebook_loss(quantized.vectors_NE, quantized.codebook_loss, self.codebook_loss_scale)
+            return vectors_NE
+        self.codebook_losses[name] = codebook_loss.detach()
+        return with_codebook_loss(vectors_NE, codebook_loss, self.codebook_loss_scale)
 
 
 class _InFP32(nn.ModuleDict):
@@ -259,16 +261,3 @@ def _distinct(rows_T: torch.Tensor, table: BaseEmbeddingConfig, share: float) ->
         got = f"ids from {int(rows_N[0])} to {int(rows_N[-1])}"
         raise IndexError(f"table {table.name!r}: got {got}, want 0 to {table.num_embeddings - 1}")
     return Distinct(rows_N, counts_N if share == 1 else counts_N * share, at_T)
-
-
-class _WarmUp(torch.autograd.Function):
-    """The queries as they are; backward, keys and values get gradients of zero, and none is missing to DDP."""
-
-    @staticmethod
-    def forward(ctx: Any, queries_NQ: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        ctx.like = [weight.detach() for weight in weights]
-        return queries_NQ.view_as(queries_NQ)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_NQ: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return gradient_NQ, *(torch.zeros_like(weight) for weight in ctx.like)
