@@ -1,9 +1,11 @@
-"""One torchrun for each number of ranks, both at once, for all tests here."""
+"""One torchrun for each number of ranks, both at once, for all tests here, in however many processes they run."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 200
+WORLD_SIZES = (1, 2)
 
 
 @dataclass
@@ -24,22 +27,45 @@ class Run:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """Number of ranks -> Run. A rank that fails ends its run, and every test here shows what it said."""
-    folders = {world_size: tmp_path_factory.mktemp(f"ranks{world_size}") for world_size in (1, 2)}
-    started = {world_size: _start(world_size, folder) for world_size, folder in folders.items()}
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # which the processes of pytest-xdist share
+    failed = base / "ranks_failed.txt"
+    with (base / "ranks.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first process runs them, another one waits for what they leave
+        if not failed.exists():
+            failed.write_text(_run(base))
+    if failed.read_text():
+        pytest.fail(failed.read_text(), pytrace=False)
+    folders = {world_size: _folder(base, world_size) for world_size in WORLD_SIZES}
+    return {size: Run(folder, json.loads((folder / "report.json").read_text())) for size, folder in folders.items()}
+
+
+def _folder(base, world_size):
+    return base / f"ranks{world_size}"
+
+
+def _run(base):
+    """Run all ranks; what those said that failed."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    started = {world_size: _start(world_size, _folder(base, world_size)) for world_size in WORLD_SIZES}
     try:
         for world_size, process in started.items():
-            said, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+            try:
+                said, _ = process.communicate(timeout=deadline - time.monotonic())
+            except subprocess.TimeoutExpired:
+                return f"{world_size} ranks: not done in {TIMEOUT_SECONDS} seconds"
             if process.returncode != 0:
-                pytest.fail(f"{world_size} ranks:\n{_of_the_workers(said)}", pytrace=False)
+                return f"{world_size} ranks:\n{_of_the_workers(said)}"
     finally:
         for process in started.values():
             process.terminate()  # torchrun takes its ranks with it
             process.wait()
-    reports = {world_size: folder / "report.json" for world_size, folder in folders.items()}
-    return {size: Run(folders[size], json.loads(path.read_text())) for size, path in reports.items()}
+    return ""
 
 
 def _start(world_size, folder):
+    folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     return subprocess.Popen(
         [*command, "--module", "tests.distributed.worker", str(folder)],
