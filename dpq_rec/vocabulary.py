@@ -49,7 +49,7 @@ _MOST_ROWS = 1 << 32  # that uint32 can name
 
 
 class RowIds(NamedTuple):
-    """Ids [N] (strings are made when they are asked for) and the row of each [N] (int64), rows ascending."""
+    """Ids [N] (strings are made on demand) and the row of each [N] (int64), rows ascending."""
 
     ids_N: NDArray[Any] | LazyStrings
     rows_N: NDArray[np.int64]
@@ -78,7 +78,7 @@ class Vocabulary(PickledByPath):
         return self
 
     def tensors(self) -> Mapping[str, NDArray[Any]]:
-        """What stands in the artifact beside the codes."""
+        """Its tensors in the artifact, beside the codes; none where ids are computed."""
         return {}
 
     def check(self, num_embeddings: int) -> None:
@@ -175,7 +175,12 @@ class _ListVocabulary(Vocabulary):
     def _ids_at(self, entries_N: NDArray[np.int64]) -> NDArray[Any] | LazyStrings:
         raise NotImplementedError
 
-    def _check_rows(self, num_embeddings: int) -> None:
+    def _check_ids(self) -> None:
+        raise NotImplementedError
+
+    def check(self, num_embeddings: int) -> None:
+        """See `Vocabulary.check`."""
+        self._check_ids()
         for begin in range(0, len(self.rows_U), _SCAN_ROWS):
             if (self.rows_U[begin : begin + _SCAN_ROWS] >= num_embeddings).any():
                 raise DamagedArtifactError(f"the vocabulary names a row outside the table's {num_embeddings}")
@@ -233,15 +238,13 @@ class Int64Vocabulary(_ListVocabulary, HasNative):
         tree = {} if self.tree_T is None or not len(self.tree_T) else {"id_tree": self.tree_T}
         return {**tree, "ids": self.ids_U, "rows": self.rows_U}
 
-    def check(self, num_embeddings: int) -> None:
-        """See `Vocabulary.check`."""
+    def _check_ids(self) -> None:
         for begin in range(0, len(self.ids_U), _SCAN_ROWS):
             ids_N = self.ids_U[begin : begin + _SCAN_ROWS + 1]
             if (ids_N[1:] <= ids_N[:-1]).any():
                 raise DamagedArtifactError("the vocabulary's ids are not strictly ascending")
         if self.tree_T is not None and not np.array_equal(self.tree_T, id_kernels.build_tree(self.ids_U)):
             raise DamagedArtifactError("the vocabulary's id_tree is not that of its ids")
-        self._check_rows(num_embeddings)
 
 
 class StringVocabulary(_ListVocabulary):
@@ -294,15 +297,13 @@ class StringVocabulary(_ListVocabulary):
         slots = {} if self.slots_H is None else {"id_slots": self.slots_H}
         return {"id_bytes": self.ids.bytes_T, "id_offsets": self.ids.offsets_U1, "rows": self.rows_U, **slots}
 
-    def check(self, num_embeddings: int) -> None:
-        """See `Vocabulary.check`."""
+    def _check_ids(self) -> None:
         at = id_kernels.find_disorder(*self.ids)
         if at is not None:
             raise DamagedArtifactError(f"the vocabulary's ids are not strictly ascending: see number {at}")
         self.ids.check_utf8()
         if self.slots_H is not None and not np.array_equal(self.slots_H, id_kernels.build_slots(*self.ids)):
             raise DamagedArtifactError("the vocabulary's id_slots are not those of its ids")
-        self._check_rows(num_embeddings)
 
 
 def _utf8(ids: Sequence[Any]) -> list[bytes]:
@@ -345,25 +346,18 @@ def load_vocabulary(kind: str, num_embeddings: int, tensors: Mapping[str, NDArra
     try:
         if kind in ("identity", "modulo"):
             return (IdentityVocabulary if kind == "identity" else ModuloVocabulary)(num_embeddings)
-        rows_U = tensors.get("rows")
+        rows_U, ids_U = tensors.get("rows"), tensors.get("ids")
         if rows_U is None or rows_U.dtype != np.uint32 or rows_U.ndim != 1:
             raise DamagedArtifactError(f"the {kind} vocabulary has no tensor rows, uint32 [U]")
-        return _load_strings(tensors, rows_U) if kind == "string" else _load_integers(tensors, rows_U)
+        if kind == "int64":
+            if ids_U is None or ids_U.dtype != np.int64:
+                raise DamagedArtifactError("the int64 vocabulary has no tensor ids, int64 [U]")
+            return Int64Vocabulary(ids_U, rows_U, tensors.get("id_tree"))
+        bytes_T, offsets_U1 = tensors.get("id_bytes"), tensors.get("id_offsets")
+        if bytes_T is None or offsets_U1 is None:
+            raise DamagedArtifactError("the string vocabulary needs the tensors id_bytes and id_offsets")
+        ids = PackedStrings(bytes_T, offsets_U1)
+        ids.check_arrays()
+        return StringVocabulary(ids, rows_U, tensors.get("id_slots"))
     except ConfigError as error:  # what would be a caller's mistake is damage in a file
         raise DamagedArtifactError(str(error)) from error
-
-
-def _load_integers(tensors: Mapping[str, NDArray[Any]], rows_U: NDArray[np.uint32]) -> Vocabulary:
-    ids_U = tensors.get("ids")
-    if ids_U is None or ids_U.dtype != np.int64:
-        raise DamagedArtifactError("the int64 vocabulary has no tensor ids, int64 [U]")
-    return Int64Vocabulary(ids_U, rows_U, tensors.get("id_tree"))
-
-
-def _load_strings(tensors: Mapping[str, NDArray[Any]], rows_U: NDArray[np.uint32]) -> Vocabulary:
-    bytes_T, offsets_U1 = tensors.get("id_bytes"), tensors.get("id_offsets")
-    if bytes_T is None or offsets_U1 is None:
-        raise DamagedArtifactError("the string vocabulary needs the tensors id_bytes and id_offsets")
-    ids = PackedStrings(bytes_T, offsets_U1)
-    ids.check_arrays()
-    return StringVocabulary(ids, rows_U, tensors.get("id_slots"))
