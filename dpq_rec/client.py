@@ -65,10 +65,13 @@ class CodesClient:
         self._timeout_seconds = timeout_seconds
         self._values: dict[str, Values] = {}
         self._heads: dict[tuple[str, MissingPolicy, str], bytes] = {}
-        self._connections: tuple[int, _Idle] = (os.getpid(), collections.deque())  # of a process, those not in use
+        self._connections: tuple[int, _Idle] = (
+            os.getpid(),
+            collections.deque(),
+        )  # a process; its unused ones
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without connections, and without values, which are asked for again."""
+        """Without connections and values, which another process gets for itself."""
         return {**vars(self), "_values": {}, "_connections": (0, collections.deque())}
 
     def lookup(self, table: str, ids: Any, *, missing: MissingPolicy = "zeros") -> Lookup:
@@ -121,7 +124,7 @@ class CodesClient:
     # The connection
 
     def _head(self, method: str, path: str, more: str = "") -> bytes:
-        """A request's head, but for its last line's end."""
+        """A request's head, without the end of its last line."""
         line = f"{method} {self._url.path.rstrip('/')}/v1/tables/{path} HTTP/1.1\r\n"
         host = f"Host: {self._url.netloc.rpartition('@')[2]}\r\n"
         return f"{line}{host}Accept-Encoding: identity\r\n{self._key}{more}".removesuffix("\r\n").encode()
@@ -134,16 +137,16 @@ class CodesClient:
         return reply
 
     def _idle(self) -> _Idle:
-        """The connections of this process that no lookup uses; a child of the one that made them has none of them."""
+        """The connections of this process that no lookup uses; a forked child begins with none."""
         pid, idle = self._connections
         if pid != os.getpid():
-            _close_all(idle)  # which the parent does not notice
+            _close_all(idle)  # the child's copies: the parent's stay open
             idle = collections.deque()
             self._connections = os.getpid(), idle
         return idle
 
     def _reply_of_idle(self, request: bytes) -> Reply | None:
-        """A reply over a connection that is there already; None where there is none, or it was closed meanwhile."""
+        """A reply over a connection that was kept; None where there is none, or the server has closed it."""
         try:
             connection = self._idle().pop()
         except IndexError:  # another thread may have taken the last
@@ -160,7 +163,7 @@ class CodesClient:
             try:  # noqa: SIM105 - a context manager takes a microsecond
                 connection.sendall(request)
             except (BrokenPipeError, ConnectionResetError):
-                pass  # who refuses may not read to the end
+                pass  # a server that refuses may close before it has read the body: its reply says why
             reply = read_reply(connection)
         except BaseException:  # what is still to come on this connection would be taken for the next reply
             connection.close()
@@ -196,7 +199,7 @@ class CodesClient:
 
 
 def _close_all(idle: _Idle) -> None:
-    """Also where other threads take some meanwhile."""
+    """Close all, though other threads may take some meanwhile."""
     with contextlib.suppress(IndexError):
         while True:
             idle.pop().close()

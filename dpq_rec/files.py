@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all. In: a target. Out: what was written beside it, renamed to it.
+"""Atomic writes of files and folders, and pickles of mapped ones. In: a target. Out: written beside it, then renamed.
 
-And objects whose data is mapped from files: pickled, they are a path, and another process maps the files again.
+Objects whose data is mapped from files are pickled as a path: another process maps the files again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def renamed_into(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of the block says which path it is about: of a full disk, the system does not."""
+    """OSErrors of the block name the path, which the system leaves out where a disk is full."""
     try:
         yield
     except OSError as error:

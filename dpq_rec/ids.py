@@ -1,8 +1,7 @@
-"""Ids as callers hold them, to ids as they are looked up. In: lists, arrays of any library. Out: int64 [N], or N str.
+"""Callers' ids to arrays. In: lists, arrays of any library. Out: int64 [N], or N str.
 
-Lists, tuples and ranges; arrays of numpy, torch, pandas, polars and pyarrow, whatever their index, their device or how
-they hold strings. What is no id is refused and never converted: floats, booleans, bytes, and what is missing (masked,
-null).
+Taken are lists, tuples and ranges; arrays of numpy, torch, pandas, polars and pyarrow, with any index, on any device
+and with any storage of strings. Floats, booleans, bytes, masked and null elements are refused, never converted.
 """
 
 from __future__ import annotations
@@ -63,12 +62,12 @@ def string_ids(ids: Any) -> Sequence[Any]:
 
 
 def ids_of_kind(kind: str, ids: Any) -> NDArray[np.int64] | Sequence[Any]:
-    """Ids for a vocabulary of a kind: `string_ids` or `int64_ids`, and what these raise."""
+    """`string_ids` or `int64_ids`, as the kind of vocabulary wants it."""
     return string_ids(ids) if kind == "string" else int64_ids(ids)
 
 
 def ids_of_any_kind(ids: Any) -> NDArray[np.int64] | Sequence[str]:
-    """Ids for a vocabulary that is elsewhere: strings where all are, as of no ids at all, else integers.
+    """Ids for a vocabulary of an unknown kind: strings where all are (or there are none), else integers.
 
     Raises:
         IdTypeError: neither strings nor a flat list of 64-bit integers.
@@ -83,10 +82,10 @@ def ids_of_any_kind(ids: Any) -> NDArray[np.int64] | Sequence[str]:
 
 
 def plain_array(held: Any) -> NDArray[Any]:
-    """A numpy array of what any library's array, or a list, holds.
+    """A numpy array with the elements of a list or of any library's array.
 
     Raises:
-        ValueError: it holds nothing in some place, or is no array.
+        ValueError: an element is masked, or it is no array.
     """
     try:
         if hasattr(held, "detach") and hasattr(held, "cpu"):  # torch's: it may have gradients, or be on another device

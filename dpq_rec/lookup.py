@@ -120,12 +120,12 @@ class EmbeddingStore:
         )
 
     def rows(self, table: str, ids: Any, *, missing: MissingPolicy = "zeros") -> Rows:
-        """Rows of ids, for whoever reads the table himself (`dpq_rec.kernels`).
+        """Rows of ids, for callers that read the table themselves (`Table.decode`, `dpq_rec.kernels`).
 
         Args:
             table: the table's name.
             ids: [N], as for `lookup`.
-            missing: likewise.
+            missing: as for `lookup`.
 
         Raises:
             UnknownTableError, IdTypeError, UnknownIdsError, ConfigError: as `lookup`.
@@ -133,12 +133,12 @@ class EmbeddingStore:
         return self.table(table).rows(ids, missing=missing)
 
     def codes(self, table: str, ids: Any, *, missing: MissingPolicy = "zeros") -> PackedRows:
-        """Packed codes of ids, for whoever holds the table's values (`dpq_rec.wire`).
+        """Packed codes of ids, for callers that hold the table's values (`Table.values`, `dpq_rec.wire`).
 
         Args:
             table: the table's name.
             ids: [N], as for `lookup`.
-            missing: likewise.
+            missing: as for `lookup`.
 
         Raises:
             UnknownTableError, IdTypeError, UnknownIdsError, ConfigError: as `lookup`.

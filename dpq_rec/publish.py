@@ -1,4 +1,4 @@
-"""Artifacts to a store. In: an artifact. Out: a folder of published versions, and CURRENT, which names one of them."""
+"""A store of artifacts. In: an artifact. Out: a folder of published versions; its file CURRENT names the one in use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpq_rec.manifest import CURRENT, MANIFEST, read_current
 def publish(artifact: str | os.PathLike[str], store: str | os.PathLike[str]) -> Path:
     """Verify an artifact, copy it into a store under its version and make it the current one.
 
-    A version that the store has already is made current again: a way back, and the end of a publish that was cut off.
+    A version that the store has already is made current again: to roll back, or to end a publish that was cut off.
 
     Raises:
         ArtifactError: as `verify`.

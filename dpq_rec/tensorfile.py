@@ -183,7 +183,7 @@ def _parse(content: memoryview, name: str) -> tuple[dict[str, NDArray[Any]], dic
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON in UTF-8, but for what readers take differently: keys twice, NaN, halves of surrogate pairs, huge numbers.
+    """JSON in UTF-8 that all readers take alike: no key twice, no NaN, no half surrogate pair, no huge number.
 
     Raises:
         ValueError, RecursionError: it is none.
@@ -209,7 +209,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_integer(text: str) -> int | float:
-    """More digits than 64 bits have, and minus zero, are a float's: no count."""
+    """An int; a float where it has more digits than 64 bits have or is minus zero, so that it is no count."""
     return _parse_float(text) if len(text) > _MOST_DIGITS or text == "-0" else int(text)
 
 
@@ -221,7 +221,7 @@ def _parse_float(text: str) -> float:
 
 
 def shorten(error: BaseException) -> str:
-    """What an error says, however much a file put into it, in a line that fits a log."""
+    """An error's text in one short line: a file may have put much into it."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:_MOST_SHOWN]}{'...' if len(text) > _MOST_SHOWN else ''}"
 

@@ -53,7 +53,7 @@ for _ in range(15):
                 answered += 1
             except DamagedArtifactError:
                 damaged += 1
-            except (ConfigError, IdTypeError):  # codes of a dense table, octets of strings, scores beyond fp32
+            except (ConfigError, IdTypeError):  # codes of a dense table, bytes as ids of strings, scores beyond fp32
                 pass
         file.write_bytes(before)
 print(damaged, answered)

@@ -243,13 +243,13 @@ def test_search_takes_queries_of_torch_with_gradients(store):
     assert got.ids.tolist() == wanted.ids.tolist()
 
 
-@pytest.mark.parametrize("octets", [bytearray, memoryview])
-def test_octets_may_be_any_bytes(store, octets):
+@pytest.mark.parametrize("make", [bytearray, memoryview])
+def test_lookup_bytes_takes_anything_like_bytes(store, make):
     asked = np.array(NUMBERS, "<i8").tobytes()
-    assert store.lookup_bytes("numbers", octets(asked)) == store.lookup_bytes("numbers", asked)
+    assert store.lookup_bytes("numbers", make(asked)) == store.lookup_bytes("numbers", asked)
 
 
-@pytest.mark.parametrize("octets", [[1], np.array([1]), "12345678", None])
-def test_octets_that_are_no_bytes_are_refused(store, octets):
+@pytest.mark.parametrize("make", [[1], np.array([1]), "12345678", None])
+def test_lookup_bytes_refuses_what_is_no_bytes(store, make):
     with pytest.raises(IdTypeError, match="want bytes"):
-        store.lookup_bytes("numbers", octets)
+        store.lookup_bytes("numbers", make)
