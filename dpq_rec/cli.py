@@ -145,8 +145,8 @@ def _export(arguments: argparse.Namespace) -> int:
     table = EmbeddingStore.open(arguments.artifact).table(arguments.table)
     config = ExportConfig(dtype=arguments.dtype, codes=arguments.codes)
     with _progress_bar(table.manifest.num_embeddings, " rows") as progress:
-        exported = export_table(table, arguments.out, config, progress)
-    print(f"{arguments.out}: {exported.num_ids:,} ids in {exported.num_parts:,} part(s)")
+        num_parts, num_ids = export_table(table, arguments.out, config, progress)
+    print(f"{arguments.out}: {num_ids:,} ids in {num_parts:,} part(s)")
     return OK
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,19 +48,12 @@ class ExportConfig:
             raise ConfigError(f"rows_per_part: got {self.rows_per_part}, want 1 or more")
 
 
-class Exported(NamedTuple):
-    """What an export came to."""
-
-    num_parts: int
-    num_ids: int
-
-
 def export_table(
     table: Table,
     out: str | os.PathLike[str],
     config: ExportConfig | None = None,
     progress: Callable[[int], object] = lambda num_rows: None,
-) -> Exported:
+) -> tuple[int, int]:
     """Write a table as Parquet files; on any error nothing is left behind.
 
     Args:
@@ -68,6 +61,9 @@ def export_table(
         out: the folder to make; it must not exist.
         config: what is written; float32 vectors if not given.
         progress: called with the number of rows that each batch covers; they add up to num_embeddings.
+
+    Returns:
+        how many files, and how many ids in them.
 
     Raises:
         ConfigError: codes of a table that has none.
@@ -100,7 +96,7 @@ def export_table(
                     progress(last_row + 1 - reached)
                     reached = last_row + 1
             progress(stop - reached)
-    return Exported(len(starts), num_ids)
+    return len(starts), num_ids
 
 
 def import_pyarrow() -> tuple[Any, Any]:
@@ -136,17 +132,17 @@ class _Column:
         ids_N, rows_N = self.table.vocabulary.ids_of_rows(start, stop)
         for begin in range(0, len(ids_N), self.rows_per_batch):
             batch = slice(begin, begin + self.rows_per_batch)
-            parts = self._codes(rows_N[batch]) if self.config.codes else [self._vectors(rows_N[batch])]
+            parts = (
+                self._codes(rows_N[batch])
+                if self.config.codes
+                else [self.table.decode(rows_N[batch], dtype=self.config.dtype)]
+            )
             widths_N = np.concatenate([np.full(len(items_PX), items_PX.shape[1]) for items_PX in parts])
             offsets = np.concatenate([[0], widths_N.cumsum()]).astype(np.int32)
             items_T = np.concatenate([items_PX.reshape(-1) for items_PX in parts])
             lists = self.pyarrow.ListArray.from_arrays(offsets, items_T, type=self.schema.field(1).type)
             columns = [self.pyarrow.array(ids_N[batch], self.schema.field(0).type), lists]
             yield self.pyarrow.record_batch(columns, schema=self.schema), int(rows_N[batch][-1])
-
-    def _vectors(self, rows_N: NDArray[np.int64]) -> NDArray[Any]:
-        """Vectors [N, E] of rows."""
-        return self.table.decode(rows_N, dtype=self.config.dtype)
 
     def _codes(self, rows_N: NDArray[np.int64]) -> list[NDArray[np.uint16]]:
         """Codes [P, M] of ascending rows, tier by tier."""
