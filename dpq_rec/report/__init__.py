@@ -13,7 +13,7 @@ from typing import NamedTuple
 from dpq_rec.artifact import Artifact
 from dpq_rec.errors import ConfigError, UnknownTableError
 from dpq_rec.files import replace_file
-from dpq_rec.report.facts import Id, Progress, RunHistory, measure, num_steps
+from dpq_rec.report.facts import Id, Progress, RunHistory, measure
 from dpq_rec.report.names import Names, find_names
 from dpq_rec.report.page import page
 
@@ -50,8 +50,9 @@ class Reported(NamedTuple):
 
 
 def num_report_steps(artifact: Artifact) -> int:
-    """How many rows `write_report` tells its progress, in all."""
-    return sum(num_steps(table) for table in artifact.tables.values())
+    """How many rows `write_report` tells its progress, in all: it passes twice over those that have codes."""
+    manifests = [table.manifest for table in artifact.tables.values()]
+    return sum(manifest.num_embeddings * (2 if manifest.has_codes else 1) for manifest in manifests)
 
 
 def write_report(

@@ -160,11 +160,6 @@ class TableFacts:
         return {member.id for members in self.neighbourhoods for member in members if member.id is not None}
 
 
-def num_steps(table: Table) -> int:
-    """How many rows `measure` tells its progress, in all."""
-    return table.manifest.num_embeddings * (2 if table.manifest.has_codes else 1)
-
-
 def measure(table: Table, ids: Sequence[Id] = (), progress: Progress = lambda num_rows: None) -> TableFacts:
     """Look at a table.
 
