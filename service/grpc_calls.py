@@ -41,11 +41,7 @@ _EOF_SECONDS = 0.05  # in which gRPC says that a call without a message was canc
 
 
 class ReplyRoom:
-    """Bytes that replies take together; who wants more waits, first come, first served.
-
-    Args:
-        num_bytes: of all together. One reply alone may be larger.
-    """
+    """Bytes that replies may take together, though one alone may be larger; who wants more waits, in order."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = self._left = num_bytes
@@ -111,7 +107,6 @@ class Call:
     """What one call holds: a place among the calls, and for each reply a slot and room until the caller has taken it.
 
     It gives them back when gRPC says that the call is done: a unary reply is sent after its handler has returned.
-
     """
 
     def __init__(self, calls: Calls, method: str, context: Any) -> None:
@@ -130,12 +125,7 @@ class Call:
         self.is_idle = False  # a message is being answered, or waited for
 
     async def check(self) -> None:
-        """Whether the call may be answered at all.
-
-        Raises:
-            UnauthorizedError: no API key, or a wrong one.
-            OverloadedError: there are more calls than `max_calls`.
-        """
+        """Refuse a call without the API key, or beyond `max_calls`: UnauthorizedError, OverloadedError."""
         settings = self._calls.engine.settings
         try:
             if settings.api_key is not None:
@@ -143,9 +133,8 @@ class Call:
                 pairs = ((str(name).encode(), str(value).encode()) for name, value in metadata)
                 check_key(pairs, settings.api_key.encode(), _HOW_TO_SEND_A_KEY)
             if len(self._calls.open) > settings.max_calls:
-                raise errors.OverloadedError(
-                    f"{settings.max_calls} calls are open, as many as --max-calls allows; try again later"
-                )
+                text = f"{settings.max_calls} calls are open, as many as --max-calls allows; try again later"
+                raise errors.OverloadedError(text)
         except errors.RequestError:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_EARLY_SECONDS):
@@ -153,11 +142,7 @@ class Call:
             raise
 
     async def only_message(self) -> bytes:
-        """The message of a unary call.
-
-        Raises:
-            MalformedError: there is none.
-        """
+        """The message of a unary call; MalformedError where there is none."""
         self.deadline = self._started + _MESSAGE_SECONDS
         message = await self._context.read()
         if message is grpc.aio.EOF:
@@ -167,11 +152,7 @@ class Call:
         return message  # type: ignore[no-any-return]
 
     async def reply(self, message: bytes, respond: Respond) -> bytes:
-        """The reply to a message, in a slot and room of its own; `sent` gives both back.
-
-        Raises:
-            NotReadyError, OverloadedError: there is no slot.
-        """
+        """The reply to a message, in a slot and room of its own; `sent` gives both back."""
         engine = self._calls.engine
         if not engine.is_small(len(message)):
             # How large the reply is, is not known before the message is parsed: an id takes a byte of it at least.
@@ -209,11 +190,9 @@ class Call:
         self._calls.engine.metrics.answered("grpc", self._method, code.name, time.perf_counter() - self._started)
 
     async def fail(self, error: BaseException) -> NoReturn:
-        """End the call with the status of what was raised. Call it in `except`.
+        """End the call with the status of what was raised, or with CancelledError where nobody waits for it.
 
-        Raises:
-            CancelledError: nobody waits for a status.
-            AbortError: it was sent.
+        Call it in `except`.
         """
         if self._is_late and isinstance(error, asyncio.CancelledError):
             error = errors.MalformedError(f"message: it was not complete after {_MESSAGE_SECONDS:.0f} s")
@@ -246,9 +225,7 @@ def is_of_use(record: logging.LogRecord) -> bool:
 def hang_up(peer: str, port: int) -> bool:
     """End this process's TCP connection with a peer; whether there was one. gRPC offers no way to end just one.
 
-    Args:
-        peer: as gRPC writes it, "ipv4:1.2.3.4:5" or "ipv6:%5B::1%5D:5".
-        port: this side's.
+    The peer is as gRPC writes it, "ipv4:1.2.3.4:5" or "ipv6:%5B::1%5D:5"; the port is this side's.
     """
     host, _, peer_port = urllib.parse.unquote(peer).partition(":")[2].rpartition(":")
     wanted = (_without_mapping(host.strip("[]")), int(peer_port), port)

@@ -58,8 +58,7 @@ class _Gauges(ctypes.Structure):
 class WorkerCounts:
     """One worker's counts, in memory that all workers share: make one for each before they are forked.
 
-    Args:
-        max_series: most combinations of labels; memory is taken only for those that occur.
+    Memory is taken only for those combinations of labels, of at most max_series, that occur.
     """
 
     def __init__(self, max_series: int = 1024) -> None:
@@ -116,14 +115,7 @@ class Metrics:
         self._lock = threading.Lock()
 
     def answered(self, api: str, method: str, code: str, seconds: float) -> None:
-        """Count a request.
-
-        Args:
-            api: "http" or "grpc".
-            method: the route's template or the procedure's name.
-            code: the status.
-            seconds: from its start to its reply.
-        """
+        """Count a request of an API, "http" or "grpc": the route's template or the procedure, its status, its time."""
         with self._lock:
             numbers = self._own.numbers_of((_REQUESTS, api, method, code))
             numbers[bisect.bisect_left(_SECONDS, seconds)] += 1.0

@@ -63,12 +63,7 @@ def run(store: EmbeddingStore, settings: Settings) -> int:
 
 
 def bind(host: str, port: int, *, shared: bool) -> socket.socket:
-    """A bound socket that does not listen.
-
-    Args:
-        host: a name or an address.
-        port: 0 takes any free one.
-        shared: whether other sockets, the workers' own, may listen on the port.
+    """A bound socket that does not listen; port 0 takes any free one; other sockets may listen on a shared one.
 
     Raises:
         OSError: the port is taken, or the host has no such address.
@@ -116,12 +111,6 @@ def address_of(sock: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _stop_signals() -> list[signal.Signals]:
-    """Those that stop the server; SIGHUP is none of them where `nohup` had it ignored."""
-    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [number for number in _SIGNALS if not (is_ignored and number == signal.SIGHUP)]
-
-
 @dataclasses.dataclass(kw_only=True)
 class Child:
     """A running worker."""
@@ -146,6 +135,9 @@ class Supervisor:
         self._store, self._settings = store, settings
         self._http_socket = http_socket
         self._http_address, self._grpc_address = address_of(http_socket), address_of(grpc_socket)
+        # SIGHUP stops nothing where `nohup` had it ignored.
+        is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._signals = [each for each in _SIGNALS if each != signal.SIGHUP or not is_ignored]
         self._files = ServedFiles(store)
         self._counts = [WorkerCounts(_NUM_SERIES + len(store.tables)) for _ in range(settings.workers)]
         self._selector = selectors.DefaultSelector()
@@ -164,7 +156,7 @@ class Supervisor:
         wake_fd, wake_write = os.pipe()  # gets a byte, its number, for each signal
         os.set_blocking(wake_write, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        for number in _stop_signals():
+        for number in self._signals:
             signal.signal(number, lambda *_: None)
         self._selector.register(wake_fd, selectors.EVENT_READ)
         while self._children or (self._starts_at and self._kill_at is None):
@@ -211,19 +203,12 @@ class Supervisor:
             faulthandler.enable()  # where it stood, should it die of a signal
             os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
             signal.set_wakeup_fd(-1)
-            for heard in _stop_signals():
+            for heard in self._signals:
                 signal.signal(heard, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             os.close(self._alive_write)
-            wiring = worker.Wiring(
-                http_socket=self._http_socket,
-                grpc_address=self._grpc_address,
-                files=self._files,
-                counts=self._counts,
-                worker=number,
-                ready_fd=ready_fd,
-                parent_fd=self._alive_read,
-            )
+            sockets = self._http_socket, self._grpc_address
+            wiring = worker.Wiring(*sockets, self._files, self._counts, number, ready_fd, self._alive_read)
             exit_code = worker.run(self._store, self._settings, wiring)
         except BaseException:
             logger.exception("worker %s failed", os.getpid())
