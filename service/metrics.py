@@ -49,6 +49,7 @@ class _Series(ctypes.Structure):
 class _Gauges(ctypes.Structure):
     """What is true of a worker now; pid is 0 where there is none. And how many series it has counted."""
 
+    num_series: Any
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in ("pid", "num_ready", "num_in_flight", "anonymous_bytes", "file_bytes", "num_series")
@@ -90,9 +91,7 @@ class WorkerCounts:
 
     def forget_gauges(self) -> None:
         """A dead worker holds no requests and no memory; its counts stay."""
-        num_series = self.gauges.num_series
-        ctypes.memset(ctypes.byref(self.gauges), 0, ctypes.sizeof(_Gauges))
-        self.gauges.num_series = num_series
+        ctypes.memset(ctypes.byref(self.gauges), 0, _Gauges.num_series.offset)  # the last field: others may read it now
 
 
 class Metrics:
