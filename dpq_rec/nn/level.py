@@ -84,24 +84,14 @@ class Level:
         queries_NDX, keys_DKX = rest_NDS, codebook.keys_DKX
         if self.config.resolved_metric == "cosine":
             queries_NDX, keys_DKX = directions(queries_NDX), directions(keys_DKX)
-        scale_K, shift_K = self._normalisation(queries_NDX, keys_DKX, counts_N)
+        scale_K, shift_K = keys_DKX.new_ones(self.config.num_codes), keys_DKX.new_zeros(self.config.num_codes)
+        if self.config.batch_norm:
+            # DPQ-VQ has no gradient that passes the scores.
+            with torch.set_grad_enabled(self.config.method == "sx" and torch.is_grad_enabled()):
+                scale_K, shift_K = self.quantizer.score_norms[self.index](queries_NDX, keys_DKX, counts_N)
         euclidean = self.config.resolved_metric == "euclidean"
         codes_ND = encode(queries_NDX, keys_DKX, scale_K, shift_K, euclidean=euclidean)
         return Choice(queries_NDX, keys_DKX, codebook.values_DKS, scale_K, shift_K, codes_ND, euclidean)
-
-    def _normalisation(
-        self, queries_NDX: torch.Tensor, keys_DKX: torch.Tensor, counts_N: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale [K] and shift [K] of the scores."""
-        if not self.config.batch_norm:
-            ones_K = keys_DKX.new_ones(self.config.num_codes)
-            return ones_K, torch.zeros_like(ones_K)
-        norm = self.quantizer.score_norms[self.index]
-        assert isinstance(norm, ScoreNorm), "score_norms holds nothing else"
-        if counts_N is None:
-            return norm.running()
-        with torch.set_grad_enabled(self.config.method == "sx" and torch.is_grad_enabled()):
-            return norm(queries_NDX, keys_DKX, counts_N)
 
     @torch.no_grad()
     def revive(self, rest_NDS: torch.Tensor) -> None:
@@ -307,19 +297,21 @@ class ScoreNorm(nn.Module):
         self.num_batches.zero_()
 
     def forward(
-        self, queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor
+        self, queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale [K] and shift [K] that normalise this batch; in training the running moments move towards its own."""
-        if not self.training:
-            return self.running()
-        moments = score_moments(queries_NDS, keys_DKS, counts_N, euclidean=self.euclidean)
-        if not recomputing():
-            self._follow(moments)
-        return self._scale_and_shift(moments.mean_K, moments.var_K)
+        """Scale [K] and shift [K] that normalise this batch; in training the running moments move towards its own.
 
-    def running(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale [K] and shift [K] of eval mode."""
-        return self._scale_and_shift(self.mean_K, self.var_K)
+        Without counts they are those of eval mode.
+        """
+        mean_K: torch.Tensor = self.mean_K
+        var_K: torch.Tensor = self.var_K
+        if self.training and counts_N is not None:
+            moments = score_moments(queries_NDS, keys_DKS, counts_N, euclidean=self.euclidean)
+            if not recomputing():
+                self._follow(moments)
+            mean_K, var_K, _ = moments
+        scale_K = torch.rsqrt(var_K + self.epsilon)
+        return scale_K, -mean_K * scale_K
 
     @torch.no_grad()
     def _follow(self, moments: Moments) -> None:
@@ -329,7 +321,3 @@ class ScoreNorm(nn.Module):
         step = has_rows * torch.clamp(1 / self.num_batches.clamp(min=1), min=self.momentum)
         self.mean_K.lerp_(moments.mean_K, step)
         self.var_K.lerp_(moments.var_K, step)
-
-    def _scale_and_shift(self, mean_K: torch.Tensor, var_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale_K = torch.rsqrt(var_K + self.epsilon)
-        return scale_K, -mean_K * scale_K

@@ -185,8 +185,7 @@ class Quantizer(nn.Module):
 
         Args:
             queries_NQ: raw vectors of distinct rows, [N, query_dim]; compared in the dtype of the keys.
-            counts_N: how often each row occurs in the batch; once each if not given. Weighs batch norm and the codebook
-                loss.
+            counts_N: how often each row occurs in the batch, once if not given: weighs batch norm and codebook loss.
             rows_N: which rows these are, ascending; wanted where there are tiers.
             is_checked: the caller has checked that what a forward in training reads is finite.
 
