@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import re
@@ -17,9 +18,7 @@ from torch import nn
 
 from dpq_rec import ConfigError
 from dpq_rec.vocabulary import Vocabulary, load_vocabulary
-from training.data.files import IDS
-from training.data.interactions import Interactions
-from training.data.splits import SplitCounts
+from training.data.interactions import IDS, Interactions, SplitCounts
 from training.data.synthetic import SyntheticConfig, generate
 from training.data.vocabularies import ColumnVocabulary, VocabularyPolicy, build_vocabulary, has_values
 from training.distributed import on_rank_0
@@ -116,7 +115,8 @@ def _without_empty(interactions: Interactions) -> Interactions:
     empty = on_rank_0(lambda: [name for name in features if not has_values(interactions, name)])
     for name in empty:
         _logger.warning("features: %s has no value in the training rows; it is left out", name)
-    return interactions.without(empty)
+    kinds = {name: kind for name, kind in interactions.id_kinds.items() if name not in empty}
+    return dataclasses.replace(interactions, id_kinds=kinds)
 
 
 def _check_held_out(counts: SplitCounts, *, is_refit: bool) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 from torchrec import KeyedJaggedTensor
 
-from training.data.batches import Bag
+from training.data.ragged import Bag
 from training.models.dlrm import ClickThrough
 from training.models.interactions import make_tables
 from training.models.two_tower import TwoTower, two_tower_features
@@ -78,7 +78,7 @@ def test_with_a_history_a_user_is_the_mean_of_those_items(embedding):
     dpq = {} if embedding == "full" else {"num_subspaces": 4, "num_codes": 5}
     model = two_tower(embedding=embedding, history=3, **dpq)
     lengths = np.arange(len(USERS)) % 4  # none among them
-    history = Bag(np.arange(lengths.sum()) * 13 % NUM_ITEMS, lengths)
+    history = Bag.of(np.arange(lengths.sum()) * 13 % NUM_ITEMS, lengths)
     features = two_tower_features(history, ITEMS, NEGATIVES)
     got, vectors = model(features, ITEMS, NEGATIVES), model.tables(features)["item_id"]
     item_vectors = dict(zip(ITEMS.tolist(), vectors, strict=True))

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dpq_rec import EmbeddingStore, verify
 from training.__main__ import main
-from training.data.documents import Labelled
+from training.data.text import Labelled
 from training.distributed import process_group
 from training.models.text_classification import TextClassificationTask
 from training.recipes import RECIPES, with_changes
@@ -60,7 +60,7 @@ def task_of(news):
 
 
 def bags_of(batch):
-    return np.split(batch.bag.rows_T, np.cumsum(batch.bag.lengths_B)[:-1])
+    return np.split(batch.bag.rows_T, np.cumsum(batch.bag.lengths)[:-1])
 
 
 def logits_of(weights, vectors_VE, bags):
@@ -80,7 +80,7 @@ def test_steps_are_those_of_plain_torch(task_of):
     batches = task.train_batches(1)
     for _ in range(2):
         batch = next(batches)
-        assert min(batch.bag.lengths_B) == 0, "an empty document is among them"
+        assert min(batch.bag.lengths) == 0, "an empty document is among them"
         optimizer.zero_grad()
         loss = task.loss(model, batch, torch.Generator())
         loss.backward()
@@ -145,7 +145,7 @@ def test_a_batch_without_any_word_trains(task_of, kind):
     task = task_of(embedding=kind, **({} if kind == "full" else DPQ))
     model, optimizer = task.distribute(task.model())
     train = task.documents.splits["train"]
-    empty = train.take(np.flatnonzero(train.bag.lengths_B == 0)[:2])
+    empty = train.take(np.flatnonzero(train.bag.lengths == 0)[:2])
     assert isinstance(empty, Labelled)
     task.loss(model.train(), empty, torch.Generator()).backward()
     optimizer.step()

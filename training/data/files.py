@@ -1,4 +1,8 @@
-"""Parquet files and what is in them. In: a path. Out: DataFile of each file, row groups, record batches."""
+"""Parquet files and what is in them. In: a path. Out: DataFile of each file, row groups, record batches.
+
+Columns may stand in paths, as Hive, Spark and Arrow write them: `split=0/day=2024-01-01/part-0.parquet`.
+pyarrow.dataset reads such folders too, but in an order of its own and without the row groups that ranks share out.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpq_rec.errors import ConfigError
-from training.data.partitions import PathColumn, path_columns
 
 _logger = logging.getLogger(__name__)
-IDS = ("user_id", "item_id")
 _PIECE_ROWS = 1 << 18  # rows read at a time
 _SUFFIXES = (".parquet", ".parq", ".pq")
 _SPARK_PART = re.compile(r"\.c\d+")  # part-00000-UUID.c000
@@ -25,6 +29,9 @@ _MAGIC = (b"PAR1", b"PARE")  # plain, and encrypted, which is refused when it is
 _FOOTERS = ("_metadata", "_common_metadata")  # Parquet by their magic, without rows
 _TABLE_FORMATS = ("_delta_log", ".hoodie")  # folders that say which of the files are of the table
 _READ_NAMED, _OTHERS_NAMED = 5, 20  # files named in a line of the log: those that are read, and those that are not
+_NULL = "__HIVE_DEFAULT_PARTITION__"
+_INTEGER, _NUMBER = re.compile(r"-?[0-9]+"), re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_BOOLEAN = re.compile(r"true|false", re.IGNORECASE)
 
 
 class DataFile(NamedTuple):
@@ -35,17 +42,17 @@ class DataFile(NamedTuple):
         metadata: its footer.
         types: column -> Arrow type, of those that its path names too.
         stored: its own columns, and how often it has each.
-        in_path: the columns that its path names.
+        in_path: the columns that its path names -> their values as text, None for null.
     """
 
     path: Path
     metadata: Any
     types: dict[str, Any]
     stored: Counter[str]
-    in_path: Mapping[str, PathColumn]
+    in_path: Mapping[str, str | None]
 
     @classmethod
-    def open(cls, path: Path, in_path: Mapping[str, PathColumn]) -> DataFile:
+    def open(cls, path: Path, in_path: Mapping[str, str | None], path_types: Mapping[str, Any]) -> DataFile:
         """Read the footer.
 
         Raises:
@@ -57,14 +64,18 @@ class DataFile(NamedTuple):
             schema = metadata.schema.to_arrow_schema()
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(f"data: {path} cannot be read as Parquet: {error}") from error
-        types = {name: column.type for name, column in in_path.items()}
-        types.update(zip(schema.names, schema.types, strict=True))
+        types = {name: path_types[name] for name in in_path} | dict(zip(schema.names, schema.types, strict=True))
         return cls(path, metadata, types, Counter(schema.names), in_path)
 
-    @property
-    def lacks(self) -> list[str]:
-        """Which of user_id and item_id it lacks."""
-        return [name for name in IDS if name not in self.types]
+    def type_of(self, column: str) -> Any:
+        """The Arrow type of a column.
+
+        Raises:
+            ConfigError: the file has no such column.
+        """
+        if column not in self.types:
+            raise ConfigError(f"{column}: got no such column in {self.path}; it has: {', '.join(self.types)}")
+        return self.types[column]
 
 
 class RowGroup(NamedTuple):
@@ -75,36 +86,29 @@ class RowGroup(NamedTuple):
     first_row: int
     num_rows: int
 
-    @property
-    def path(self) -> Path:
-        """Of the file."""
-        return self.file.path
-
     def read(self, columns: Sequence[str]) -> Iterator[Any]:
         """Some columns as Arrow record batches of at most 262,144 rows.
 
         Raises:
-            ConfigError: the file is damaged, or its path says otherwise.
+            ConfigError: the file is damaged, or a column in it has another value than its path says.
         """
-        stored = [name for name in columns if name in self.file.stored]
+        path, stored, in_path = self.file.path, self.file.stored, self.file.in_path
         num_rows = max(1, min(_PIECE_ROWS, self.num_rows))
+        wanted = [name for name in columns if name in stored]
         try:
-            with _opened(self.path) as source, pq.ParquetFile(source, metadata=self.file.metadata) as file:
-                for batch in file.iter_batches(num_rows, [self.position], stored, use_threads=False):
-                    yield self._with_path_columns(batch, columns)
+            with _opened(path) as source, pq.ParquetFile(source, metadata=self.file.metadata) as file:
+                for batch in file.iter_batches(num_rows, [self.position], wanted, use_threads=False):
+                    for name in (name for name in columns if name in in_path):
+                        if name in stored:
+                            _check_path(name, in_path[name], batch.column(name), path)
+                        else:
+                            value = pa.scalar(in_path[name], pa.string()).cast(self.file.types[name])
+                            batch = batch.append_column(name, pa.repeat(value, len(batch)))
+                    yield batch
         except pa.ArrowMemoryError:
             raise  # no fault of the file
         except (pa.ArrowException, OSError) as error:
-            raise ConfigError(f"data: {self.path} cannot be read: {error}") from error
-
-    def _with_path_columns(self, batch: Any, columns: Sequence[str]) -> Any:
-        for name in columns:
-            column = self.file.in_path.get(name)
-            if column is not None and name in self.file.stored:
-                column.refuse_contradiction(name, batch.column(name), self.path)
-            elif column is not None:
-                batch = batch.append_column(name, column.repeated(len(batch)))
-        return batch
+            raise ConfigError(f"data: {path} cannot be read: {error}") from error
 
 
 def open_files(path: Path) -> list[DataFile]:
@@ -121,7 +125,7 @@ def open_files(path: Path) -> list[DataFile]:
     if not path.exists():
         raise ConfigError(f"data: {path} does not exist; want a Parquet file or a folder of them")
     if not path.is_dir():
-        return [DataFile.open(path, {})]
+        return [DataFile.open(path, {}, {})]
     files, others = _parquet_files(path)
     if files:
         _logger.info("%s: reading %d Parquet file(s): %s", path, len(files), _named(path, files, _READ_NAMED))
@@ -130,8 +134,9 @@ def open_files(path: Path) -> list[DataFile]:
         shown = ", ".join(f"{number} {kind}" for kind, number in kinds)
         what = "%s: not reading %d file(s) that are no Parquet by name (%s): %s"
         _logger.warning(what, path, len(others), shown, _named(path, others))
-    in_paths = path_columns([file.relative_to(path).parts[:-1] for file in files])
-    return [DataFile.open(*each) for each in zip(files, in_paths, strict=True)]
+    in_paths = [_path_columns(file.relative_to(path).parts[:-1]) for file in files]
+    types = {name: _path_type(name, in_paths) for name in {name for columns in in_paths for name in columns}}
+    return [DataFile.open(file, columns, types) for file, columns in zip(files, in_paths, strict=True)]
 
 
 def _named(folder: Path, files: Sequence[Path], most: int = _OTHERS_NAMED) -> str:
@@ -145,7 +150,7 @@ def _parquet_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """Files that are Parquet, and files that are not, each in the order of their paths."""
     files: list[Path] = []
     others: list[Path] = []
-    again: list[Path] = []
+    again: list[Path] = []  # links to one of the files
     hidden: list[Path] = []
     first_of: dict[tuple[Path, ...], Path] = {}
     for file in _walk(folder, frozenset(), hidden):
@@ -157,7 +162,7 @@ def _parquet_files(folder: Path) -> tuple[list[Path], list[Path]]:
         (files if first is file else again).append(file)
     if again:
         _logger.warning("%s: not reading twice what links lead to: %s", folder, _named(folder, again))
-    left_out = [each for each in hidden if _may_hold_data(each)]
+    left_out = [each for each in hidden if each.is_dir() or (each.name not in _FOOTERS and _is_parquet(each))]
     if left_out:
         _logger.warning("%s: not reading names that begin with . or _: %s", folder, _named(folder, left_out))
     if any(each.name in _TABLE_FORMATS for each in hidden):
@@ -183,22 +188,14 @@ def _walk(folder: Path, above: frozenset[Path], hidden: list[Path]) -> Iterator[
     except OSError as error:
         raise ConfigError(f"data: {folder} cannot be read: {error.strerror}") from error
     for entry in entries:
-        if _is_hidden(entry):
+        is_column = "=" in entry.name and entry.is_dir()  # whose name may begin with _
+        is_hidden = entry.name[0] == "." or (entry.name[0] == "_" and not is_column)
+        if is_hidden or entry.name.endswith("._COPYING_"):  # what Spark takes for no data
             hidden.append(entry)
         elif not entry.is_dir():
             yield entry
         elif entry.resolve() not in above:
             yield from _walk(entry, above, hidden)
-
-
-def _is_hidden(entry: Path) -> bool:
-    """Whether Spark takes a name for none of data; a column of a path may begin with _."""
-    is_column = "=" in entry.name and entry.is_dir()
-    return entry.name[0] == "." or (entry.name[0] == "_" and not is_column) or entry.name.endswith("._COPYING_")
-
-
-def _may_hold_data(hidden: Path) -> bool:
-    return hidden.is_dir() or (hidden.name not in _FOOTERS and _is_parquet(hidden))
 
 
 def _is_parquet(file: Path) -> bool:
@@ -227,6 +224,75 @@ def row_groups(files: Iterable[DataFile]) -> Iterator[RowGroup]:
             num_rows = file.metadata.row_group(position).num_rows
             yield RowGroup(file, position, first_row, num_rows)
             first_row += num_rows
+
+
+def _path_columns(folders: Sequence[str]) -> dict[str, str | None]:
+    """The columns that a path names, each folder in the one before it, as `column=value`, both percent-encoded.
+
+    Raises:
+        ConfigError: a path gives a column two values, or is not UTF-8.
+    """
+    found: dict[str, str | None] = {}
+    for folder in folders:
+        name, is_column, text = folder.partition("=")
+        if not (name and is_column):
+            continue
+        try:
+            name, text = unquote(name, errors="strict"), unquote(text, errors="strict")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"data: the folder {folder!r} holds no UTF-8, percent-encoded: {error}") from error
+        value = None if text == _NULL else text
+        if found.setdefault(name, value) != value:
+            raise ConfigError(f"{name}: got {found[name]} and {text} in {'/'.join(folders)}; want one value in a path")
+    return found
+
+
+def _path_type(column: str, in_paths: Sequence[Mapping[str, str | None]]) -> Any:
+    """The Arrow type of a column in paths: int64, double or bool where all of its values read so, else a string.
+
+    As Spark and Arrow have it, 007 is the number 7. `timestamp` alone may be a timestamp; nothing but nulls is null.
+    """
+    texts = {text for columns in in_paths if (text := columns.get(column)) is not None}
+    if not texts:
+        return pa.null()
+    if all(map(_INTEGER.fullmatch, texts)):  # digits that no int64 holds are a string: rounded, ids would be others
+        return pa.int64() if _can_cast(texts, pa.int64()) else pa.string()
+    if all(map(_NUMBER.fullmatch, texts)):
+        return pa.float64()
+    if all(map(_BOOLEAN.fullmatch, texts)):
+        return pa.bool_()
+    return pa.timestamp("us") if column == "timestamp" and _can_cast(texts, pa.timestamp("us")) else pa.string()
+
+
+def _can_cast(texts: set[str], kind: Any) -> bool:
+    try:
+        pa.array(texts, pa.string()).cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _check_path(name: str, text: str | None, column_N: Any, path: Path) -> None:
+    """Raise ConfigError where a column in a file has another value than its path says."""
+    column_N = column_N.dictionary_decode() if pa.types.is_dictionary(column_N.type) else column_N
+    differs_N = column_N.is_valid()
+    if text is not None:
+        try:
+            differs_N = pc.fill_null(pc.not_equal(column_N, _as_type(text, column_N.type)), fill_value=True)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # no value of the column's type
+            differs_N = pa.repeat(True, len(column_N))
+    wrong = column_N.filter(differs_N)
+    if len(wrong):
+        got = f"{wrong[0].as_py()!r} in {path}, whose path says {name}={text or _NULL}"
+        raise ConfigError(f"{name}: got {got}; want the same in both, or the column in one of the two alone")
+
+
+def _as_type(text: str, kind: Any) -> Any:
+    """A text as a value of a type; 1.0 is an integer too."""
+    try:
+        return pa.scalar(text).cast(kind)
+    except pa.ArrowInvalid:
+        return pa.scalar(text).cast(pa.float64()).cast(kind)
 
 
 def refuse_twice(files: Iterable[DataFile], columns: Iterable[str]) -> None:

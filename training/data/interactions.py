@@ -6,28 +6,47 @@ split), never with the interactions.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
-from training.data.columns import IdKind, Values, bags, empty_values, feature_kind, has_no_values, id_kind, numbers
-from training.data.files import IDS, DataFile, RowGroup, no_nulls, open_files, refuse_twice, row_groups
-from training.data.splits import TRAIN, VALIDATION, HeldOutRows, SplitCounts, checked_splits, hold_out_last
+from training.data.columns import (
+    IdKind,
+    Values,
+    feature_kind,
+    has_no_values,
+    id_kind,
+    merge_stream,
+    to_numbers,
+    to_values,
+)
+from training.data.files import DataFile, RowGroup, no_nulls, open_files, refuse_twice, row_groups
 
 _logger = logging.getLogger(__name__)
-_NO_FEATURES = ("user_id", "item_id", "split", "label")
+IDS = ("user_id", "item_id")
+TRAIN, VALIDATION, TEST = 0, 1, 2
+_NO_FEATURES = (*IDS, "split", "label")
+_Latest: TypeAlias = tuple[Values, NDArray[Any], NDArray[np.int64]]
+
+
+class SplitCounts(NamedTuple):
+    """How many rows are in each split."""
+
+    train: int
+    validation: int
+    test: int
 
 
 class Piece(NamedTuple):
-    """N rows that follow each other in the files, all splits among them.
+    """N rows that follow each other in the files.
 
     Attributes:
         splits_N: TRAIN, VALIDATION or TEST (int8); no VALIDATION where those rows train.
@@ -51,43 +70,35 @@ class Piece(NamedTuple):
         )
 
 
-class Pairs(NamedTuple):
-    """Interactions: the ids [N] of their users and items."""
-
-    users: Values
-    items: Values
-
-
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Interactions:
     """The interactions in a Parquet file or a folder of them, as a stream. Rows count through the files in their order.
 
     Attributes:
         row_groups: every row group, in file order.
-        num_rows: of all splits together.
         id_kinds: user_id, item_id and each categorical feature -> "int64" or "string".
-        categorical_features: those of the features asked for that are strings or lists, in the order asked for.
-        dense_features: those that are numbers.
+        dense_features: those of the features asked for that are numbers, in the order asked for.
+        held_out: VALIDATION and TEST -> their rows, ascending (int64); None where a column names the split.
         has_label: whether labels were asked for.
         validation_trains: whether the rows of the validation split are rows of the training split.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[RowGroup],
-        held_out: HeldOutRows | None,
-        id_kinds: Mapping[str, IdKind],
-        dense_features: Sequence[str] = (),
-        *,
-        has_label: bool = False,
-        validation_trains: bool = False,
-    ) -> None:
-        self.row_groups = tuple(groups)
-        self.num_rows = sum(group.num_rows for group in groups)
-        self.id_kinds = MappingProxyType(dict(id_kinds))
-        self.categorical_features = tuple(name for name in id_kinds if name not in IDS)
-        self.dense_features, self.has_label = tuple(dense_features), has_label
-        self.validation_trains = validation_trains
-        self._held_out = held_out
+    row_groups: tuple[RowGroup, ...]
+    id_kinds: Mapping[str, IdKind]
+    dense_features: tuple[str, ...]
+    held_out: Mapping[int, NDArray[np.int64]] | None
+    has_label: bool
+    validation_trains: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Of all splits together."""
+        return sum(group.num_rows for group in self.row_groups)
+
+    @property
+    def categorical_features(self) -> tuple[str, ...]:
+        """Those of the features asked for that are strings or lists, in the order asked for."""
+        return tuple(name for name in self.id_kinds if name not in IDS)
 
     @classmethod
     def open(
@@ -118,82 +129,89 @@ class Interactions:
             ConfigError: nothing at the path, no file with interactions, a file that is no Parquet, columns missing, of
                 a wrong type or not alike in all files. Wrong values are found as they are read.
         """
-        files = open_files(Path(path))
-        used = [file for file in files if not file.lacks]
-        if not used:
-            seen = "; ".join(f"{file.path.name} ({', '.join(file.types)})" for file in files[:5])
-            raise ConfigError(f"data: no Parquet file at {path} has both user_id and item_id; found: {seen or 'none'}")
-        for file in files:
-            if file.lacks:
-                _logger.warning("ignored %s: it has no column %s", file.path, " and no column ".join(file.lacks))
-        used = [file for file in used if file.metadata.num_rows] or used  # an empty one may lack columns and types
-        refuse_twice(used, (*IDS, "split", "timestamp", *(["label"] if label else []), *features))
-        split = _shared_column(used, "split")
-        timestamp = None if split else _shared_column(used, "timestamp")
-        _check_types(used, [name for name in (split, timestamp, "label" if label else None) if name])
-        kinds: dict[str, IdKind] = {name: _shared_kind(used, name, id_kind) for name in IDS}
+        files = _files_with_ids(Path(path))
+        refuse_twice(files, (*IDS, "split", "timestamp", *(["label"] if label else []), *features))
+        split = _shared_column(files, "split")
+        timestamp = None if split else _shared_column(files, "timestamp")
+        _check_types(files, [name for name in (split, timestamp, "label" if label else None) if name])
+        kinds: dict[str, IdKind] = {name: _shared_kind(files, name, id_kind) for name in IDS}
         dense = []
-        for name in _checked_names(features):
-            kind = _shared_kind(used, name, feature_kind)
+        _check_names(features)
+        for name in features:
+            kind = _shared_kind(files, name, feature_kind)
             if kind is None:
                 _logger.warning("features: %s has no values in any file; it is left out", name)
             elif kind == "dense":
                 dense.append(name)
             else:
                 kinds[name] = kind
-        groups = list(row_groups(used))
-        held_out_rows = None if split else hold_out_last(groups, kinds["user_id"], timestamp)
-        return cls(groups, held_out_rows, kinds, dense, has_label=label, validation_trains=validation_trains)
+        groups = tuple(row_groups(files))
+        return cls(
+            row_groups=groups,
+            id_kinds=kinds,
+            dense_features=tuple(dense),
+            held_out=None if split else _hold_out_last(groups, kinds["user_id"], timestamp),
+            has_label=label,
+            validation_trains=validation_trains,
+        )
 
-    def scan(self, columns: Sequence[str], groups: Iterable[RowGroup] | None = None) -> Iterator[Piece]:
+    def scan(
+        self, columns: Sequence[str], groups: Iterable[RowGroup] | None = None, *, splits: Sequence[int] | None = None
+    ) -> Iterator[Piece]:
         """The columns asked for and the splits, in pieces of at most 262,144 rows.
 
         Args:
             columns: ids, features and "label".
             groups: which row groups to read, and in which order; all of them unless given.
+            splits: whose rows are wanted; those of all unless given.
 
         Raises:
             ConfigError: a null id or label, a label other than 0 and 1, a split other than 0, 1 and 2, a number that is
                 infinite in float32, or a damaged file.
         """
-        read = [*columns, "split"] if self._held_out is None else list(columns)
         for group in self.row_groups if groups is None else groups:
             first_row = group.first_row
-            for batch in group.read(read):
-                if self._held_out is None:
-                    splits_N = checked_splits(batch, group.path)
-                else:
-                    splits_N = self._held_out.splits(first_row, len(batch))
-                if self.validation_trains:
-                    splits_N = np.where(splits_N == VALIDATION, np.int8(TRAIN), splits_N)
-                yield self._piece(batch, columns, group.path, splits_N)
+            for batch in group.read([*columns, "split"] if self.held_out is None else columns):
+                splits_N = self._splits(batch, group.file.path, first_row)
+                piece = self._piece(batch, columns, group.file.path, splits_N)
+                yield piece if splits is None else piece.where(np.isin(splits_N, splits))
                 first_row += len(batch)
 
-    def without(self, features: Collection[str]) -> Interactions:
-        """The same interactions, some of their categorical features left out."""
-        kinds = {name: kind for name, kind in self.id_kinds.items() if name not in features}
-        flags = {"has_label": self.has_label, "validation_trains": self.validation_trains}
-        return Interactions(self.row_groups, self._held_out, kinds, self.dense_features, **flags)
+    def read_ids(self, split: int) -> tuple[Values, Values]:
+        """The ids of all users and of all items of a split, in row order; memory grows with them."""
+        parts = [piece.values for piece in self.scan(IDS, splits=[split])]
+        users, items = (Values.join([part[name] for part in parts], self.id_kinds[name]) for name in IDS)
+        return users, items
 
     def count_splits(self) -> SplitCounts:
         """Rows of each split. An epoch has train // (batch_size * world_size) batches on each rank."""
-        if self._held_out is not None:
-            num_validation = 0 if self.validation_trains else len(self._held_out.validation_rows)
-            num_test = len(self._held_out.test_rows)
+        if self.held_out is not None:
+            num_validation = 0 if self.validation_trains else len(self.held_out[VALIDATION])
+            num_test = len(self.held_out[TEST])
             return SplitCounts(self.num_rows - num_validation - num_test, num_validation, num_test)
         counts = np.zeros(3, np.int64)
         for piece in self.scan(()):
             counts += np.bincount(piece.splits_N, minlength=3)
         return SplitCounts(*counts.tolist())
 
+    def _splits(self, batch: Any, path: Path, first_row: int) -> NDArray[np.int8]:
+        if self.held_out is None:
+            splits_N = checked_splits(batch, path)
+        else:
+            splits_N = np.full(len(batch), TRAIN, np.int8)
+            for split, rows in self.held_out.items():
+                begin, end = np.searchsorted(rows, [first_row, first_row + len(batch)])
+                splits_N[rows[begin:end] - first_row] = split
+        return np.where(splits_N == VALIDATION, np.int8(TRAIN), splits_N) if self.validation_trains else splits_N
+
     def _piece(self, batch: Any, columns: Sequence[str], path: Path, splits_N: NDArray[np.int8]) -> Piece:
         piece = Piece(splits_N, {}, {}, {})
         for name in columns:
             column_N = no_nulls(batch, name, path) if name in (*IDS, "label") else batch.column(name)
             if name in self.id_kinds:
-                piece.values[name], piece.lengths[name] = bags(column_N, self.id_kinds[name])
+                piece.values[name], piece.lengths[name] = to_values(column_N, self.id_kinds[name])
                 continue
-            piece.numbers[name] = numbers_N = numbers(column_N)
+            piece.numbers[name] = numbers_N = to_numbers(column_N)
             with np.errstate(over="ignore"):
                 narrow_N = numbers_N.astype(np.float32)
             wrong = narrow_N[np.isinf(narrow_N) if name != "label" else (numbers_N != 0) & (numbers_N != 1)]
@@ -203,48 +221,100 @@ class Interactions:
         return piece
 
 
-def held_out(interactions: Interactions, split: int) -> Pairs:
-    """The interactions of a split, VALIDATION or TEST, in row order; memory grows with them."""
-    parts = [tuple(empty_values(interactions.id_kinds[name]) for name in IDS)]
-    for piece in interactions.scan(IDS):
-        wanted_N = piece.splits_N == split
-        if wanted_N.any():
-            parts.append(tuple(piece.values[name].where(wanted_N) for name in IDS))
-    return Pairs(*(Values.join(each) for each in zip(*parts, strict=True)))
+def checked_splits(batch: Any, path: Path) -> NDArray[np.int8]:
+    """The column `split` (int8 [N]).
+
+    Raises:
+        ConfigError: a null, or a split other than 0, 1 and 2.
+    """
+    splits_N = no_nulls(batch, "split", path).to_numpy(zero_copy_only=False)
+    wrong = splits_N[(splits_N < TRAIN) | (splits_N > TEST)]
+    if len(wrong):
+        raise ConfigError(f"split: got {wrong[0]} in {path}, want 0 (train), 1 (validation) or 2 (test)")
+    return splits_N.astype(np.int8, copy=False)
 
 
-def _checked_names(features: Sequence[str]) -> Sequence[str]:
+def _hold_out_last(
+    groups: Sequence[RowGroup], user_kind: IdKind, timestamp: str | None
+) -> dict[int, NDArray[np.int64]]:
+    """The default split, in one pass: three rows of each user say which is its last and how many it has.
+
+    Raises:
+        ConfigError: a null in user_id or the timestamps, or a damaged file.
+    """
+
+    def read() -> Iterator[_Latest]:
+        for group in groups:
+            first_row = group.first_row
+            for batch in group.read(["user_id", *([timestamp] if timestamp else [])]):
+                users, _ = to_values(no_nulls(batch, "user_id", group.file.path), user_kind)
+                rows_N = np.arange(first_row, first_row + len(batch))
+                times = no_nulls(batch, timestamp, group.file.path) if timestamp else None
+                yield users, rows_N if times is None else times.to_numpy(zero_copy_only=False), rows_N
+                first_row += len(rows_N)
+
+    def last_three(parts: list[_Latest]) -> _Latest:
+        """The last three rows of each user, by user and time."""
+        users = Values.join([users for users, _, _ in parts], user_kind)
+        times_N, rows_N = (np.concatenate(each) for each in list(zip(*parts, strict=True))[1:])
+        order_N = np.lexsort((times_N, users.codes_T))  # stable: equal times stay in row order
+        codes_N = users.codes_T[order_N]
+        keep_N = np.ones(len(codes_N), np.bool_)
+        keep_N[:-3] = codes_N[:-3] != codes_N[3:]
+        return Values(users.distinct_D, codes_N[keep_N]), times_N[order_N][keep_N], rows_N[order_N][keep_N]
+
+    found = merge_stream(read(), last_three, lambda part: len(part[2]))
+    if found is None:
+        return {VALIDATION: np.empty(0, np.int64), TEST: np.empty(0, np.int64)}
+    users, _, rows_N = found
+    as_before = np.zeros(len(rows_N) + 1, np.bool_)
+    as_before[1:-1] = users.codes_T[1:] == users.codes_T[:-1]
+    is_later_N, is_last_N = as_before[:-1], ~as_before[1:]
+    is_second_last_N = np.append(is_last_N[1:], np.False_) & ~is_last_N
+    return {VALIDATION: np.sort(rows_N[is_second_last_N & is_later_N]), TEST: np.sort(rows_N[is_last_N & is_later_N])}
+
+
+def _files_with_ids(path: Path) -> list[DataFile]:
+    """The files that have both ids; those without rows, which may lack columns, only where no other has any."""
+    files = open_files(path)
+    lacking = [[name for name in IDS if name not in file.types] for file in files]
+    used = [file for file, lacks in zip(files, lacking, strict=True) if not lacks]
+    if not used:
+        seen = "; ".join(f"{file.path.name} ({', '.join(file.types)})" for file in files[:5])
+        raise ConfigError(f"data: no Parquet file at {path} has both user_id and item_id; found: {seen or 'none'}")
+    for file, lacks in zip(files, lacking, strict=True):
+        if lacks:
+            _logger.warning("ignored %s: it has no column %s", file.path, " and no column ".join(lacks))
+    return [file for file in used if file.metadata.num_rows] or used
+
+
+def _check_names(features: Sequence[str]) -> None:
     for at, name in enumerate(features):
-        if name in _NO_FEATURES or name in features[:at]:
-            reason = f"it is {'the label' if name == 'label' else 'read anyway'}" if name in _NO_FEATURES else "twice"
-            raise ConfigError(f"features: got {name}, {reason}; want other columns, each once")
-    return features
+        reason = "it is the label" if name == "label" else "it is read anyway" if name in _NO_FEATURES else None
+        if reason or name in features[:at]:
+            raise ConfigError(f"features: got {name}, {reason or 'twice'}; want other columns, each once")
 
 
 def _check_types(files: Sequence[DataFile], columns: Sequence[str]) -> None:
     """Raises ConfigError for a split, timestamp or label that is missing or of a wrong type."""
     for file in files:
         for name in columns:
-            if name not in file.types:
-                raise ConfigError(f"{name}: got no such column in {file.path}; it has: {', '.join(file.types)}")
-            kind = file.types[name]
-            is_number = (pa.types.is_integer(kind) and kind != pa.uint64()) or pa.types.is_floating(kind)
-            is_time = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
-            fits = {
-                "split": is_number and not pa.types.is_floating(kind),
-                "timestamp": is_number or is_time,
-                "label": is_number or pa.types.is_boolean(kind),
-            }
-            if not fits[name]:
-                want = {
-                    "split": "int8, 0 (train), 1 (validation) or 2 (test)",
-                    "timestamp": "a number, a date or a timestamp",
-                    "label": "a number",
-                }[name]
+            kind = file.type_of(name)
+            is_integer = pa.types.is_integer(kind) and kind != pa.uint64()
+            is_number = is_integer or pa.types.is_floating(kind)
+            fits, want = {
+                "split": (is_integer, "int8, 0 (train), 1 (validation) or 2 (test)"),
+                "timestamp": (
+                    is_number or pa.types.is_timestamp(kind) or pa.types.is_date(kind),
+                    "a number, a date or a timestamp",
+                ),
+                "label": (is_number or pa.types.is_boolean(kind), "a number"),
+            }[name]
+            if not fits:
                 raise ConfigError(f"{name}: got {kind}, want {want} ({file.path})")
 
 
-def _shared_kind(files: Sequence[DataFile], column: str, kind_of: Any) -> Any:
+def _shared_kind(files: Sequence[DataFile], column: str, kind_of: Callable[[Any], Any]) -> Any:
     """What the column is, by id_kind or feature_kind, in all files alike; None for a feature without any values."""
     kinds = {}
     for file in files:
@@ -257,18 +327,21 @@ def _shared_kind(files: Sequence[DataFile], column: str, kind_of: Any) -> Any:
             want = "int64 or string" if kind_of is id_kind else "numbers, strings, or lists of strings or integers"
             raise ConfigError(f"{column}: got {file.types[column]}, want {want} ({file.path})")
         kinds[kind] = f"{file.types[column]} in {file.path}"
-    if len(kinds) > 1:
-        raise ConfigError(f"{column}: got {', '.join(kinds.values())}; want the same in every file")
-    return next(iter(kinds), None)
+    return _one(column, kinds)
 
 
 def _shared_column(files: Sequence[DataFile], column: str) -> str | None:
     """The column's name where all files have it, of one type or all integers; None where none has it."""
-    shown = {}
+    kinds = {}
     for file in files:
         kind = file.types.get(column)
         alike = "integer" if kind is not None and pa.types.is_integer(kind) else str(kind)
-        shown[alike] = f"{kind or 'none'} in {file.path}"
-    if len(shown) > 1:
-        raise ConfigError(f"{column}: got {', '.join(shown.values())}; want the same in every file")
-    return column if column in files[0].types else None
+        kinds[alike] = f"{kind or 'none'} in {file.path}"
+    return column if _one(column, kinds) != "None" else None
+
+
+def _one(column: str, kinds: Mapping[Any, str]) -> Any:
+    """The one kind that all files have; None without any."""
+    if len(kinds) > 1:
+        raise ConfigError(f"{column}: got {', '.join(kinds.values())}; want the same in every file")
+    return next(iter(kinds), None)

@@ -1,17 +1,20 @@
-"""A population with planted structure. In: SyntheticConfig. Out: Parquet files of user_id, item_id, split and more.
+"""A generated population with planted structure. In: SyntheticConfig. Out: Parquet files of interactions.
 
 Items belong to clusters. Each user likes two, and takes most of its items from the first, some from the second, the
 rest from anywhere; within a cluster and over all, popularity falls with rank as Zipf's law has it. How many items
 users take follows a power law too. Every user trains, and so does every item where there are interactions enough.
+
+A click's log odds add up what four causes give: whether the item is of a cluster that the user likes, the price of the
+moment, the user's segment and the item's tags. So each feature is worth something, and so are the two ids.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +25,8 @@ from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.files import naming
-from training.data.splits import TEST, TRAIN, VALIDATION
-from training.data.stretches import places
-from training.data.synthetic_clicks import draw_clicks
+from training.data.interactions import TEST, TRAIN, VALIDATION
+from training.data.ragged import ranges
 
 _FORMAT = 1  # of what is generated: another number where the same settings give other rows
 _DESCRIPTION = "_synthetic.json"  # readers of Parquet folders skip names that start so
@@ -35,6 +37,14 @@ _REDRAWS = 3
 _BLOCK_ROWS = 1 << 20
 _GROUP_ROWS = 1 << 17  # small row groups, so that a shuffle window holds users from all over
 _ID_BITS = 48  # JSON numbers and doubles hold ids exactly
+_LIKED, _OTHER = 1.0, -1.0
+_PRICE_EFFECT = -1.0  # of a standard deviation
+_MEAN_PRICE, _PRICE_STD = 20.0, 5.0
+_SEGMENTS = ("bargain", "family", "gadget", "luxury", "student")
+_SEGMENT_EFFECTS = np.linspace(-1, 1, len(_SEGMENTS))
+_TAGS = tuple(f"tag-{number}" for number in range(12))
+_TAG_EFFECTS = np.linspace(-1, 1, len(_TAGS))
+_MOST_TAGS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +89,11 @@ class SyntheticConfig:
         """Clusters of items, of sqrt(num_items) * 2 or so items each."""
         return max(1, min(self.num_users, round(self.num_items**0.5 / 2)))
 
+    @property
+    def num_coverers(self) -> int:
+        """Users who together take every item once: a multiple of the clusters."""
+        return self.num_users // self.num_clusters * self.num_clusters
+
 
 def generate(config: SyntheticConfig, folder: str | os.PathLike[str]) -> Path:
     """Write the population to part-00000.parquet, ... in a folder, or find that it is there already.
@@ -90,11 +105,11 @@ def generate(config: SyntheticConfig, folder: str | os.PathLike[str]) -> Path:
         ConfigError: the folder holds something else.
     """
     folder = Path(folder)
-    told_apart = {name: value for name, value in dataclasses.asdict(config).items() if value is not False}
-    description = json.dumps({"format": _FORMAT, **told_apart})
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if value is not False}
+    description = json.dumps({"format": _FORMAT, **settings})
     if folder.exists():
-        told = folder / _DESCRIPTION
-        if not told.is_file() or told.read_text() != description:
+        found = folder / _DESCRIPTION
+        if not found.is_file() or found.read_text() != description:
             raise ConfigError(f"{folder}: got another population or other files, want {description}; name a new folder")
         return folder
     unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -114,17 +129,23 @@ def generate(config: SyntheticConfig, folder: str | os.PathLike[str]) -> Path:
 def _write(config: SyntheticConfig, folder: Path) -> None:
     options = {"use_dictionary": ["user_id", "split"], "compression": "zstd", "row_group_size": _GROUP_ROWS}
     activity = _Activity.draw(config)
-    for number, block in enumerate(_blocks(activity.rows_per_user)):
-        columns = _columns(config, _draw_block(config, activity, block, number), number)
+    blocks_U = (np.cumsum(activity.num_rows_U) - 1) // _BLOCK_ROWS  # of a million rows or so
+    starts = np.flatnonzero(np.diff(blocks_U, prepend=-1))
+    for number, (start, stop) in enumerate(itertools.pairwise([*starts, config.num_users])):
+        users_N, items_N, splits_N = _draw_block(config, activity, np.arange(start, stop), number)
+        columns = _columns(config, users_N, items_N, splits_N, number)
         with (folder / f"part-{number:05}.parquet").open("wb") as file:  # a path, pyarrow may take for a URI
             pq.write_table(pa.table(columns), file, **options)
 
 
 class _Activity(NamedTuple):
-    """What each user has [U]: training rows (int64), and whether items are held out."""
+    """What each user has [U]: rows of all splits (int64), and whether items are held out.
 
-    num_train: NDArray[np.int64]
-    is_held_out: NDArray[np.bool_]
+    `num_covered` items are taken at least once.
+    """
+
+    num_rows_U: NDArray[np.int64]
+    is_held_out_U: NDArray[np.bool_]
     num_covered: int
 
     @classmethod
@@ -140,66 +161,81 @@ class _Activity(NamedTuple):
         weights_U = np.minimum(rng.random(num_users) ** (-1 / _PARETO_SHAPE), _MAX_ACTIVITY)
         share_U = np.cumsum(weights_U)
         up_to_U = (share_U / share_U[-1] * (num_train - least_U.sum())).astype(np.int64)
-        return cls(least_U + np.diff(up_to_U, prepend=0), is_held_out_U, num_covered)
-
-    @property
-    def rows_per_user(self) -> NDArray[np.int64]:
-        """Rows of all splits [U]."""
-        return self.num_train + 2 * self.is_held_out
+        return cls(least_U + np.diff(up_to_U, prepend=0) + 2 * is_held_out_U, is_held_out_U, num_covered)
 
 
-class _Rows(NamedTuple):
-    """Numbers of users and items from 0 on, and splits."""
-
-    users_N: NDArray[np.int64]
-    items_N: NDArray[np.int64]
-    splits_N: NDArray[np.int8]
-
-
-def _blocks(rows_per_user: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Users 0 to U-1, in stretches of a million rows or so."""
-    numbers_U = (np.cumsum(rows_per_user) - 1) // _BLOCK_ROWS
-    starts = np.flatnonzero(np.diff(numbers_U, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(rows_per_user)], strict=True):
-        yield np.arange(start, stop)
-
-
-def _draw_block(config: SyntheticConfig, activity: _Activity, block_B: NDArray[np.int64], number: int) -> _Rows:
-    """The rows of some users, user by user: the training rows, then validation and test."""
+def _draw_block(
+    config: SyntheticConfig, activity: _Activity, block_B: NDArray[np.int64], number: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int8]]:
+    """Numbers of users and items, and splits, of some users' rows: each one's training rows, validation, then test."""
     rng = np.random.default_rng([config.seed, 1, number])
-    num_rows_B = activity.rows_per_user[block_B]
+    num_rows_B = activity.num_rows_U[block_B]
     users_N = np.repeat(block_B, num_rows_B)
-    place_N = places(0, num_rows_B)
-    covering_N = place_N < _num_covering(config, activity.num_covered, users_N)
-    drawn_N = np.flatnonzero(~covering_N)
-    items_N = users_N % _num_coverers(config) + place_N * _num_coverers(config)
+    place_N = ranges(0, num_rows_B)
+    drawn_N = np.flatnonzero(place_N >= _num_covering(config, activity.num_covered, users_N))
+    items_N = users_N % config.num_coverers + place_N * config.num_coverers
     items_N[drawn_N] = _draw_items(config, users_N[drawn_N], rng)
     for _ in range(_REDRAWS):
         again_N = _repeats(users_N, items_N)
         items_N[again_N] = _draw_items(config, users_N[again_N], rng)
     left_N = np.repeat(num_rows_B, num_rows_B) - place_N
     splits_N = np.where(left_N == 1, TEST, np.where(left_N == 2, VALIDATION, TRAIN)).astype(np.int8)
-    splits_N[~activity.is_held_out[users_N]] = TRAIN
+    splits_N[~activity.is_held_out_U[users_N]] = TRAIN
     # What the user has already can only be missed: it trains, and where it was to be held out, nothing is.
     again_N = _repeats(users_N, items_N)
     splits_N[np.isin(users_N, users_N[again_N[splits_N[again_N] != TRAIN]])] = TRAIN
-    return _Rows(users_N, items_N, splits_N)
+    return users_N, items_N, splits_N
 
 
-def _columns(config: SyntheticConfig, rows: _Rows, number: int) -> dict[str, Any]:
+def _columns(
+    config: SyntheticConfig,
+    users_N: NDArray[np.int64],
+    items_N: NDArray[np.int64],
+    splits_N: NDArray[np.int8],
+    number: int,
+) -> dict[str, Any]:
     """The columns of a file, by their names in it."""
-    users_N, items_N = _scatter(rows.users_N, 2 * config.seed), _scatter(rows.items_N, 2 * config.seed + 1)
-    columns: dict[str, Any] = {"user_id": users_N, "item_id": items_N, "split": rows.splits_N}
+    user_ids_N, item_ids_N = _scatter(users_N, 2 * config.seed), _scatter(items_N, 2 * config.seed + 1)
+    columns: dict[str, Any] = {"user_id": user_ids_N, "item_id": item_ids_N, "split": splits_N}
     if config.string_ids:
-        columns |= {"user_id": _strings(users_N, "user"), "item_id": _strings(items_N, "item")}
+        columns |= {"user_id": _strings(user_ids_N, "user"), "item_id": _strings(item_ids_N, "item")}
     if config.with_clicks:
-        clusters_N = rows.items_N % config.num_clusters
-        liked_N = (clusters_N == rows.users_N % config.num_clusters) | (
-            clusters_N == _second_tastes(config, rows.users_N)
-        )
+        clusters_N = items_N % config.num_clusters
+        liked_N = (clusters_N == users_N % config.num_clusters) | (clusters_N == _second_tastes(config, users_N))
         rng = np.random.default_rng([config.seed, 2, number])
-        columns |= draw_clicks(users_N, items_N, liked_N, rng)._asdict()
+        columns |= _draw_clicks(user_ids_N, item_ids_N, liked_N, rng)
     return columns
+
+
+def _draw_clicks(
+    user_hashes_N: NDArray[np.int64],
+    item_hashes_N: NDArray[np.int64],
+    liked_N: NDArray[np.bool_],
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """A click or none for each row, and what it came from: label, price, segment and tags (Arrow).
+
+    Args:
+        user_hashes_N: random numbers below 2^48, of each row's user.
+        item_hashes_N: of its item.
+        liked_N: whether the item is of a cluster that the user likes.
+        rng: draws prices and clicks.
+    """
+    prices_N = rng.normal(size=len(liked_N))
+    segments_N = user_hashes_N % len(_SEGMENTS)
+    num_tags_N = item_hashes_N % (_MOST_TAGS + 1)
+    tags_NT = (item_hashes_N[:, None] // (7, 211, 5_003)) % len(_TAGS)
+    has_tag_NT = np.arange(_MOST_TAGS) < num_tags_N[:, None]
+    log_odds_N = np.where(liked_N, _LIKED, _OTHER) + _PRICE_EFFECT * prices_N + _SEGMENT_EFFECTS[segments_N]
+    log_odds_N += (_TAG_EFFECTS[tags_NT] * has_tag_NT).sum(1)
+    labels_N = rng.random(len(liked_N)) < 1 / (1 + np.exp(-log_odds_N))
+    offsets = np.append(0, np.cumsum(num_tags_N)).astype(np.int32)
+    return {
+        "label": pa.array(labels_N.astype(np.float32)),
+        "price": pa.array((_MEAN_PRICE + _PRICE_STD * prices_N).astype(np.float32)),
+        "segment": pa.array(_SEGMENTS).take(pa.array(segments_N)),
+        "tags": pa.ListArray.from_arrays(offsets, pa.array(_TAGS).take(pa.array(tags_NT[has_tag_NT]))),
+    }
 
 
 def _strings(ids_N: NDArray[np.int64], prefix: str) -> Any:
@@ -214,14 +250,12 @@ def _second_tastes(config: SyntheticConfig, users_N: NDArray[np.int64]) -> NDArr
     return _mix(users_N.astype(np.uint64) + np.uint64(1)).astype(np.int64) % config.num_clusters
 
 
-def _num_coverers(config: SyntheticConfig) -> int:
-    """Users who take one item after the other so that every item is taken: a multiple of the clusters."""
-    return config.num_users // config.num_clusters * config.num_clusters
-
-
 def _num_covering(config: SyntheticConfig, num_covered: int, users_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many items each user takes for that: user u of U takes items u, u + U, ... which are of its first cluster."""
-    coverers = _num_coverers(config)
+    """How many items users take so that every item is taken.
+
+    Coverer u of U takes items u, u + U, ..., which are of its first cluster.
+    """
+    coverers = config.num_coverers
     return np.where(users_N < coverers, np.maximum((num_covered - users_N + coverers - 1) // coverers, 0), 0)
 
 

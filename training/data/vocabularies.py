@@ -6,8 +6,8 @@ Vocabularies come from the training split alone, by streaming; what is held grow
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from dpq_rec.errors import ConfigError
 from dpq_rec.strings import PackedStrings
 from dpq_rec.vocabulary import Int64Vocabulary, ModuloVocabulary, StringVocabulary, Vocabulary
-from training.data.columns import Values, empty_values
-from training.data.interactions import Interactions
-from training.data.splits import TRAIN
+from training.data.columns import ARROW_TYPES, Values, merge_stream
+from training.data.interactions import TRAIN, Interactions
 
-_MERGE_IDS = 1 << 20
+_Counts: TypeAlias = tuple[Any, NDArray[np.int64]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,25 +66,28 @@ class ColumnVocabulary(NamedTuple):
         return len(self.counts_V)
 
 
-class IdCounts(NamedTuple):
-    """Distinct ids [U] (Arrow, int64 or large_string) and how often each occurs [U] (int64)."""
+def count_ids(interactions: Interactions, column: str) -> _Counts:
+    """The distinct ids of a column in the training split [U] (Arrow) and their counts [U] (int64).
 
-    ids_U: Any
-    counts_U: NDArray[np.int64]
+    They come by falling count, then ascending id.
+    """
 
+    def merge(parts: list[_Counts]) -> _Counts:
+        """Each id once, with the sum of its counts."""
+        merged = Values.of(pa.concat_arrays([ids_U for ids_U, _ in parts]))
+        counts_N = np.concatenate([counts_U for _, counts_U in parts])
+        counts_U = np.bincount(merged.codes_T, counts_N, minlength=len(merged.distinct_D))
+        return merged.distinct_D, counts_U.astype(np.int64)
 
-def count_ids(interactions: Interactions, column: str) -> IdCounts:
-    """The distinct ids of a column in the training split and their counts, by falling count, then ascending id."""
-    parts = [IdCounts(empty_values(interactions.id_kinds[column]).distinct_D, np.empty(0, np.int64))]
-    for values in _training_values(interactions, column):
-        parts.append(IdCounts(values.distinct_D, np.bincount(values.codes_T, minlength=len(values.distinct_D))))
-        # As much must be new as is merged already: so the whole stays at N log N.
-        if sum(len(part.ids_U) for part in parts[1:]) >= max(len(parts[0].ids_U), _MERGE_IDS):
-            parts = [_merge_counts(parts)]
-    ids_U, counts_U = _merge_counts(parts)
+    counts = (
+        (values.distinct_D, np.bincount(values.codes_T, minlength=len(values.distinct_D)))
+        for values in _training_values(interactions, column)
+    )
+    found = merge_stream(counts, merge, lambda part: len(part[1]))
+    ids_U, counts_U = found or (pa.array([], ARROW_TYPES[interactions.id_kinds[column]]), np.empty(0, np.int64))
     table = pa.table({"id": ids_U, "count": counts_U})
     order_U = pc.sort_indices(table, [("count", "descending"), ("id", "ascending")])
-    return IdCounts(ids_U.take(order_U), counts_U[order_U.to_numpy()])
+    return ids_U.take(order_U), counts_U[order_U.to_numpy()]
 
 
 def build_vocabulary(
@@ -118,20 +120,8 @@ def has_values(interactions: Interactions, column: str) -> bool:
     return any(len(values.codes_T) for values in _training_values(interactions, column))
 
 
-def find_rows(vocabulary: Vocabulary, values: Values) -> NDArray[np.int64]:
-    """The row of each value [T], MISSING_ROW where it has none; asks once for each distinct value."""
-    if values.distinct_D.type != pa.int64():
-        return vocabulary.rows(values.distinct_D.to_pylist())[values.codes_T]
-    ids_D = values.distinct_D.to_numpy()
-    order_D = np.argsort(ids_D)  # ascending ids are found several times as fast
-    rows_D = np.empty(len(ids_D), np.int64)
-    rows_D[order_D] = vocabulary.rows(ids_D[order_D])
-    return rows_D[values.codes_T]
-
-
-def _training_values(interactions: Interactions, column: str) -> Any:
-    for piece in interactions.scan((column,)):
-        yield piece.values[column].where(np.repeat(piece.splits_N == TRAIN, piece.lengths[column]))
+def _training_values(interactions: Interactions, column: str) -> Iterator[Values]:
+    return (piece.values[column] for piece in interactions.scan((column,), splits=(TRAIN,)))
 
 
 def _exact(interactions: Interactions, column: str, policy: VocabularyPolicy) -> ColumnVocabulary:
@@ -163,12 +153,5 @@ def _modulo(interactions: Interactions, column: str, policy: VocabularyPolicy) -
     vocabulary = ModuloVocabulary(policy.num_buckets or 0)
     counts_V = np.zeros(vocabulary.num_embeddings, np.int64)
     for values in _training_values(interactions, column):
-        counts_V += np.bincount(find_rows(vocabulary, values), minlength=len(counts_V))
+        counts_V += np.bincount(values.rows(vocabulary), minlength=len(counts_V))
     return ColumnVocabulary(vocabulary, counts_V)
-
-
-def _merge_counts(parts: Sequence[IdCounts]) -> IdCounts:
-    merged = Values.of(pa.concat_arrays([part.ids_U for part in parts]))
-    counts_N = np.concatenate([part.counts_U for part in parts])
-    counts_U = np.bincount(merged.codes_T, counts_N, minlength=len(merged.distinct_D))
-    return IdCounts(merged.distinct_D, counts_U.astype(np.int64))

@@ -11,16 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.vocabulary import Vocabulary
-from training.data.columns import Values, id_array
-from training.data.interactions import Interactions, held_out
-from training.data.splits import TEST, TRAIN, VALIDATION, SplitCounts
-from training.data.stretches import places
-from training.data.vocabularies import find_rows
+from training.data.columns import ARROW_TYPES, Values
+from training.data.histories import user_item_pairs
+from training.data.interactions import TEST, TRAIN, VALIDATION, Interactions, SplitCounts
+from training.data.ragged import Bag, pair, unpair
 
 VectorsOf: TypeAlias = Callable[[NDArray[np.int64]], torch.Tensor]
 """Rows [N] (int64) -> vectors [N, E] (float32), on any one device."""
@@ -35,28 +36,6 @@ _BLOCK_PAIRS = 1 << 16
 _ROUNDING = 2.0**-23
 
 
-class UserItems(NamedTuple):
-    """Item rows of users 0 to U-1: those of user u are item_rows_T[offsets[u] : offsets[u + 1]], all int64."""
-
-    offsets: NDArray[np.int64]
-    item_rows_T: NDArray[np.int64]
-
-    @classmethod
-    def from_pairs(cls, users_T: NDArray[np.int64], item_rows_T: NDArray[np.int64], num_users: int) -> UserItems:
-        """Pairs of a user and an item row in any order, gathered by user, each pair once."""
-        users_T, item_rows_T = distinct_pairs(users_T, item_rows_T)
-        return cls(np.searchsorted(users_T, np.arange(num_users + 1)), item_rows_T)
-
-    def users(self) -> NDArray[np.int64]:
-        """The user of each item row (int64)."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
-
-    def take(self, users_N: NDArray[np.int64]) -> UserItems:
-        """Those of some users, in the order given."""
-        lengths_N = np.diff(self.offsets)[users_N]
-        return UserItems(np.append(0, np.cumsum(lengths_N)), self.item_rows_T[places(self.offsets[users_N], lengths_N)])
-
-
 class EvaluatedUsers(NamedTuple):
     """U users and all that their metrics depend on, besides the vectors.
 
@@ -64,15 +43,15 @@ class EvaluatedUsers(NamedTuple):
         user_ids_U: ascending (int64, or objects of str).
         user_rows_U: (int64); MISSING_ROW for a user that is not in the training split.
         num_test_items_U: distinct test items (int64), those that can only be missed too.
-        test_items: rows of the test items that are candidates.
-        excluded_items: rows that are no candidates.
+        test_items: rows of the test items that are candidates, user after user.
+        excluded_items: rows that are no candidates, user after user.
     """
 
     user_ids_U: NDArray[Any]
     user_rows_U: NDArray[np.int64]
     num_test_items_U: NDArray[np.int64]
-    test_items: UserItems
-    excluded_items: UserItems
+    test_items: Bag
+    excluded_items: Bag
 
     def take(self, users_N: NDArray[np.int64]) -> EvaluatedUsers:
         """Some of the users, in the order given. A rank's part is np.arange(rank, len(user_ids_U), world_size)."""
@@ -132,32 +111,29 @@ def evaluated_users(
         max_users: where more have items in the split, so many drawn at random.
         seed: of that draw.
     """
-    pairs = held_out(interactions, split)
-    users, items = pairs.users.sorted(), pairs.items.sorted()
-    users_T, items_T = distinct_pairs(users.codes_T, items.codes_T)
-    drawn_U = np.arange(len(users.distinct_D))
-    if max_users is not None and len(drawn_U) > max_users:
-        drawn_U = np.sort(np.random.default_rng(seed).choice(drawn_U, max_users, replace=False))
-    places = np.full(len(users.distinct_D), -1)
-    places[drawn_U] = np.arange(len(drawn_U))
-    users_T, items_T = places[users_T], items_T[places[users_T] >= 0]
-    users_T = users_T[users_T >= 0]
-    user_ids = users.distinct_D.take(drawn_U)
+    users, items = interactions.read_ids(split)
+    order_U = pc.array_sort_indices(users.distinct_D).to_numpy()
+    if max_users is not None and len(order_U) > max_users:
+        drawn_U = np.random.default_rng(seed).choice(np.arange(len(order_U)), max_users, replace=False)
+        order_U = order_U[np.sort(drawn_U)]
+    number_of = np.full(len(users.distinct_D), -1)
+    number_of[order_U] = np.arange(len(order_U))
+    is_drawn_T = number_of[users.codes_T] >= 0
+    users_T, items_T = unpair(np.unique(pair(number_of[users.codes_T], items.codes_T)[is_drawn_T]))
+    user_ids = users.distinct_D.take(pa.array(order_U))
+    user_rows_U = Values.of(user_ids).rows(vocabularies["user_id"])
+    item_rows_T = Values(items.distinct_D, items_T).rows(vocabularies["item_id"])
     user_ids_U = user_ids.to_numpy(zero_copy_only=False)
-    user_rows_U = find_rows(vocabularies["user_id"], Values.of(user_ids))
     excluded = training_items(interactions, user_ids_U, vocabularies["item_id"], with_validation=split == TEST)
-    item_rows_T = find_rows(vocabularies["item_id"], Values(items.distinct_D, items_T))
-    has_rows_T = (item_rows_T != MISSING_ROW) & (user_rows_U[users_T] != MISSING_ROW)
-    ranked_T = has_rows_T & ~_pairs_in(users_T, item_rows_T, excluded)
+    has_row_T = (item_rows_T != MISSING_ROW) & (user_rows_U[users_T] != MISSING_ROW)
+    pairs_T = pair(users_T, item_rows_T)
+    ranked_T = has_row_T & ~np.isin(pairs_T, excluded.pairs())
     if len(ranked_T) and ranked_T.mean() <= _FEW_CAN_BE_HIT:
-        _tell_misses(split, item_rows_T == MISSING_ROW, ~has_rows_T, ranked_T)
-    return EvaluatedUsers(
-        user_ids_U,
-        user_rows_U,
-        np.bincount(users_T, minlength=len(user_ids_U)).astype(np.int64),
-        UserItems.from_pairs(users_T[ranked_T], item_rows_T[ranked_T], len(user_ids_U)),
-        excluded,
-    )
+        _tell_misses(split, item_rows_T == MISSING_ROW, ~has_row_T, ranked_T)
+    num_users = len(user_ids_U)
+    num_test_items_U = np.bincount(users_T, minlength=num_users).astype(np.int64)
+    tests = Bag.of_pairs(np.unique(pairs_T[ranked_T]), num_users)
+    return EvaluatedUsers(user_ids_U, user_rows_U, num_test_items_U, tests, excluded)
 
 
 def _tell_misses(
@@ -183,7 +159,7 @@ def training_items(
     item_vocabulary: Vocabulary,
     *,
     with_validation: bool = False,
-) -> UserItems:
+) -> Bag:
     """The distinct item rows that users have in the training split. Memory grows with theirs alone.
 
     Args:
@@ -192,27 +168,15 @@ def training_items(
         item_vocabulary: of item_id; an item it does not know has no row and is left out.
         with_validation: those of the validation split too.
     """
-    users, items = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    last_split = VALIDATION if with_validation else TRAIN
-    known_users = id_array(user_ids_U, interactions.id_kinds["user_id"])
-    for piece in interactions.scan(("user_id", "item_id")):
-        users_N = piece.values["user_id"].positions(known_users)
-        wanted_N = (users_N >= 0) & (piece.splits_N <= last_split)
-        item_rows_N = find_rows(item_vocabulary, piece.values["item_id"].where(wanted_N))
-        users.append(users_N[wanted_N][item_rows_N != MISSING_ROW])
-        items.append(item_rows_N[item_rows_N != MISSING_ROW])
-    return UserItems.from_pairs(np.concatenate(users), np.concatenate(items), len(user_ids_U))
+    known_users = pa.array(user_ids_U, ARROW_TYPES[interactions.id_kinds["user_id"]])
 
+    def number(users: Values) -> NDArray[np.int64]:
+        """Where each user stands among those known; -1 where it does not."""
+        numbers_D = pc.fill_null(pc.index_in(users.distinct_D, known_users), -1).to_numpy().astype(np.int64)
+        return numbers_D[users.codes_T]
 
-def distinct_pairs(
-    first_N: NDArray[np.int64], second_N: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Each pair once, ascending by the first and then by the second."""
-    order_N = np.lexsort((second_N, first_N))
-    first_N, second_N = first_N[order_N], second_N[order_N]
-    new_N = np.ones(len(first_N), np.bool_)
-    new_N[1:] = (first_N[1:] != first_N[:-1]) | (second_N[1:] != second_N[:-1])
-    return first_N[new_N], second_N[new_N]
+    splits = (TRAIN, VALIDATION) if with_validation else (TRAIN,)
+    return Bag.of_pairs(user_item_pairs(interactions, number, item_vocabulary, splits), len(user_ids_U))
 
 
 def evaluate(
@@ -256,32 +220,35 @@ def _ranks(
     users: EvaluatedUsers, user_vectors: VectorsOf, item_vectors: VectorsOf, num_items: int, num_best: int
 ) -> NDArray[np.int64]:
     """How many candidates rank above each user's best test items [U, P], best first; num_best or more is too many."""
-    lengths_U = np.diff(users.test_items.offsets)
-    asked_A = np.flatnonzero(lengths_U)
-    lengths_A = np.minimum(lengths_U[asked_A], num_best)
-    asked = users.take(asked_A)
-    queries_AE = user_vectors(asked.user_rows_U)
-    thresholds_AP = _thresholds(queries_AE, asked.test_items, item_vectors, lengths_A)
+    ranked_A = np.flatnonzero(users.test_items.lengths)
+    ranked = users.take(ranked_A)
+    lengths_A = np.minimum(ranked.test_items.lengths, num_best)
+    queries_AE = user_vectors(ranked.user_rows_U)
+    thresholds_AP = _thresholds(queries_AE, ranked.test_items, item_vectors, lengths_A)
     counts_AP = torch.zeros_like(thresholds_AP, dtype=torch.int64)
     slots_P = np.arange(counts_AP.shape[1])
-    hidden = _Hidden.of(asked)
+    # Not counted are excluded items and the test items, each of which is compared with the other items alone.
+    hidden = (ranked.test_items, ranked.excluded_items)
+    hidden_T = np.sort(np.concatenate([pair(bag.rows_T, bag.owners()) for bag in hidden]))
     for start in range(0, num_items, _CHUNK_ITEMS):
         items_NE = item_vectors(np.arange(start, min(start + _CHUNK_ITEMS, num_items)))
         lost_AP = (counts_AP.cpu().numpy() + slots_P >= num_best) | (slots_P >= lengths_A[:, None])
         live_A = lost_AP.shape[1] - lost_AP.sum(1)  # a prefix: thresholds fall, and so counts rise
-        _count_chunk(queries_AE, items_NE, hidden.within(start, len(items_NE)), thresholds_AP, live_A, counts_AP)
-    ranks_UP = np.full((len(lengths_U), len(slots_P)), num_best)
-    ranks_UP[asked_A] = np.where(slots_P < lengths_A[:, None], counts_AP.cpu().numpy() + slots_P, num_best)
+        chunk = pair(np.array([start, start + len(items_NE)]), 0)
+        begin, end = np.searchsorted(hidden_T, chunk)
+        _count_chunk(queries_AE, items_NE, hidden_T[begin:end] - chunk[0], thresholds_AP, live_A, counts_AP)
+    ranks_UP = np.full((len(users.user_ids_U), len(slots_P)), num_best)
+    ranks_UP[ranked_A] = np.where(slots_P < lengths_A[:, None], counts_AP.cpu().numpy() + slots_P, num_best)
     return ranks_UP
 
 
 def _thresholds(
-    queries_UE: torch.Tensor, tests: UserItems, item_vectors: VectorsOf, lengths_U: NDArray[np.int64]
+    queries_UE: torch.Tensor, tests: Bag, item_vectors: VectorsOf, lengths_U: NDArray[np.int64]
 ) -> torch.Tensor:
     """What counts as scoring at least as much as each user's best test items [U, P] (float32), falling."""
-    rows_R, at_T = np.unique(tests.item_rows_T, return_inverse=True)
+    rows_R, at_T = np.unique(tests.rows_T, return_inverse=True)
     vectors_RE = item_vectors(rows_R)
-    users_T = tests.users()
+    users_T = tests.owners()
     parts = [queries_UE.new_empty(0)]
     relative = _ROUNDING * vectors_RE.shape[1] ** 0.5
     for begin in range(0, len(users_T), _BLOCK_PAIRS):
@@ -299,58 +266,37 @@ def _thresholds(
     return _tensor(thresholds_UP, queries_UE)
 
 
-class _Hidden(NamedTuple):
-    """Pairs [T] of a user and an item row that are not counted, ascending by row: all but the user's other items."""
-
-    users_T: NDArray[np.int64]
-    item_rows_T: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, users: EvaluatedUsers) -> _Hidden:
-        pairs = (users.test_items, users.excluded_items)
-        users_T = np.concatenate([each.users() for each in pairs])
-        item_rows_T = np.concatenate([each.item_rows_T for each in pairs])
-        order_T = np.argsort(item_rows_T, kind="stable")
-        return cls(users_T[order_T], item_rows_T[order_T])
-
-    def within(self, start: int, num_items: int) -> _Hidden:
-        """Those of rows from start on, counted from start."""
-        begin, end = np.searchsorted(self.item_rows_T, [start, start + num_items])
-        return _Hidden(self.users_T[begin:end], self.item_rows_T[begin:end] - start)
-
-
 def _count_chunk(
     queries_UE: torch.Tensor,
     items_NE: torch.Tensor,
-    hidden: _Hidden,
+    hidden_T: NDArray[np.int64],
     thresholds_UP: torch.Tensor,
     live_U: NDArray[np.int64],
     counts_UP: torch.Tensor,
 ) -> None:
-    """Add to counts_UP the items of a chunk that reach the thresholds; the first live_U of each user matter."""
+    """Add to counts_UP the items of a chunk that reach the thresholds; the first live_U of each user matter.
+
+    hidden_T are `pair`s of an item of the chunk and a user that it is not counted for.
+    """
     order_U = np.argsort(-live_U, kind="stable")[: np.count_nonzero(live_U)]
-    places_U = np.full(len(live_U), len(live_U))
-    places_U[order_U] = np.arange(len(order_U))
-    places_T = places_U[hidden.users_T]
+    place_of = np.full(len(live_U), len(live_U))
+    place_of[order_U] = np.arange(len(order_U))
+    items_T, users_T = unpair(hidden_T)
+    places_T = place_of[users_T]
     by_place_T = np.argsort(places_T, kind="stable")
-    places_T, items_T = places_T[by_place_T], hidden.item_rows_T[by_place_T]
+    places_T, items_T = places_T[by_place_T], items_T[by_place_T]
     tile_users = max(1, _TILE_SCORES // len(items_NE))
     for start in range(0, len(order_U), tile_users):
         users_B = _tensor(order_U[start : start + tile_users], queries_UE)
         begin, end = np.searchsorted(places_T, [start, start + len(users_B)])
         scores_BN = queries_UE[users_B] @ items_NE.t()
-        hidden_T = _tensor(places_T[begin:end] - start, queries_UE), _tensor(items_T[begin:end], queries_UE)
-        scores_BN[hidden_T] = -torch.inf
+        hidden = _tensor(places_T[begin:end] - start, queries_UE), _tensor(items_T[begin:end], queries_UE)
+        scores_BN[hidden] = -torch.inf
         live_B = live_U[order_U[start : start + tile_users]]
         for slot in range(live_B[0]):
             users_L = users_B[: np.count_nonzero(live_B > slot)]
             below_LN = scores_BN[: len(users_L)] < thresholds_UP[users_L, slot, None]
             counts_UP[users_L, slot] += len(items_NE) - below_LN.sum(1)
-
-
-def _pairs_in(users_N: NDArray[np.int64], item_rows_N: NDArray[np.int64], items: UserItems) -> NDArray[np.bool_]:
-    """Whether each pair is among the users' items. Both are far below 2^31, so that a pair fits 64 bits."""
-    return np.isin(users_N << 32 | item_rows_N, items.users() << 32 | items.item_rows_T)
 
 
 def _tensor(array: NDArray[Any], like: torch.Tensor) -> torch.Tensor:

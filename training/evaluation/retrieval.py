@@ -78,8 +78,9 @@ class Retrieval:
     def _user_vectors(self, store: EmbeddingStore, rows_N: NDArray[np.int64]) -> torch.Tensor:
         if self.histories is None:
             return _decoded(store.table(USER), rows_N)
-        rows_T, lengths_N = (torch.from_numpy(each) for each in self.histories.whole(rows_N))
-        return ServedEmbeddingBag(store.table(ITEM))(rows_T, lengths_N.cumsum(0) - lengths_N)
+        items = self.histories.whole(rows_N)
+        served = ServedEmbeddingBag(store.table(ITEM))
+        return served(torch.from_numpy(items.rows_T), torch.from_numpy(items.offsets[:-1]))
 
     def _scaled(self, vectors_NE: torch.Tensor) -> torch.Tensor:
         """What the model compares: by cosine, vectors of length one."""

@@ -93,7 +93,7 @@ class DLRMTask(InteractionTask):
         return self._around(self.make_tables({name: [name] for name in self.source.columns}))
 
     def _around(self, tables: nn.Module) -> ClickThrough:
-        means_F, deviations_F = (torch.from_numpy(each) for each in self.statistics[:2])
+        means_F, deviations_F = (torch.from_numpy(each) for each in self.statistics)
         return ClickThrough(self.options, tables, means_F, deviations_F, self.device)
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
@@ -106,7 +106,7 @@ class DLRMTask(InteractionTask):
         features = KeyedJaggedTensor(
             keys=list(batch.bags),
             values=torch.from_numpy(np.concatenate([bag.rows_T for bag in batch.bags.values()])).to(self.device),
-            lengths=torch.from_numpy(np.concatenate([bag.lengths_B for bag in batch.bags.values()])).to(self.device),
+            lengths=torch.from_numpy(np.concatenate([bag.lengths for bag in batch.bags.values()])).to(self.device),
         )
         return model(features, torch.from_numpy(batch.dense_BF).to(self.device))
 
@@ -149,5 +149,5 @@ class ScoredClicks(NamedTuple):
 
 def _user_rows(batch: Batch) -> torch.Tensor:
     rows_B = np.full(batch.num_examples, -1)
-    rows_B[batch.bags[USER].lengths_B > 0] = batch.bags[USER].rows_T
+    rows_B[batch.bags[USER].lengths > 0] = batch.bags[USER].rows_T
     return torch.from_numpy(rows_B)

@@ -16,7 +16,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from dpq_rec.nn import DPQEmbeddingBagCollection
 from training.config import EmbeddingOptions, RunConfig
 from training.data.batches import Batch, train_batches
-from training.data.splits import TEST, VALIDATION
+from training.data.interactions import TEST, VALIDATION
 from training.distributed import shard
 from training.source import ITEM, USER, open_source
 from training.task import Task

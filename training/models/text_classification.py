@@ -19,8 +19,8 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.nn import DPQEmbeddingBag
-from training.data.batches import Bag
-from training.data.documents import Labelled, read_documents
+from training.data.ragged import Bag
+from training.data.text import Labelled, read_documents
 from training.distributed import add_up, check_shared_out, replicate
 from training.evaluation.served import ServedEmbeddingBag
 from training.recipes.text_classification import ClassifierConfig, ClassifierOptions
@@ -117,8 +117,7 @@ class TextClassificationTask(Task):
         return functional.cross_entropy(self._logits(model, batch.bag), classes_B)
 
     def _logits(self, model: nn.Module, bag: Bag) -> torch.Tensor:
-        offsets_B = np.cumsum(bag.lengths_B) - bag.lengths_B
-        return model(torch.from_numpy(bag.rows_T).to(self.device), torch.from_numpy(offsets_B).to(self.device))
+        return model(torch.from_numpy(bag.rows_T).to(self.device), torch.from_numpy(bag.offsets[:-1]).to(self.device))
 
     @torch.no_grad()
     def measure(self, folder: Path, split: str) -> dict[str, float]:

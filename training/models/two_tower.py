@@ -15,8 +15,9 @@ from torch.nn import functional
 from torchrec import KeyedJaggedTensor
 
 from dpq_rec import EmbeddingStore
-from training.data.batches import Bag, Batch
+from training.data.batches import Batch
 from training.data.histories import Histories
+from training.data.ragged import Bag
 from training.evaluation.ranking import RetrievalMetrics
 from training.evaluation.retrieval import Retrieval
 from training.models.interactions import SPLITS, InteractionTask
@@ -102,7 +103,7 @@ def two_tower_features(
     ones_B, device = torch.ones_like(items_B), items_B.device
     features = {ITEM: (items_B, ones_B)}
     if isinstance(users, Bag):
-        features[HISTORY] = (torch.from_numpy(users.rows_T).to(device), torch.from_numpy(users.lengths_B).to(device))
+        features[HISTORY] = (torch.from_numpy(users.rows_T).to(device), torch.from_numpy(users.lengths).to(device))
     else:
         features[USER] = (users, ones_B)
     if len(negatives_N):

@@ -17,7 +17,7 @@ from tests.benchmarks.quality.judge import BY_USER
 from tests.benchmarks.quality.runner import Places, missing, read_lines, run
 from tests.benchmarks.quality.worker import LINE, RUN, work
 from training.checkpoint import find_checkpoints
-from training.data.splits import TEST
+from training.data.interactions import TEST
 from training.data.synthetic import SyntheticConfig, generate
 
 FLAGS = {"embedding-dim": 16, "batch-size": 256, "num-negatives": 64, "patience": 9}

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from dpq_rec import ConfigError
 from training.data import files
-from training.data.batches import Bag, Batch, eval_batches, train_batches
-from training.data.interactions import Interactions
-from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.batches import eval_batches, train_batches
+from training.data.interactions import TEST, TRAIN, VALIDATION, Interactions
 from training.data.vocabularies import build_vocabulary
 
 WORDS = ["x", "y", "", "ü"]
@@ -71,9 +70,9 @@ def number_of(value):
 
 
 def unbag(bag, names_of_rows):
-    ends = np.append(0, np.cumsum(bag.lengths_B))
+    ends = bag.offsets
     assert ends[-1] == len(bag.rows_T)
-    assert bag.rows_T.dtype == bag.lengths_B.dtype == np.int64
+    assert bag.rows_T.dtype == ends.dtype == np.int64
     return [[names_of_rows[row] for row in bag.rows_T[a:b].tolist()] for a, b in itertools.pairwise(ends)]
 
 
@@ -196,17 +195,6 @@ def test_batches_without_features_and_label_have_neither(tmp_path):
     assert set(batch.bags) == {"user_id", "item_id"}
     assert batch.dense_BF.shape == (1, 0)
     assert batch.labels_B is None
-
-
-@given(lists=st.lists(st.lists(st.integers(0, 99), max_size=3), min_size=1, max_size=8), data=st.data())
-def test_bag_take_follows_the_order_given(lists, data):
-    order = data.draw(st.lists(st.sampled_from(range(len(lists)))))
-    bag = Bag(
-        np.array([each for values in lists for each in values], np.int64),
-        np.array([len(each) for each in lists], np.int64),
-    )
-    batch = Batch({"words": bag}, np.zeros((len(lists), 0), np.float32), None).take(np.array(order, np.int64))
-    assert unbag(batch.bags["words"], range(100)) == [lists[i] for i in order]
 
 
 class TestFeatures:

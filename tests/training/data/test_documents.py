@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpq_rec import ConfigError
-from training.data.documents import read_documents, tokens
+from training.data.text import read_documents, tokens
 from training.recipes.text_classification import DocumentOptions
 
 DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[4] / "shared" / "data"))
@@ -23,8 +23,8 @@ def read(path, **options):
 
 def bags(documents, split):
     """The words of each document."""
-    rows_T, lengths_B = documents.splits[split].bag
-    return [[documents.words_V[row] for row in part] for part in np.split(rows_T, np.cumsum(lengths_B)[:-1])]
+    rows_T, offsets = documents.splits[split].bag
+    return [[documents.words_V[row] for row in part] for part in np.split(rows_T, offsets[1:-1])]
 
 
 @pytest.fixture

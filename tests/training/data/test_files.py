@@ -10,9 +10,8 @@ import pytest
 
 from dpq_rec import ConfigError
 from training.data import files
-from training.data.documents import read_documents
-from training.data.interactions import Interactions, held_out
-from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.interactions import TEST, TRAIN, VALIDATION, Interactions
+from training.data.text import read_documents
 from training.data.vocabularies import count_ids
 from training.recipes.text_classification import DocumentOptions
 
@@ -59,8 +58,8 @@ class TestPartitions:
             write(tmp_path / f"split={split}" / "part-0.parquet", item=split)
         interactions = Interactions.open(tmp_path)
         assert interactions.count_splits() == (1, 1, 1)
-        assert held_out(interactions, TEST).items.distinct_D.to_pylist() == [2]
-        assert count_ids(interactions, "item_id").ids_U.to_pylist() == [0]
+        assert interactions.read_ids(TEST)[1].distinct_D.to_pylist() == [2]
+        assert count_ids(interactions, "item_id")[0].to_pylist() == [0]
 
     @pytest.mark.parametrize("users", [[1, 2, 10, -3], ["a", "b c/ä%=x", "", "7"]], ids=["integers", "strings"])
     def test_every_column_comes_back_as_pyarrow_reads_it(self, tmp_path, users, monkeypatch):

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.data.histories import Histories
-from training.data.interactions import Interactions
-from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.interactions import TEST, TRAIN, VALIDATION, Interactions
 from training.data.vocabularies import VocabularyPolicy, build_vocabulary
 
 NUM_USERS = 4
@@ -54,7 +53,7 @@ def test_a_user_row_has_the_items_of_its_training_rows_each_once(path, rows, val
     expected = sets_of(rows, vocabularies, (TRAIN, VALIDATION) if validation_trains else (TRAIN,))
     asked = np.arange(NUM_USERS + 3)[::-1].copy()
     found = Histories(interactions, vocabularies).whole(asked)
-    ends = np.append(0, np.cumsum(found.lengths_B))
+    ends = found.offsets
     for number, user in enumerate(asked.tolist()):
         items = found.rows_T[ends[number] : ends[number + 1]].tolist()
         assert items == sorted(expected.get(user, ()))
@@ -67,7 +66,7 @@ def test_drawn_are_other_items_of_the_user_and_all_where_they_are_few(path, rows
     users, items = np.array([(user, item) for user, chosen in expected.items() for item in chosen]).T
     rng = torch.Generator().manual_seed(seed)
     found = Histories(interactions, vocabularies).draw(users, items, most, rng)
-    ends = np.append(0, np.cumsum(found.lengths_B))
+    ends = found.offsets
     for number, (user, item) in enumerate(zip(users.tolist(), items.tolist(), strict=True)):
         others, drawn = expected[user] - {item}, found.rows_T[ends[number] : ends[number + 1]].tolist()
         assert len(drawn) == min(most, len(others))

@@ -12,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpq_rec import ConfigError
-from training.data import files, splits
-from training.data import vocabularies as vocabularies_module
-from training.data.interactions import Interactions, held_out
-from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data import columns, files
+from training.data.interactions import TEST, TRAIN, VALIDATION, Interactions
 from training.data.vocabularies import build_vocabulary, count_ids
 
 DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[4] / "shared" / "data"))
@@ -30,8 +28,7 @@ def write(path, columns, row_group_size=None):
 def set_piece_rows(patch, piece_rows):
     """Small pieces, merged often."""
     patch.setattr(files, "_PIECE_ROWS", piece_rows)
-    patch.setattr(splits, "_MERGE_ROWS", piece_rows)
-    patch.setattr(vocabularies_module, "_MERGE_IDS", piece_rows)
+    patch.setattr(columns, "_MERGE_ROWS", piece_rows)
 
 
 def list_of(values):
@@ -39,7 +36,7 @@ def list_of(values):
 
 
 def ids_by_row(interactions, column):
-    return count_ids(interactions, column).ids_U.tolist()
+    return count_ids(interactions, column)[0].tolist()
 
 
 def splits_of(interactions):
@@ -102,7 +99,7 @@ class TestDefaultSplit:
         write(tmp_path / "a" / "z.parquet", {"user_id": [1, 1], "item_id": [1, 2]})
         interactions = Interactions.open(tmp_path)
         assert splits_of(interactions) == [TRAIN, TRAIN, VALIDATION, TEST]
-        assert list_of(held_out(interactions, TEST).items) == [4]
+        assert list_of(interactions.read_ids(TEST)[1]) == [4]
 
     def test_of_two_items_one_trains_and_one_tests_and_a_single_one_trains(self, tmp_path):
         write(tmp_path / "a.parquet", {"user_id": [1, 2, 2], "item_id": [1, 1, 2]})
@@ -140,7 +137,7 @@ class TestOpen:
     def test_leaves_out_hidden_and_underscored_names(self, tmp_path):
         for name in ("a.parquet", "_b.parquet", ".c.parquet", "_tmp/d.parquet", "e.csv", "sub/f.parquet"):
             write(tmp_path / name, {"user_id": [1], "item_id": [2]})
-        names = [group.path.name for group in Interactions.open(tmp_path).row_groups]
+        names = [group.file.path.name for group in Interactions.open(tmp_path).row_groups]
         assert names == ["a.parquet", "f.parquet"]
 
     def test_counts_splits_alike_with_and_without_a_split_column(self, tmp_path):
@@ -158,7 +155,7 @@ class TestOpen:
         assert splits_of(interactions) == [TRAIN, TRAIN, TEST, TRAIN, TRAIN, TEST, TRAIN]
         assert interactions.count_splits() == (5, 0, 2)
         assert sorted(ids_by_row(interactions, "item_id")) == [1, 2, 4]
-        assert list_of(held_out(interactions, VALIDATION).items) == []
+        assert list_of(interactions.read_ids(VALIDATION)[1]) == []
 
     def test_takes_narrower_integers(self, tmp_path):
         users = pa.array([1, 2**32 - 1], pa.uint32())
@@ -169,7 +166,7 @@ class TestOpen:
         write(tmp_path / "a.parquet", {"user_id": pa.array([], pa.int64()), "item_id": pa.array([], pa.int64())})
         interactions = Interactions.open(tmp_path)
         assert interactions.count_splits() == (0, 0, 0)
-        assert list_of(held_out(interactions, TEST).users) == []
+        assert list_of(interactions.read_ids(TEST)[0]) == []
         with pytest.raises(ConfigError, match="user_id: got no value in the training rows among 0 interactions"):
             build_vocabulary(interactions, "user_id")
 
@@ -203,7 +200,7 @@ class TestOpen:
     def test_refuses_values_as_it_reads_them(self, tmp_path, columns, message):
         write(tmp_path / "a.parquet", columns)
         with pytest.raises(ConfigError, match=message):
-            held_out(Interactions.open(tmp_path), TEST)
+            Interactions.open(tmp_path).read_ids(TEST)
 
     @pytest.mark.parametrize("extra", [{"split": [0]}, {"timestamp": [datetime(2020, 1, 1)]}])
     def test_refuses_files_that_are_not_alike(self, tmp_path, extra):

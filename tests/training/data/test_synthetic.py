@@ -16,8 +16,7 @@ from torch.nn import functional
 from dpq_rec import ConfigError
 from training.data import synthetic as module
 from training.data.batches import train_batches
-from training.data.interactions import Interactions
-from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.interactions import TEST, TRAIN, VALIDATION, Interactions
 from training.data.synthetic import SyntheticConfig, generate
 from training.data.vocabularies import build_vocabulary, count_ids
 from training.evaluation.ranking import evaluate, evaluated_users
@@ -161,7 +160,7 @@ class TestGenerate:
         interactions = Interactions.open(generate(config, tmp_path / "data"))
         known = {c: build_vocabulary(interactions, c).vocabulary for c in ("user_id", "item_id")}
         users = evaluated_users(interactions, known, TEST)
-        popularity = torch.from_numpy(count_ids(interactions, "item_id").counts_U.astype(np.float32))
+        popularity = torch.from_numpy(count_ids(interactions, "item_id")[1].astype(np.float32))
         popular = evaluate(
             users, lambda rows: torch.ones(len(rows), 1), lambda rows: popularity[rows, None], num_items=500
         )

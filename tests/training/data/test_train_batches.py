@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from dpq_rec import ConfigError, IdentityVocabulary, Int64Vocabulary
 from training.data.batches import train_batches
-from training.data.interactions import Interactions
-from training.data.splits import TRAIN
+from training.data.interactions import TRAIN, Interactions
 from training.data.vocabularies import build_vocabulary
 
 

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 
 from dpq_rec import ConfigError
 from dpq_rec.kernels import MISSING_ROW
-from training.data import files, vocabularies
+from training.data import columns, files
 from training.data.columns import Values
-from training.data.interactions import Interactions
-from training.data.splits import TEST, TRAIN, VALIDATION
-from training.data.vocabularies import VocabularyPolicy, build_vocabulary, count_ids, find_rows
+from training.data.interactions import TEST, TRAIN, VALIDATION, Interactions
+from training.data.vocabularies import VocabularyPolicy, build_vocabulary, count_ids
 
 KINDS = {
     "int64": (pa.int64(), st.integers(-5, 5)),
@@ -61,7 +60,7 @@ class TestExact:
         policy = VocabularyPolicy(min_count=min_count, rare_buckets=rare_buckets if min_count > 1 else 1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "_PIECE_ROWS", piece_rows)
-            patch.setattr(vocabularies, "_MERGE_IDS", piece_rows)
+            patch.setattr(columns, "_MERGE_ROWS", piece_rows)
             ids_U, counts_U = count_ids(interactions, "item_id")
             found = build_vocabulary(interactions, "item_id", policy)
         assert list(zip(ids_U.to_pylist(), counts_U.tolist(), strict=True)) == [
@@ -82,12 +81,12 @@ class TestExact:
             vocabulary = build_vocabulary(interactions, "item_id", VocabularyPolicy(min_count=min_count)).vocabulary
             assert vocabulary.rows([seen, unseen]).tolist() == [0, MISSING_ROW]
 
-    def test_find_rows_is_a_lookup_of_each_value(self, tmp_path, kind):
+    def test_rows_of_values_are_a_lookup_of_each_value(self, tmp_path, kind):
         ids = {"int64": [5, 3, 5, -1], "string": ["b", "a", "b", "ä"]}[kind]
         vocabulary = build_vocabulary(open_ids(tmp_path / "a.parquet", ids, kind), "item_id").vocabulary
         asked = [*ids, {"int64": 77, "string": "zz"}[kind], ids[0]]
         values = Values.of(pa.array(asked, {"int64": pa.int64(), "string": pa.large_string()}[kind]))
-        assert find_rows(vocabulary, values).tolist() == [vocabulary.rows([each])[0] for each in asked]
+        assert values.rows(vocabulary).tolist() == [vocabulary.rows([each])[0] for each in asked]
 
 
 def test_a_feature_has_rows_for_the_values_of_its_lists(tmp_path):

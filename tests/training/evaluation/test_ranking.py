@@ -1,4 +1,3 @@
-import itertools
 import math
 import os
 from collections import defaultdict
@@ -16,12 +15,12 @@ from dpq_rec import EmbeddingStore, Int64Vocabulary
 from dpq_rec.artifact import TableContents, write_artifact
 from training.data import files
 from training.data.histories import Histories
-from training.data.interactions import Interactions
-from training.data.splits import TEST, TRAIN, VALIDATION
+from training.data.interactions import TEST, TRAIN, VALIDATION, Interactions
+from training.data.ragged import Bag
 from training.data.vocabularies import VocabularyPolicy, build_vocabulary, count_ids
 from training.distributed import process_group
 from training.evaluation import ranking as module
-from training.evaluation.ranking import EvaluatedUsers, UserItems, evaluate, evaluated_users, training_items
+from training.evaluation.ranking import EvaluatedUsers, evaluate, evaluated_users, training_items
 from training.evaluation.retrieval import Retrieval
 from training.recipes.two_tower import TwoTowerOptions
 from training.source import Source
@@ -79,8 +78,9 @@ def users_with(tests, excluded, num_misses=0):
     num_users = len(tests)
 
     def user_items(lists):
-        pairs = [(user, item) for user, items in enumerate(lists) for item in items]
-        return UserItems.from_pairs(*np.array(pairs, np.int64).reshape(-1, 2).T, num_users)
+        return Bag.of(
+            np.array([item for items in lists for item in items], np.int64), np.array([*map(len, lists)], int)
+        )
 
     counts = np.array([len(items) + num_misses for items in tests], np.int64)
     return EvaluatedUsers(np.arange(num_users), np.arange(num_users), counts, user_items(tests), user_items(excluded))
@@ -118,8 +118,8 @@ class TestAgainstSorting:
             patch.setattr(module, "_TILE_SCORES", tile_scores)
             found = evaluate(
                 evaluated_users(interactions, known, split),
-                from_table(torch.from_numpy(user_vectors[count_ids(interactions, "user_id").ids_U])),
-                from_table(torch.from_numpy(item_vectors[count_ids(interactions, "item_id").ids_U.to_numpy() - 10])),
+                from_table(torch.from_numpy(user_vectors[count_ids(interactions, "user_id")[0]])),
+                from_table(torch.from_numpy(item_vectors[count_ids(interactions, "item_id")[0].to_numpy() - 10])),
                 num_items=len(known["item_id"].ids_U),
                 cutoffs=cutoffs,
             )
@@ -277,7 +277,7 @@ class TestEvaluatedUsers:
         assert users.user_rows_U.tolist() == [0, -1]
         assert users.num_test_items_U.tolist() == [3, 1]
         assert users.test_items.offsets.tolist() == [0, 1, 1]
-        assert users.test_items.item_rows_T.tolist() == [2]
+        assert users.test_items.rows_T.tolist() == [2]
 
     def test_draws_as_many_users_as_asked(self, tmp_path):
         rows = [(user, item, split) for user in range(30) for item, split in ((1, TRAIN), (2, TRAIN), (3, TEST))]
@@ -303,18 +303,9 @@ class TestEvaluatedUsers:
         interactions = open_rows(tmp_path / "a.parquet", rows)
         items = Int64Vocabulary.from_ids([3, 2, 1])
         found = training_items(interactions, np.array([4, 5]), items)
-        assert [found.offsets.tolist(), found.item_rows_T.tolist()] == [[0, 1, 3], [2, 0, 1]]
+        assert [found.offsets.tolist(), found.rows_T.tolist()] == [[0, 1, 3], [2, 0, 1]]
         found = training_items(interactions, np.array([4, 5]), items, with_validation=True)
-        assert [found.offsets.tolist(), found.item_rows_T.tolist()] == [[0, 2, 4], [1, 2, 0, 1]]
-
-    @given(lists=st.lists(st.lists(st.integers(0, 9), unique=True), max_size=6), data=st.data())
-    def test_user_items_take_follows_the_order_given(self, lists, data):
-        pairs = np.array([(u, i) for u, items in enumerate(lists) for i in items], np.int64).reshape(-1, 2)
-        picked = data.draw(st.lists(st.sampled_from(range(len(lists))))) if lists else []
-        found = UserItems.from_pairs(*pairs.T, len(lists)).take(np.array(picked, np.int64))
-        ends = found.offsets.tolist()
-        per_user = [found.item_rows_T[a:b].tolist() for a, b in itertools.pairwise(ends)]
-        assert per_user == [sorted(lists[user]) for user in picked]
+        assert [found.offsets.tolist(), found.rows_T.tolist()] == [[0, 2, 4], [1, 2, 0, 1]]
 
 
 POLICIES = {
