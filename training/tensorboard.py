@@ -7,14 +7,13 @@ comes again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpq_rec import CodeLayout
 from dpq_rec.errors import MissingDependencyError
 from dpq_rec.files import naming
-from training.evaluation.code_stats import CodeStats
 
 TENSORBOARD = "tensorboard"
 
@@ -63,17 +62,13 @@ class TensorBoard:
         for name, value in values.items():
             self._call("add_scalar", f"{group}/{name}", value, step)
 
-    def codes(self, table: str, layout: CodeLayout, stats: CodeStats, step: int) -> None:
-        """Show a table's codes, one line for each level and subspace."""
-        columns = {
-            "used_codes": stats.used_codes_M,
-            "perplexity": stats.perplexity_M,
-            "changed_codes": stats.changed_M,
-        }
-        for name, values_M in columns.items():
-            for m, value in enumerate([] if values_M is None else values_M.tolist()):
+    def codes(self, table: str, layout: CodeLayout, stats: Mapping[str, Sequence[float] | None], step: int) -> None:
+        """Show the `code_stats` of a table, one line for each level and subspace."""
+        for name, values_M in stats.items():
+            shown = "changed_codes" if name == "changed" else name
+            for m, value in enumerate(values_M or ()):
                 level, subspace = divmod(m, layout.num_subspaces)
-                self._call("add_scalar", f"{name}/{table}/level{level}_subspace{subspace:03d}", value, step)
+                self._call("add_scalar", f"{shown}/{table}/level{level}_subspace{subspace:03d}", value, step)
 
     def flush(self) -> None:
         """Write what is still held."""

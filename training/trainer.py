@@ -245,9 +245,8 @@ class Run:
         counted = {}
         for name, table in EmbeddingStore.open(self._candidate(epoch) / "artifact").tables.items():
             if table.manifest.has_codes:
-                stats = code_stats(table, earlier.get(name))
-                board.codes(name, table.manifest.layout, stats, epoch * self.num_steps)
-                counted[name] = stats.as_dict()
+                counted[name] = code_stats(table, earlier.get(name))
+                board.codes(name, table.manifest.layout, counted[name], epoch * self.num_steps)
         return counted
 
     def _keep_best(self, progress: Progress) -> dict[str, Any]:
