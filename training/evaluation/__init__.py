@@ -1,1 +1,1 @@
-"""Metrics of what a run leaves: `ranking` behind `retrieval`, `clicks` with `served` tables, and `code_stats`."""
+"""Metrics of the artifact of a run: `ranking` behind `retrieval`, `clicks`, `code_stats`; `served` reads its tables."""

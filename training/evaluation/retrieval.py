@@ -19,7 +19,7 @@ from dpq_rec.table import Table
 from training.data.histories import Histories
 from training.distributed import add_up
 from training.evaluation.ranking import EvaluatedUsers, RetrievalMetrics, evaluate, evaluated_users
-from training.evaluation.served import ServedEmbeddingBag
+from training.evaluation.served import ServedTable
 from training.source import ITEM, USER, Source, distinct_values
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ class Retrieval:
         if self.histories is None:
             return _decoded(store.table(USER), rows_N)
         items = self.histories.whole(rows_N)
-        served = ServedEmbeddingBag(store.table(ITEM))
-        return served(torch.from_numpy(items.rows_T), torch.from_numpy(items.offsets[:-1]))
+        return ServedTable(store.table(ITEM))(torch.from_numpy(items.rows_T), torch.from_numpy(items.offsets[:-1]))
 
     def _scaled(self, vectors_NE: torch.Tensor) -> torch.Tensor:
         """What the model compares: by cosine, vectors of length one."""

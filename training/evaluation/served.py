@@ -1,4 +1,4 @@
-"""An artifact's tables in the place of trained ones. In: rows, as those take them. Out: vectors, as served."""
+"""Tables of an artifact in the place of trained ones. In: rows, as those take them. Out: vectors, as served."""
 
 from __future__ import annotations
 
@@ -12,6 +12,27 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from dpq_rec import EmbeddingStore
 from dpq_rec.table import Table
+
+
+class ServedTable(nn.Module):
+    """A table in the place of nn.Embedding and of nn.EmbeddingBag, which averages.
+
+    Args:
+        table: of an artifact.
+    """
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, rows: torch.Tensor, offsets_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Vectors [..., E] of rows [...] (int64); given where each of B bags begins, their means [B, E].
+
+        The mean of an empty bag is zeros.
+        """
+        rows_N, at = torch.unique(rows, return_inverse=True)
+        vectors_NE = torch.from_numpy(self.table.decode(rows_N.cpu().numpy())).to(rows.device)
+        return vectors_NE[at] if offsets_B is None else functional.embedding_bag(at, vectors_NE, offsets_B, mode="mean")
 
 
 class ServedTables(nn.Module):
@@ -41,49 +62,8 @@ class ServedTables(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pooled vectors [B, number of tables * E] of rows."""
-        bags, pooled = features.to_dict(), []
-        for name in self.tables:
-            vectors_NE, at_T = _distinct_vectors(self.store.table(name), bags[name].values())
-            offsets = bags[name].offsets()
-            pooled.append(functional.embedding_bag(at_T, vectors_NE, offsets, mode="mean", include_last_offset=True))
+        bags = features.to_dict()
+        pooled = [
+            ServedTable(self.store.table(name))(bags[name].values(), bags[name].offsets()[:-1]) for name in self.tables
+        ]
         return KeyedTensor(self.tables, [each.shape[1] for each in pooled], torch.cat(pooled, dim=1))
-
-
-class ServedEmbedding(nn.Module):
-    """Vectors [..., E] of rows [...], as nn.Embedding gives them.
-
-    Args:
-        table: of an artifact.
-    """
-
-    def __init__(self, table: Table) -> None:
-        super().__init__()
-        self.table = table
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Vectors of rows (int64)."""
-        vectors_NE, at_T = _distinct_vectors(self.table, rows.reshape(-1))
-        return vectors_NE[at_T].view(*rows.shape, -1)
-
-
-class ServedEmbeddingBag(nn.Module):
-    """Means [B, E] of bags of rows, as nn.EmbeddingBag gives them; an empty bag is zeros.
-
-    Args:
-        table: of an artifact.
-    """
-
-    def __init__(self, table: Table) -> None:
-        super().__init__()
-        self.table = table
-
-    def forward(self, rows_T: torch.Tensor, offsets_B: torch.Tensor) -> torch.Tensor:
-        """Means of rows (int64), of which each bag begins at its offset."""
-        vectors_NE, at_T = _distinct_vectors(self.table, rows_T)
-        return functional.embedding_bag(at_T, vectors_NE, offsets_B, mode="mean")
-
-
-def _distinct_vectors(table: Table, rows_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The vectors [N, E] of the distinct rows, and the position of each row among them [T]."""
-    rows_N, at_T = torch.unique(rows_T, return_inverse=True)
-    return torch.from_numpy(table.decode(rows_N.cpu().numpy())).to(rows_T.device), at_T

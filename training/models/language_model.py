@@ -24,7 +24,7 @@ from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.nn import DPQEmbedding, Quantizer
 from training.data.text import read_text
 from training.distributed import add_up, check_shared_out, replicate
-from training.evaluation.served import ServedEmbedding
+from training.evaluation.served import ServedTable
 from training.recipes.language_model import LanguageModelConfig, LanguageModelOptions
 from training.task import Task
 
@@ -190,7 +190,7 @@ class LanguageModelTask(Task):
     def measure(self, folder: Path, split: str) -> dict[str, float]:
         """See `Task.measure`: perplexity."""
         store = EmbeddingStore.open(folder / "artifact")
-        served = self._around(ServedEmbedding(store.table(WORD)))
+        served = self._around(ServedTable(store.table(WORD)))
         served.load_state_dict(load_file(folder / "model.safetensors"))
         rows_T = torch.from_numpy(self.text.rows[split]).to(self.device)
         return {"perplexity": perplexity(served.to(self.device).eval(), rows_T)}

@@ -22,7 +22,7 @@ from dpq_rec.nn import DPQEmbeddingBag
 from training.data.ragged import Bag
 from training.data.text import Labelled, read_documents
 from training.distributed import add_up, check_shared_out, replicate
-from training.evaluation.served import ServedEmbeddingBag
+from training.evaluation.served import ServedTable
 from training.recipes.text_classification import ClassifierConfig, ClassifierOptions
 from training.task import Task
 
@@ -123,7 +123,7 @@ class TextClassificationTask(Task):
     def measure(self, folder: Path, split: str) -> dict[str, float]:
         """See `Task.measure`: accuracy."""
         store = EmbeddingStore.open(folder / "artifact")
-        served = self._around(ServedEmbeddingBag(store.table(WORD))).to(self.device).eval()
+        served = self._around(ServedTable(store.table(WORD))).to(self.device).eval()
         served.load_state_dict(load_file(folder / "model.safetensors"))
         documents, num_right = self.documents.splits[split], 0
         mine_N = np.arange(dist.get_rank(), len(documents.classes_B), dist.get_world_size())
