@@ -267,8 +267,8 @@ def _hold_out_last(
     if found is None:
         return {VALIDATION: np.empty(0, np.int64), TEST: np.empty(0, np.int64)}
     users, _, rows_N = found
-    is_new = np.append(users.codes_T[1:] != users.codes_T[:-1], np.True_)  # user, between a row and the next
-    is_first_N, is_last_N = np.roll(is_new, 1), is_new
+    is_last_N = np.append(users.codes_T[1:] != users.codes_T[:-1], np.True_)[: len(rows_N)]
+    is_first_N = np.roll(is_last_N, 1)
     is_second_last_N = np.append(is_last_N[1:], np.False_) & ~is_last_N
     return {VALIDATION: np.sort(rows_N[is_second_last_N & ~is_first_N]), TEST: np.sort(rows_N[is_last_N & ~is_first_N])}
 

@@ -1,9 +1,12 @@
 """Lists of different lengths, held to lists of lists."""
 
+import doctest
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from training.data import ragged
 from training.data.ragged import Bag, pair, ranges, unpair
 
 LISTS = st.lists(st.lists(st.integers(0, 99), max_size=3), max_size=8)
@@ -60,3 +63,8 @@ def test_ranges_come_one_after_the_other(found: list[tuple[int, int]]) -> None:
 
 def test_one_number_begins_all_ranges() -> None:
     assert ranges(7, np.array([2, 0, 3])).tolist() == [7, 8, 7, 8, 9]
+
+
+def test_the_worked_example_runs() -> None:
+    found = doctest.testmod(ragged)
+    assert (found.attempted > 2, found.failed) == (True, 0)
