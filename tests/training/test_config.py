@@ -80,7 +80,7 @@ def test_options_that_a_recipe_begins_with_give_way_to_what_leaves_them_no_use(f
 
 
 def test_a_rate_after_the_full_epochs_is_taken_where_keys_are_as_wide_as_vectors():
-    """A key_dim that is given rules a full phase out, unless it is the width that keys have anyway."""
+    """A key_dim that is given rules a warm-up out, unless it is the width that keys have anyway."""
     config = parsed("two-tower --embedding dpq-sx --key-dim 4 --epochs 6 --quantized-rate 0.3")
     assert (config.full_epochs, config.optimisation.quantized_rate) == (4, 0.3)
 

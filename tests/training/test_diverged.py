@@ -21,8 +21,8 @@ DPQ = ["--num-subspaces", "4", "--num-codes", "8"]
 RUNS = {
     "quantized": [*TOWERS, *DPQ, "--optimizer", "sgd", "--full-epochs", "0"],
     "quantized, sx": [*TOWERS, *DPQ, "--embedding", "dpq-sx", "--optimizer", "sgd", "--full-epochs", "0"],
-    "full phase": [*TOWERS, *DPQ, "--optimizer", "sgd", "--full-epochs", "2"],
-    "full phase, dot": [*TOWERS, *DPQ, "--optimizer", "rowwise-adagrad", "--full-epochs", "2", "--similarity", "dot"],
+    "warm-up": [*TOWERS, *DPQ, "--optimizer", "sgd", "--full-epochs", "2"],
+    "warm-up, dot": [*TOWERS, *DPQ, "--optimizer", "rowwise-adagrad", "--full-epochs", "2", "--similarity", "dot"],
     "plain, cosine": [*TOWERS, "--optimizer", "sgd", "--embedding", "full"],
     "plain, dot": [*TOWERS, "--optimizer", "adagrad", "--embedding", "full", "--similarity", "dot"],
     "dlrm": ["dlrm", *SMALL, *DPQ, "--optimizer", "sgd"],

@@ -285,7 +285,7 @@ def wait_for(path, process):
 
 
 def test_a_run_whose_rank_is_killed_goes_on_and_ends_as_an_undisturbed_one(two_tower, tmp_path):
-    """With all that a quantizer holds: running means, and the steps since a code was used; from a full phase on."""
+    """With all that a quantizer holds: running means, and the steps since a code was used; from the warm-up on."""
     process = start("two-tower", *RUNNING, *QUICK, "--out", tmp_path / "run", restarts=1)
     wait_for(tmp_path / "run" / "checkpoints" / "epoch-0001", process)
     os.kill(ranks_of(process)[1], signal.SIGKILL)

@@ -79,7 +79,7 @@ def two_tower(data: str, out: str) -> TwoTowerConfig:
         model=TwoTowerOptions(),
         embedding=EmbeddingOptions(dpq=dpq, full_epochs=None),
         # Without patience: a run that ended early would never have learned at a low rate.
-        # At half the rates tables are quantized with less noise: Gowalla's validation, in README.md.
+        # At half the rates tables are quantized with less noise: Gowalla's validation, in tests/benchmarks/results.
         optimisation=TableOptimisation(
             patience=None, learning_rate=0.2, rate_decay="late", value_rate=0.03, quantized_rate=0.5
         ),

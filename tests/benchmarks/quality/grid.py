@@ -29,7 +29,7 @@ class Study:
         epochs: of a final run, at most.
         metric: that choices go by, on the validation split; the larger the better. Epochs are the trainer's choice.
         flags: of the trainer.
-        full_share: of the epochs, those that a DPQ with a full phase trains before it is quantized; one at least.
+        full_share: of the epochs, those that a DPQ with a warm-up trains before it is quantized; one at least.
         full_phase: more flags of a DPQ that has one.
         tuned_on: the data set on which methods that are trained have their trials, where it is another one.
         ratios: at which methods that are trained are run.
@@ -165,7 +165,7 @@ _DPQ_TIERS: Mapping[str, Mapping[float, Settings]] = {
     "movielens_1m": {20.0: codes(32, 8), 40.0: codes(16, 8)},  # few rows leave room for few values
     "movielens_100k": _DPQ_LEVELS["movielens_100k"],
 }
-# A full phase first; then values that the task's gradient moves, and nothing else, in steps shorter than theirs are.
+# A warm-up first; then values that the task's gradient moves, and nothing else, in steps shorter than theirs are.
 _WARM_VQ = {"value-gradient": True, "penalty-weight": 0.0, "batch-norm": False}
 _WARM_SX = {"metric": "euclidean", "hard-values": True, "batch-norm": False}
 _RATES = tuple(Trial(times={"learning-rate": factor}) for factor in (1, 0.5, 2, 4))
