@@ -206,7 +206,7 @@ class Engine:
         self._check_limits(requests)
         return [self._table_for(request).rows(request.ids, missing=request.missing) for request in requests]
 
-    def lookup_octets(self, table: str, asked: bytes, form: Form, missing: MissingPolicy = "zeros") -> LookupBytes:
+    def lookup_bytes(self, table: str, asked: bytes, form: Form, missing: MissingPolicy = "zeros") -> LookupBytes:
         """What `lookup`, or `lookup_codes`, finds for a request without bags, as it travels; it raises what they do."""
         num_ids = len(asked) // ID_BYTES
         self.check_num_ids(num_ids)

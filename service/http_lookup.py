@@ -1,250 +1,231 @@
 """Lookups of one table over HTTP. In: a path, a query, two headers and a body. Out: a Reply.
 
-What does not depend on the body is settled once and kept as a Plan: the same few are asked for again and again.
+What does not depend on the body is settled once, in a LookupHandler: clients ask for the same again and again.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import Annotated
 from urllib.parse import parse_qsl
 
-import numpy as np
-from numpy.typing import NDArray
+from fastapi import Query
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.json_schema import SkipJsonSchema
+from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from dpq_rec.table import MissingPolicy, Table, VectorType
-from dpq_rec.wire import CODES, ID_BYTES
-from service.engine import Engine
-from service.errors import InvalidRequestError, NotAcceptableError, UnsupportedMediaTypeError
-from service.http_arrow import load_pyarrow, lookup_to_arrow
-from service.http_format import (
-    ARROW,
-    JSON,
-    OCTETS,
-    Headers,
-    Ids,
-    Reply,
-    bags_from_json,
-    bags_from_octets,
-    body_type,
-    check_octets,
-    codes_headers,
-    codes_to_octets,
-    ids_from_json,
-    ids_from_octets,
-    lookup_to_octets,
-    octets_headers,
-    reply_type,
+from dpq_rec.wire import CODES, ID_BYTES, to_bytes
+from service.auth import check_key
+from service.engine import INLINE_VALUES, Engine
+from service.errors import (
+    ERROR_CODES,
+    InvalidRequestError,
+    NotAcceptableError,
+    UnsupportedMediaTypeError,
 )
-from service.http_json import JsonLookups
+from service.http_bodies import (
+    ARROW,
+    BINARY,
+    JSON,
+    Reply,
+    bags_from_binary,
+    bags_from_json,
+    check_ids,
+    codes_head,
+    has_texts,
+    header_lines,
+    ids_from_binary,
+    ids_from_json,
+    load_pyarrow,
+    lookup_to_arrow,
+    lookup_to_json,
+    lookups_to_json,
+    refusal,
+    vectors_head,
+)
+from service.http_parser import Head
 from service.messages import Pooling, TableRequest
 
 ROUTE = "/v1/tables/{table}/lookup"
-FORMS = (JSON, OCTETS, CODES, ARROW)
-_CHOICES = {
-    "dtype": ("float32", get_args(VectorType)),
-    "missing": ("zeros", get_args(MissingPolicy)),
-    "pooling": ("none", get_args(Pooling)),
-}
-_PARAMETERS = {*_CHOICES, "num_bags"}
-_COUNT = re.compile(r"[0-9]{1,9}")
+LOOKUP = f"POST {ROUTE}"
+HOW_TO_SEND_A_KEY = "send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+_PATH = re.compile(r"/v1/tables/([^/]+)/lookup", re.DOTALL)
 _NOT_UNESCAPED = re.compile(rb"%(?:2F|[01][0-9A-F]|7F)", re.IGNORECASE)
+_WEIGHT = re.compile(r"0(\.[0-9]*)?|1(\.0*)?|\.[0-9]+")
 # A number that is written as JSON takes as long as so many that are decoded and copied.
 WRITTEN_VALUE = 8
 _READ_ID = 32  # and as many, to read an id of JSON
-_PATH = re.compile(r"/v1/tables/([^/]+)/lookup", re.DOTALL)
-_MOST_KEPT, _LONGEST_KEPT = 256, 512  # plans, and characters of what one is made from
 
 
-class Asked(NamedTuple):
-    """What a request asks for, apart from its ids; `num_bags` is how many of octets' bags there are."""
+class LookupQuery(BaseModel):
+    """Parameters of a lookup; `num_bags` is how many bags a binary body has."""
 
-    table: str
+    model_config = ConfigDict(frozen=True)
+
     dtype: VectorType = "float32"
     missing: MissingPolicy = "zeros"
     pooling: Pooling = "none"
-    num_bags: int | None = None
+    num_bags: Annotated[
+        Annotated[int, Field(ge=0, le=10**9 - 1)] | SkipJsonSchema[None],  # OpenAPI 3.0 has no null
+        Query(description=f"With pooling, how many lengths follow the ids in {BINARY}"),
+    ] = None
 
 
-class Plan(NamedTuple):
-    """How a body is answered.
+class LookupHandler:
+    """Answers lookups that differ in their bodies alone: of one table, query and pair of media types.
 
-    Attributes:
-        answer: from a body to its reply.
-        values_per_id: what an id takes, in values of binary vectors that take as long.
-        is_json: whether the body is; else it is bytes.
+    Args:
+        engine: what finds the vectors.
+        name: the table's.
+        query: what else is asked for.
+        headers: Content-Type and Accept say what a body and its reply look like.
+
+    Raises:
+        UnknownTableError: no such table.
+        NotReadyError: its file was damaged.
+        UnsupportedMediaTypeError: a body type that is not read.
+        NotAcceptableError: a reply type that is not offered.
+        InvalidRequestError: parameters that contradict each other.
     """
 
-    answer: Callable[[bytes], Reply]
-    values_per_id: int
-    is_json: bool
+    def __init__(self, engine: Engine, name: str, query: LookupQuery, headers: Headers) -> None:
+        self._engine, self._name, self._query = engine, name, query
+        self._table = table = engine.table(name)
+        self._version, self._dim = engine.store.version, table.manifest.embedding_dim
+        self._given = given = body_type(headers)
+        if given == BINARY and table.vocabulary.kind == "string":
+            raise UnsupportedMediaTypeError(f"Content-Type: table {name!r} has string ids; send them as {JSON}")
+        self._wanted = wanted = _lookup_reply_type(headers, table, query.pooling)
+        _check_num_bags(query, given)
+        if wanted == CODES and query.dtype != "float32":
+            raise InvalidRequestError(f"dtype: got {query.dtype} with codes, which have none; cast what they decode to")
+        if wanted == ARROW:
+            load_pyarrow()
+        is_plain = given == BINARY and query.pooling == "none" and wanted in (BINARY, CODES)
+        self._answer = self._binary_to_binary if is_plain else _ANSWERS[wanted].__get__(self)
+        if wanted == CODES:
+            self._row_bytes, self._has_tiers = table.manifest.layout.row_bytes, len(table.tiers) > 1
+        is_written = wanted == JSON and (query.pooling != "none" or not has_texts(table.vectors))
+        self._values_per_id = self._dim * WRITTEN_VALUE if is_written else self._dim
 
     def num_values(self, body: bytes) -> int:
-        """What the reply to a body takes at most, in values of binary vectors."""
-        if self.is_json:
-            return values_of_json(body, self.values_per_id)
-        return len(body) // ID_BYTES * self.values_per_id
+        """What the reply to a body takes at most, in values of binary vectors that take as long."""
+        if self._given == JSON:
+            return values_of_json(body, self._values_per_id)
+        return len(body) // ID_BYTES * self._values_per_id
 
-
-class LookupPlans:
-    """The plans of one engine's tables, which never change."""
-
-    def __init__(self, engine: Engine, json_lookups: JsonLookups) -> None:
-        self._engine = engine
-        self._json_lookups = json_lookups
-        self._plan = functools.lru_cache(_MOST_KEPT)(self._make_plan)
-        self._asked = functools.lru_cache(_MOST_KEPT)(asked_of)
-
-    def asked_of(self, path: str, query: bytes) -> Asked | None:
-        """What `asked_of` makes of a path and a query."""
-        return self._asked(path, query) if len(path) + len(query) <= _LONGEST_KEPT else None
-
-    def plan(self, asked: Asked, content_type: str | None, accept: str) -> Plan:
-        """How to read and answer a body.
-
-        Args:
-            asked: for what.
-            content_type: the header, if there is one.
-            accept: the header; "" is */*.
+    def answer(self, body: bytes) -> Reply:
+        """The reply to a body.
 
         Raises:
-            UnknownTableError: no such table.
-            UnsupportedMediaTypeError: a body type that is not read.
-            NotAcceptableError: a reply type that is not offered.
+            MalformedError, InvalidRequestError: it is not what is read.
+            UnknownIdsError, IdTypeError, TooManyIdsError, DamagedArtifactError: as `Engine.lookup`.
         """
-        num_characters = len(asked.table) + len(content_type or "") + len(accept)
-        return (self._plan if num_characters <= _LONGEST_KEPT else self._make_plan)(asked, content_type, accept)
+        return self._answer(body)
 
-    def _make_plan(self, asked: Asked, content_type: str | None, accept: str) -> Plan:
-        engine, (name, dtype, missing, pooling, _) = self._engine, asked
-        table, version = engine.table(name), engine.store.version
-        given = body_type(content_type)
-        are_strings = table.vocabulary.kind == "string"
-        if given == OCTETS and are_strings:
-            raise UnsupportedMediaTypeError(f"Content-Type: table {name!r} has string ids; send them as {JSON}")
-        wanted = _reply_type(accept, table, pooling)
-        _check_bags(asked, given)
-        if wanted == CODES and dtype != "float32":
-            raise InvalidRequestError(f"dtype: got {dtype} with codes, which have none; cast what they decode to")
-        read = _reader(asked, given)
-        dim = table.manifest.embedding_dim
-        if wanted == JSON and (pooling != "none" or not self._json_lookups.has_texts(name)):
-            dim *= WRITTEN_VALUE
-        row_bytes = table.manifest.layout.row_bytes if wanted == CODES else 0
-        has_tiers = wanted == CODES and len(table.tiers) > 1
+    def fast_answer(self, num_bytes: int) -> Callable[[bytes], Reply | None] | None:
+        """As `answer`, of bodies of so many bytes, on the event loop; a refusal is a reply, too.
 
-        def request_of(body: bytes) -> TableRequest:
-            ids, bag_lengths_B = read(body)
-            return TableRequest(name, ids, dtype, missing, pooling, bag_lengths_B)
+        Returns:
+            None where they ask for too much; or a function that gives None where one does, if that cannot be told yet.
+        """
+        if self._given == JSON:
+            return lambda body: None if self.num_values(body) > INLINE_VALUES else self._reply(body)
+        return None if num_bytes // ID_BYTES * self._values_per_id > INLINE_VALUES else self._reply
 
-        def from_octets_to_octets(body: bytes) -> Reply:  # what is asked for in haste
-            check_octets(body)
-            reply, num_missing = engine.lookup_octets(name, body, "codes" if wanted == CODES else dtype, missing)
-            num_ids = len(body) // ID_BYTES
-            if wanted == CODES:
-                return Reply(reply, codes_headers(version, num_ids, row_bytes, num_missing, has_tiers=has_tiers))
-            return Reply(reply, octets_headers(version, num_ids, table.manifest.embedding_dim, dtype, num_missing))
+    def _reply(self, body: bytes) -> Reply:
+        try:
+            return self._answer(body)
+        except Exception as error:
+            return refusal(error, LOOKUP)
 
-        def to_octets(body: bytes) -> Reply:
-            return lookup_to_octets(version, engine.lookup([request_of(body)]).lookups[0])
+    def _binary_to_binary(self, body: bytes) -> Reply:
+        """The shortest way, from bytes to bytes."""
+        num_ids, num_over = divmod(len(body), ID_BYTES)
+        if num_over:
+            check_ids(body)
+        query = self._query
+        if self._wanted == CODES:
+            reply, num_missing = self._engine.lookup_bytes(self._name, body, "codes", query.missing)
+            return Reply(
+                reply, codes_head(self._version, num_ids, self._row_bytes, num_missing, has_tiers=self._has_tiers)
+            )
+        reply, num_missing = self._engine.lookup_bytes(self._name, body, query.dtype, query.missing)
+        return Reply(reply, vectors_head(self._version, num_ids, self._dim, query.dtype, num_missing))
 
-        def to_json(body: bytes) -> Reply:
-            text = self._json_lookups.of_one(request_of(body))
-            return Reply(text, Headers(JSON, len(text), {}))
+    def _to_vectors(self, body: bytes) -> Reply:
+        vectors_NE, missing = self._engine.lookup([self._request(body)]).lookups[0]
+        head = vectors_head(self._version, len(vectors_NE), self._dim, self._query.dtype, len(missing))
+        return Reply(to_bytes(vectors_NE, missing), head)
 
-        def to_codes(body: bytes) -> Reply:
-            return codes_to_octets(version, engine.lookup_codes(name, read(body)[0], missing))
+    def _to_codes(self, body: bytes) -> Reply:
+        rows = self._engine.lookup_codes(self._name, self._request(body).ids, self._query.missing)
+        num_ids, num_missing = len(rows.packed_NW), len(rows.missing)
+        head = codes_head(self._version, num_ids, self._row_bytes, num_missing, has_tiers=self._has_tiers)
+        return Reply(to_bytes(*rows), head)
 
-        if wanted == ARROW:
-            pa = load_pyarrow()
+    def _to_json(self, body: bytes) -> Reply:
+        request = self._request(body)
+        if request.pooling == "none":
+            (text,) = lookups_to_json(self._engine, [request])
+        else:
+            text = lookup_to_json(self._name, self._version, self._engine.lookup([request]).lookups[0])
+        return Reply(text, header_lines(JSON, len(text)))
 
-        def to_arrow(body: bytes) -> Reply:
-            request = request_of(body)
-            found = engine.lookup([request]).lookups[0]
-            return lookup_to_arrow(pa, (name, version), request.ids, found, are_strings=are_strings)
+    def _to_arrow(self, body: bytes) -> Reply:
+        request = self._request(body)
+        return lookup_to_arrow(self._table, self._version, request.ids, self._engine.lookup([request]).lookups[0])
 
-        if wanted in (OCTETS, CODES) and given == OCTETS and pooling == "none":
-            return Plan(from_octets_to_octets, dim, is_json=False)
-        answer = {JSON: to_json, OCTETS: to_octets, CODES: to_codes, ARROW: to_arrow}[wanted]
-        return Plan(answer, dim, is_json=given == JSON)
-
-
-def values_of_json(body: bytes, values_per_id: int) -> int:
-    """As `Plan.num_values`, of JSON: its ids may be of a digit each, and its commas tell how many there are at most."""
-    return (body.count(b",") + 1) * (values_per_id + _READ_ID) + len(body)
+    def _request(self, body: bytes) -> TableRequest:
+        query = self._query
+        if query.pooling == "none":
+            ids = ids_from_binary(body) if self._given == BINARY else ids_from_json(body)
+            return TableRequest(self._name, ids, query.dtype, query.missing)
+        bags = bags_from_json(body) if query.num_bags is None else bags_from_binary(body, query.num_bags)
+        return TableRequest(self._name, bags[0], query.dtype, query.missing, query.pooling, bags[1])
 
 
-def _reply_type(accept: str, table: Table, pooling: Pooling) -> str:
-    """As `reply_type`, of the forms that there are of a table.
+_ANSWERS: dict[str, Callable[[LookupHandler, bytes], Reply]] = {  # in the order in which they are offered
+    JSON: LookupHandler._to_json,
+    BINARY: LookupHandler._to_vectors,
+    CODES: LookupHandler._to_codes,
+    ARROW: LookupHandler._to_arrow,
+}
 
-    Raises:
-        NotAcceptableError: none is accepted; it says why a form is not offered that is offered elsewhere.
+
+def fast_answer(engine: Engine, head: Head) -> Callable[[bytes], Reply | None] | None:
+    """What answers a lookup on the event loop, from its body; None for what FastAPI is to answer.
+
+    The result gives None, likewise, where the body asks for too much.
     """
-    whys = {}
-    if not table.manifest.has_codes:
-        whys[CODES] = f"table {table.name!r} is of kind {table.manifest.kind!r} and has no codes"
-    if pooling != "none":
-        whys |= dict.fromkeys((CODES, ARROW), "bags have no ids and no codes: pooling gives vectors alone")
-    try:
-        return reply_type(accept, tuple(form for form in FORMS if form not in whys))
-    except NotAcceptableError as error:
-        why = "".join(f"; {why}" for form, why in whys.items() if form in accept.lower())
-        raise NotAcceptableError(f"{error}{why}") from None
-
-
-def _check_bags(asked: Asked, given: str) -> None:
-    needs_number = asked.pooling != "none" and given == OCTETS
-    if needs_number and asked.num_bags is None:
-        raise InvalidRequestError("num_bags: got none; with pooling, say in the query how many lengths follow the ids")
-    if not needs_number and asked.num_bags is not None:
-        raise InvalidRequestError(f"num_bags: got {asked.num_bags}, want it with pooling of {OCTETS} alone")
-
-
-def _reader(asked: Asked, given: str) -> Callable[[bytes], tuple[Ids, NDArray[np.int64] | None]]:
-    """From a body to ids and bag lengths."""
-    if asked.pooling == "none":
-        ids_of = ids_from_octets if given == OCTETS else ids_from_json
-        return lambda body: (ids_of(body), None)
-    num_bags = asked.num_bags
-    return bags_from_json if num_bags is None else lambda body: bags_from_octets(body, num_bags)
-
-
-def asked_of(path: str, query: bytes) -> Asked | None:
-    """What a path and a query ask for; None where that is for the general way to say: another route, a wrong value."""
-    found = _PATH.fullmatch(path)
-    if found is None:
+    scope, settings = head.scope, engine.settings
+    path, num_bytes = _PATH.fullmatch(route_path(scope)), head.num_bytes
+    if path is None or scope["method"] != "POST" or not head.keeps_alive or head.waits:
         return None
-    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    if num_bytes is None or num_bytes > settings.body_limit_bytes:
+        return None
+    pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
     given = dict(pairs)
-    if len(given) < len(pairs) or not given.keys() <= _PARAMETERS:
+    if len(given) < len(pairs) or not given.keys() <= LookupQuery.model_fields.keys():
         return None
-    chosen = [given.get(name, default) for name, (default, _) in _CHOICES.items()]
-    if any(value not in choices for value, (_, choices) in zip(chosen, _CHOICES.values(), strict=True)):
+    try:
+        if settings.api_key is not None:
+            check_key(scope["headers"], settings.api_key.encode(), HOW_TO_SEND_A_KEY)
+        headers = Headers(raw=scope["headers"])
+        handler = LookupHandler(engine, path[1], LookupQuery.model_validate(given), headers)
+        check_encoding(headers)
+    except ValidationError:
         return None
-    num_bags = given.get("num_bags")
-    if num_bags is not None and not _COUNT.fullmatch(num_bags):
-        return None
-    return Asked(found[1], *chosen, None if num_bags is None else int(num_bags))  # type: ignore[arg-type, call-arg]
+    except tuple(ERROR_CODES) as error:
+        refused = refusal(error, LOOKUP)
+        return lambda body: refused
+    return handler.fast_answer(num_bytes)
 
 
-def check_encoding(headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """See that a body is sent as it is.
-
-    Raises:
-        UnsupportedMediaTypeError: it is compressed, or encoded otherwise.
-    """
-    for name, value in headers:
-        if name == b"content-encoding":
-            for encoding in value.decode("latin-1").split(","):
-                if encoding.strip().lower() not in ("", "identity"):
-                    got = encoding.strip()
-                    raise UnsupportedMediaTypeError(f"Content-Encoding: got {got!r}, want identity: the body as it is")
-
-
-def path_of(scope: Scope) -> str:
+def route_path(scope: Scope) -> str:
     """The path by which a route is found, without what is escaped in it.
 
     A slash or a control character that is escaped stays so: it is no part of any route, and must not become one.
@@ -254,12 +235,88 @@ def path_of(scope: Scope) -> str:
     return raw.decode("latin-1") if b"%" in raw and _NOT_UNESCAPED.search(raw) else path
 
 
-def types_of(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, str]:
-    """Content-Type, the first if there are several, and Accept, all together."""
-    content_type, accept = None, ""
-    for name, value in headers:
-        if name == b"accept":
-            accept = f"{accept},{value.decode('latin-1')}" if accept else value.decode("latin-1")
-        elif name == b"content-type" and content_type is None:
-            content_type = value.decode("latin-1")
-    return content_type, accept
+def values_of_json(body: bytes, values_per_id: int) -> int:
+    """As `LookupHandler.num_values`: ids may be of a digit each, and commas tell how many there are at most."""
+    return (body.count(b",") + 1) * (values_per_id + _READ_ID) + len(body)
+
+
+# Headers
+
+
+def check_encoding(headers: Headers) -> None:
+    """See that a body is sent as it is.
+
+    Raises:
+        UnsupportedMediaTypeError: it is compressed, or encoded otherwise.
+    """
+    for value in headers.getlist("content-encoding"):
+        for encoding in map(str.strip, value.split(",")):
+            if encoding.lower() not in ("", "identity"):
+                raise UnsupportedMediaTypeError(f"Content-Encoding: got {encoding!r}, want identity: the body as it is")
+
+
+def body_type(headers: Headers, offered: Sequence[str] = (JSON, BINARY)) -> str:
+    """The media type of a body, without its parameters.
+
+    Raises:
+        UnsupportedMediaTypeError: none, or one that is not offered.
+    """
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type not in offered:
+        got = repr(media_type) if media_type else "none"
+        raise UnsupportedMediaTypeError(f"Content-Type: got {got}, want {' or '.join(offered)}")
+    return media_type
+
+
+def reply_type(headers: Headers, offered: Sequence[str] = (JSON, BINARY)) -> str:
+    """The media type of the reply: the offered one that Accept prefers, the first of equals. No Accept is */*.
+
+    Raises:
+        NotAcceptableError: it accepts none of them.
+    """
+    accept = ",".join(filter(None, headers.getlist("accept")))
+    qualities = _accepted(accept or "*/*")
+
+    def quality(media_type: str) -> float:
+        ranges = (media_type, media_type.partition("/")[0] + "/*", "*/*")
+        return next((qualities[r] for r in ranges if r in qualities), 0.0)
+
+    best = max(offered, key=quality)
+    if quality(best) <= 0:
+        raise NotAcceptableError(f"Accept: got {accept!r}, this is offered: {', '.join(offered)}")
+    return best
+
+
+def _accepted(accept: str) -> dict[str, float]:
+    """Media range -> quality."""
+    qualities = {}
+    for part in accept.split(","):
+        media_range, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weights = [text.partition("=")[2].strip() for text in parameters if text.partition("=")[0].strip() == "q"]
+        if weights and not _WEIGHT.fullmatch(weights[0]):
+            raise NotAcceptableError(f"Accept: got q={weights[0]!r}, want a number from 0 to 1")
+        qualities[media_range] = float(weights[0]) if weights else 1.0
+    return qualities
+
+
+def _lookup_reply_type(headers: Headers, table: Table, pooling: Pooling) -> str:
+    """As `reply_type`, of the forms that there are of a table; it says why one is not offered that is elsewhere."""
+    whys = {}
+    if not table.manifest.has_codes:
+        whys[CODES] = f"table {table.name!r} is of kind {table.manifest.kind!r} and has no codes"
+    if pooling != "none":
+        whys |= dict.fromkeys((CODES, ARROW), "bags have no ids and no codes: pooling gives vectors alone")
+    try:
+        return reply_type(headers, [form for form in _ANSWERS if form not in whys])
+    except NotAcceptableError as error:
+        accept = ",".join(headers.getlist("accept")).lower()
+        why = "".join(f"; {why}" for form, why in whys.items() if form in accept)
+        raise NotAcceptableError(f"{error}{why}") from None
+
+
+def _check_num_bags(query: LookupQuery, given: str) -> None:
+    needs_number = query.pooling != "none" and given == BINARY
+    if needs_number and query.num_bags is None:
+        raise InvalidRequestError("num_bags: got none; with pooling, say in the query how many lengths follow the ids")
+    if not needs_number and query.num_bags is not None:
+        raise InvalidRequestError(f"num_bags: got {query.num_bags}, want it with pooling of {BINARY} alone")

@@ -1,8 +1,8 @@
-"""A connection: uvicorn's protocol with limits, and a way past its ASGI. In: what a socket receives. Out: replies.
+"""A connection: a fast path for small lookups, ASGI for all else. In: what a socket receives. Out: replies.
 
-A request whose head and small body have arrived whole, which is what a lookup looks like, is answered then and there:
-no task, no scope, no messages. All else goes through ASGI, one request at a time: what has arrived behind it waits, and
-beyond a little nothing more is read. Whatever a client may keep waiting, or make the server keep, has a limit:
+A lookup whose head and small body have arrived whole is answered then and there: no task, no scope, no messages. All
+else goes through ASGI, one request at a time: what has arrived behind it waits, and beyond a little nothing more is
+read. Whatever a client may keep waiting, or make the server keep, has a limit:
 
     IDLE      nothing has arrived       the connection is closed after `timeout_keep_alive`
     HEAD      a part of a head          408 after 5 s; 431 beyond 64 KiB
@@ -18,26 +18,35 @@ import asyncio
 import contextlib
 import enum
 import fcntl
+import functools
+import http
 import math
 import struct
 import termios
-from typing import Any, cast
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
-import httptools
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.server import ServerState
 
 from service.admission import State
+from service.engine import Engine
 from service.errors import MalformedError
-from service.http_body import Body, ChunkedBody
-from service.http_errors import error_reply
+from service.http_bodies import Reply, error_reply
 from service.http_exchange import Exchange
-from service.http_head import HEAD_END, LONGEST_KEPT, MAX_HEAD_BYTES, Head, HeadError, Heads, find_fault
+from service.http_lookup import LOOKUP, fast_answer
+from service.http_parser import HEAD_END, Body, ChunkedBody, Head, HeadError, PartialHead, parse_head
 
 LAST_SECONDS = 0.5  # that an idle connection stays open when the server ends: a request may be on its way
+_MAX_HEAD_BYTES = 1 << 16
+_LONGEST_KEPT, _MOST_KEPT = 4096, 1024  # bytes of a head, and heads: a client sends much the same again and again
+_MOST_WAITING = 1 << 16  # bytes that are read ahead
 _LEAST_TAKEN = 1 << 16  # bytes of a reply, for its client to be worth waiting for
 _MOST_THROWN_AWAY = 1 << 20
 _IDLE_SECONDS = 1.0  # after which a connection is closed to make room for another
+_STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in http.HTTPStatus}
 
 
 class Phase(enum.Enum):
@@ -54,48 +63,84 @@ class Phase(enum.Enum):
 _SECONDS = {Phase.HEAD: 5.0, Phase.BODY: 30.0, Phase.ANSWER: math.inf, Phase.WRITE: 10.0, Phase.CLOSING: 2.0}
 
 
-class LookupProtocol(HttpToolsProtocol):
+class Incoming(NamedTuple):
+    """A request whose head has arrived; `answer` gives the reply to its body, where the fast path may."""
+
+    head: Head
+    answer: Callable[[bytes], Reply | None] | None
+
+
+def http_protocol(engine: Engine) -> Callable[..., HttpProtocol]:
+    """What makes the connections of an engine's server; uvicorn calls it as it calls a class of protocols."""
+
+    def read(head: bytes) -> Incoming:
+        parsed = parse_head(head)
+        return Incoming(parsed, fast_answer(engine, parsed))
+
+    return functools.partial(HttpProtocol, engine, read, functools.lru_cache(_MOST_KEPT)(read))
+
+
+class HttpProtocol(asyncio.Protocol):
     """See the module.
 
     Args:
-        heads: of the API that answers.
-        uvicorns: what uvicorn gives a protocol.
+        engine: what answers.
+        read: a head.
+        read_short: likewise, one that may be kept.
+        config, server_state, app_state: uvicorn's.
     """
 
-    cycle: Exchange | None  # type: ignore[assignment]
-
-    def __init__(self, heads: Heads, **uvicorns: Any) -> None:
-        super().__init__(**uvicorns)
-        self._heads, self._engine = heads, heads.api.engine
-        self._seconds = {Phase.IDLE: self.timeout_keep_alive, **_SECONDS}
+    def __init__(
+        self,
+        engine: Engine,
+        read: Callable[[bytes], Incoming],
+        read_short: Callable[[bytes], Incoming],
+        *,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._engine, self._read, self._read_short = engine, read, read_short
+        self._app = cast(ASGIApp, config.loaded_app)
+        self.loop, self.server_state = asyncio.get_running_loop(), server_state
+        self._seconds = {Phase.IDLE: config.timeout_keep_alive, **_SECONDS}
+        self.transport = cast(asyncio.Transport, None)
         self._buffer = bytearray()
         self._num_seen = 0  # bytes of the buffer's head that are known to hold no end of it
-        self._partial: Any = None  # what reads a head before it has arrived whole
-        self._body: Body | None = None  # what has not arrived of the request that is answered
+        self._partial: PartialHead | None = None
+        self._small: Incoming | None = None  # whose body has not arrived, and is to be answered on the fast path
+        self.exchange: Exchange | None = None  # the last one by ASGI
+        self._body: Body | None = None  # what has not arrived of its request
         self._num_received = 0  # bytes of it
         self._num_unsent = 0
         self._has_left = self._is_closing = self._is_ending = False
-        self._held: contextlib.ExitStack | None = None  # the slot of a reply past ASGI that waits for room
+        self.is_read_paused = self.is_write_paused = False
+        self._is_sent = asyncio.Event()  # all that was written
+        self._is_sent.set()
+        self._held = contextlib.ExitStack()  # the slot or admission of what is answered past ASGI, while it waits
         self.phase, self._deadline = Phase.IDLE, math.inf
 
     # The transport's calls
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin; or refuse to, where there are too many."""
-        super().connection_made(transport)
+        self.transport = cast(asyncio.Transport, transport)
+        connections = self.server_state.connections
+        connections.add(cast(Any, self))
         # Writing is paused as long as anything is unsent: a request counts until the socket has taken its reply.
-        transport.set_write_buffer_limits(high=0)
+        self.transport.set_write_buffer_limits(high=0)
         self._enter(Phase.IDLE)
         limit = self._engine.settings.max_connections
-        if len(self.connections) > 2 * limit:
-            transport.abort()
-        elif len(self.connections) > limit and not self._make_room():
+        if len(connections) > 2 * limit:
+            self.transport.abort()
+        elif len(connections) > limit and not self._make_room():
             text = f"{limit} connections are open, as many as --max-connections allows; try again later"
             self._refuse(HeadError(503, text))
 
     def data_received(self, data: bytes) -> None:
         """Answer what has arrived, or keep it until it can be answered."""
-        if self.phase is Phase.IDLE and self._answers(data):
+        if self.phase is Phase.IDLE and self._answers_whole(data):
             return
         if self._is_closing:
             self._num_received += len(data)
@@ -105,102 +150,140 @@ class LookupProtocol(HttpToolsProtocol):
         self._buffer += data
         self._advance()
 
-    def eof_received(self) -> bool:  # type: ignore[override]
+    def eof_received(self) -> bool:
         """Note that the client sends no more; whether the connection stays open for a reply."""
         self._has_left = True
         if self.phase in (Phase.IDLE, Phase.BODY, Phase.CLOSING):
             return False
-        if self.cycle is not None:
-            self.cycle.has_left = True
-            self.cycle.message_event.set()
+        if self.exchange is not None:
+            self.exchange.has_left = True
+            self.exchange.news.set()
         if self.phase is Phase.HEAD:
             self._advance()
         return True
 
     def pause_writing(self) -> None:
         """Note that the socket takes no more for now."""
-        super().pause_writing()
+        self.is_write_paused = True
+        self._is_sent.clear()
         self._num_unsent = self._count_unsent()
         self._enter(Phase.WRITE)
 
     def resume_writing(self) -> None:
         """Note that it has taken all, and go on."""
-        super().resume_writing()
-        self._release()
+        self.is_write_paused = False
+        self._is_sent.set()
+        self._held.close()
         self._go_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Note the end."""
-        self._release()
+        self.server_state.connections.discard(cast(Any, self))
+        if self._small is not None:
+            self._begin(self._small.head)  # which counts that its client has left
+        self._held.close()
         self._buffer.clear()
-        self._is_closing = True
-        super().connection_lost(exc)
+        self._is_closing, self.is_write_paused = True, False
+        self._is_sent.set()
+        if self.exchange is not None:
+            self.exchange.is_cut_off |= not self.exchange.is_complete
+            self.exchange.news.set()
+        if exc is None:
+            self.transport.close()
 
     # What arrives
 
-    def _answers(self, data: bytes) -> bool:
-        """Whether data is one whole request, and was answered past ASGI."""
-        at = data.find(HEAD_END, 0, LONGEST_KEPT)
+    def _answers_whole(self, data: bytes) -> bool:
+        """Answer what is one lookup and no more, as it mostly is; whether it was."""
+        at = data.find(HEAD_END, 0, _LONGEST_KEPT)
         if at < 0:
             return False
         try:
-            head = self._heads.read(data[:at])
+            head, answer = self._read_short(data[:at])
         except HeadError:
             return False
         at += len(HEAD_END)
-        return len(data) - at == head.num_bytes and self._answers_at_once(head, data[at:])
+        return answer is not None and len(data) - at == head.num_bytes and self._answers(answer, data[at:])
 
-    def _answers_at_once(self, head: Head, body: bytes) -> bool:
-        if head.plan is None:
+    def _answers(self, answer: Callable[[bytes], Reply | None], body: bytes) -> bool:
+        """Answer a lookup that has arrived on the fast path; whether there is room and time for it.
+
+        It takes no slot: nothing else happens before it would be left again.
+        """
+        if not self._engine.has_room:
             return False
-        reply = self._heads.api.reply_at_once(head.plan, body)
+        started = time.perf_counter()
+        reply = answer(body)
         if reply is None:
             return False
-        lines = self._heads.status(self.server_state.default_headers) + reply.headers.lines
-        self._deadline = self.loop.time() + self.timeout_keep_alive
-        self.transport.writelines([lines, reply.body])
+        self._engine.metrics.answered("http", LOOKUP, str(reply.status), time.perf_counter() - started)
+        self._deadline = self.loop.time() + self._seconds[Phase.IDLE]
+        self.write(reply.status, reply.head, reply.body)
         self.server_state.total_requests += 1
-        if self.flow.write_paused:
-            self._held = contextlib.ExitStack()
+        if self.is_write_paused:
             self._held.enter_context(self._engine.slot())
         return True
 
     def _advance(self) -> None:
         """Take in what has arrived, as far as it goes: one request at a time."""
-        while self._buffer and not self._is_closing:
+        while self._buffer and not self._is_closing and not self.transport.is_closing():
             if self._body is not None:
-                goes_on = self._take_body(self._body)
-            else:
-                is_free = self.phase in (Phase.IDLE, Phase.HEAD) and not self.transport.is_closing()
-                goes_on = is_free and self._take_head()
-            if not goes_on:
+                self._take_body(self._body)
+                break
+            if self._small is not None:
+                self._take_small(*self._small)
+                break
+            if self.phase not in (Phase.IDLE, Phase.HEAD) or not self._take_head():
                 break
         self.throttle()
 
     def _take_head(self) -> bool:
-        """Begin with the request in the buffer; whether there was one, and more may be taken."""
+        """Begin with the request in the buffer; whether there was one, and more may be taken of it."""
         buffer = self._buffer
         while buffer[:2] == b"\r\n":
             del buffer[:2]
             self._num_seen, self._partial = 0, None
         at = buffer.find(HEAD_END, max(0, self._num_seen - len(HEAD_END) + 1))
         try:
-            if at > MAX_HEAD_BYTES or (at < 0 and len(buffer) > MAX_HEAD_BYTES):
-                raise HeadError(431, f"head: got more than {MAX_HEAD_BYTES} bytes")
+            if at > _MAX_HEAD_BYTES or (at < 0 and len(buffer) > _MAX_HEAD_BYTES):
+                raise HeadError(431, f"head: got more than {_MAX_HEAD_BYTES} bytes")
             if at < 0:
                 return self._wait_for_head()
-            head = self._heads.read(bytes(buffer[:at]))
+            request = (self._read_short if at <= _LONGEST_KEPT else self._read)(bytes(buffer[:at]))
         except HeadError as error:
             self._refuse(error)
             return False
         del buffer[: at + len(HEAD_END)]
         self._num_seen, self._partial = 0, None
-        return self._begin(head)
+        head, answer = request
+        if answer is None or not self._engine.has_room or cast(int, head.num_bytes) > _MOST_WAITING:
+            self._begin(head)
+            return True
+        self._small = request
+        self._held.enter_context(self._engine.admission())
+        self._take_small(head, answer)
+        return False
+
+    def _take_small(self, head: Head, answer: Callable[[bytes], Reply | None] | None) -> None:
+        """Answer a lookup with a small body, once it has arrived."""
+        num_bytes = cast(int, head.num_bytes)
+        if num_bytes > len(self._buffer):
+            if self.phase is not Phase.BODY:
+                self._enter(Phase.BODY)
+            return
+        self._small = None
+        self._held.close()
+        if answer is None or not self._answers(answer, bytes(self._buffer[:num_bytes])):
+            self._begin(head)
+            return
+        del self._buffer[:num_bytes]
+        if not self.is_write_paused:
+            self._go_on()
 
     def _wait_for_head(self) -> bool:
         if self._partial is None:
-            self._partial = httptools.HttpRequestParser(None)
-        find_fault(self._partial, bytes(self._buffer[self._num_seen :]))
+            self._partial = PartialHead()
+        self._partial.feed(bytes(self._buffer[self._num_seen :]))
         self._num_seen = len(self._buffer)
         if self._has_left:
             self.transport.close()
@@ -208,42 +291,36 @@ class LookupProtocol(HttpToolsProtocol):
             self._enter(self._phase_now())
         return False
 
-    def _begin(self, head: Head) -> bool:
-        """Answer a request whose head has been taken; whether more may be taken of it."""
-        if head.num_bytes is not None and head.num_bytes <= len(self._buffer):
-            body = bytes(self._buffer[: head.num_bytes]) if head.plan else b""
-            if self._answers_at_once(head, body):
-                del self._buffer[: head.num_bytes]
-                if not self.flow.write_paused:
-                    self._go_on()
-                return False
-        self.cycle = exchange = Exchange(self, head)
-        if head.num_bytes == 0:
-            exchange.more_body = False
-            exchange.message_event.set()
-        else:
+    def _begin(self, head: Head) -> None:
+        """Answer a request through ASGI."""
+        self._small = None
+        self._held.close()
+        self.exchange = exchange = Exchange(self, head)
+        if not exchange.is_whole:
             self._body = ChunkedBody() if head.num_bytes is None else Body(head.num_bytes)
         if (head.num_bytes or 0) > self._engine.settings.body_limit_bytes:
-            exchange.keep_alive = False  # what is left of the body is not worth reading
+            exchange.keeps_alive = False  # what is left of the body is not worth reading
         self._num_received = 0
         self._enter(self._phase_now())
-        self._start_asgi_task(exchange, self.app)
-        return True
+        if self._buffer and self._body is not None:
+            self.loop.call_soon(self._advance)
+        task = self.loop.create_task(exchange.run(self._app))
+        self.server_state.tasks.add(task)
+        task.add_done_callback(self.server_state.tasks.discard)
 
-    def _take_body(self, body: Body) -> bool:
-        """Hand on what is in the buffer of a body; whether it was all of it."""
-        exchange = self.cycle
-        assert exchange is not None
+    def _take_body(self, body: Body) -> None:
+        """Hand on what is in the buffer of a body."""
+        exchange = cast(Exchange, self.exchange)
         try:
             piece = body.take(self._buffer)
         except MalformedError as error:
             self._fail(exchange, error)
-            return False
+            return
         self._num_received += len(piece)
-        if not exchange.response_complete:
+        if not exchange.is_complete:
             exchange.body += piece
-            exchange.more_body = not body.is_whole
-            exchange.message_event.set()
+            exchange.is_whole = body.is_whole
+            exchange.news.set()
         elif self._num_received > self._engine.settings.body_limit_bytes:
             self._close(gently=True)
         if body.is_whole:
@@ -251,15 +328,14 @@ class LookupProtocol(HttpToolsProtocol):
             self._go_on()
         elif piece and self._buffer:
             self.loop.call_soon(self._advance)
-        return False
 
     def _fail(self, exchange: Exchange, error: MalformedError) -> None:
         """End a request whose body cannot be read any more: with the reply, if there is none yet."""
-        if exchange.response_complete:
+        if exchange.is_complete:
             self._close(gently=True)
         else:
             exchange.error = error
-            exchange.message_event.set()
+            exchange.news.set()
             self._buffer.clear()
             self._is_closing, self._num_received = True, 0
             self._enter(Phase.ANSWER)
@@ -268,27 +344,39 @@ class LookupProtocol(HttpToolsProtocol):
         """Read no further ahead than a little."""
         if self.transport.is_closing():
             return
-        num_waiting = 0 if self.cycle is None or self.cycle.response_complete else len(self.cycle.body)
-        if max(num_waiting, len(self._buffer)) > HIGH_WATER_LIMIT:
-            self.flow.pause_reading()
-        else:
-            self.flow.resume_reading()
+        exchange = self.exchange
+        num_waiting = 0 if exchange is None or exchange.is_complete else len(exchange.body)
+        self._pause_reading(max(num_waiting, len(self._buffer)) > _MOST_WAITING)
+
+    def _pause_reading(self, is_paused: bool) -> None:
+        if is_paused and not self.is_read_paused:
+            self.transport.pause_reading()
+        elif self.is_read_paused and not is_paused:
+            self.transport.resume_reading()
+        self.is_read_paused = is_paused
 
     # Replies
 
+    async def drain(self) -> None:
+        """Wait until the socket has taken all."""
+        await self._is_sent.wait()
+
+    def write(self, status: int, head: bytes, body: bytes | memoryview) -> None:
+        """Begin a reply, its head being the lines of its own headers and the empty one."""
+        self.transport.writelines([_first_lines(status, *self.server_state.default_headers) + head, body])
+
     def stays_open(self) -> bool:
         """Whether the connection is of use after the reply that begins now."""
-        exchange = self.cycle
-        assert exchange is not None
-        if exchange.error is not None or (exchange.waiting_for_100_continue and self._body is not None):
+        exchange = cast(Exchange, self.exchange)
+        if exchange.error is not None or (exchange.waits and self._body is not None):
             return False
         is_last = self._is_ending or self._engine.state in (State.DRAINING, State.STOPPING)
         return not is_last or bool(self._buffer)
 
-    def replied(self, exchange: Exchange) -> None:
+    def replied(self, *, keeps_alive: bool) -> None:
         """Go on behind a reply that has been written."""
         self.server_state.total_requests += 1
-        if exchange.keep_alive:
+        if keeps_alive:
             self._go_on()
         else:
             self._close(gently=self._body is not None or bool(self._buffer))
@@ -296,9 +384,7 @@ class LookupProtocol(HttpToolsProtocol):
     def _refuse(self, error: HeadError) -> None:
         """Answer what is no request, and close."""
         reply = error_reply(error.status, error.error_type, str(error), {"Connection": "close"})
-        headers = [*self.server_state.default_headers, *reply.raw_headers]
-        lines = STATUS_LINE[error.status] + b"".join(b"%b: %b\r\n" % pair for pair in headers) + b"\r\n"
-        self.transport.writelines([lines, bytes(reply.body)])
+        self.write(reply.status, reply.head, reply.body)
         self._engine.metrics.answered("http", "unmatched", str(error.status), 0.0)
         self._close(gently=True)
 
@@ -308,10 +394,10 @@ class LookupProtocol(HttpToolsProtocol):
         self._buffer.clear()
         if gently and not self._has_left and self.transport.can_write_eof():
             self.transport.write_eof()
-            self.flow.resume_reading()
+            self._pause_reading(False)
         else:
             self.transport.close()
-        if not self.flow.write_paused:
+        if not self.is_write_paused:
             self._enter(Phase.CLOSING)
 
     def _go_on(self) -> None:
@@ -329,13 +415,13 @@ class LookupProtocol(HttpToolsProtocol):
     # Time
 
     def _phase_now(self) -> Phase:
-        if self.flow.write_paused:
+        if self.is_write_paused:
             return Phase.WRITE
         if self._is_closing:
             return Phase.CLOSING
-        if self._body is not None:
+        if self._body is not None or self._small is not None:
             return Phase.BODY
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self.exchange is not None and not self.exchange.is_complete:
             return Phase.ANSWER
         return Phase.HEAD if self._buffer else Phase.IDLE
 
@@ -356,8 +442,13 @@ class LookupProtocol(HttpToolsProtocol):
             self.transport.close()
         elif self.phase is Phase.HEAD:
             self._refuse(HeadError(408, f"head: it was not complete after {_SECONDS[Phase.HEAD]:.0f} s"))
-        elif self.phase is Phase.BODY and self.cycle is not None:
-            self._fail(self.cycle, MalformedError(f"body: it was not complete after {_SECONDS[Phase.BODY]:.0f} s"))
+        elif self.phase is Phase.BODY:
+            if self._small is not None:
+                self._begin(self._small.head)
+            self._fail(
+                cast(Exchange, self.exchange),
+                MalformedError(f"body: it was not complete after {_SECONDS[Phase.BODY]:.0f} s"),
+            )
         else:
             self.transport.abort()
 
@@ -369,14 +460,9 @@ class LookupProtocol(HttpToolsProtocol):
             return self.transport.get_write_buffer_size() + int(queued)
         return self.transport.get_write_buffer_size()
 
-    def _release(self) -> None:
-        if self._held is not None:
-            self._held.close()
-            self._held = None
-
     def _make_room(self) -> bool:
         """Close the connection that has waited for a request for longest; whether there was one."""
-        others = cast("set[LookupProtocol]", self.connections) - {self}
+        others = cast("set[HttpProtocol]", self.server_state.connections) - {self}
         waiting = [other for other in others if other.phase in (Phase.IDLE, Phase.HEAD, Phase.CLOSING)]
         oldest = min(waiting, key=lambda other: other._since(), default=None)
         if oldest is None or oldest._since() > self.loop.time() - _IDLE_SECONDS:
@@ -396,3 +482,9 @@ class LookupProtocol(HttpToolsProtocol):
     def _end_if_idle(self) -> None:
         if self.phase is Phase.IDLE:
             self.transport.close()
+
+
+@functools.lru_cache(64)
+def _first_lines(status: int, *headers: tuple[bytes, bytes]) -> bytes:
+    """What every reply begins with: the status, and the headers that uvicorn gives all of them: the date."""
+    return _STATUS_LINES[status] + b"".join(b"%b: %b\r\n" % pair for pair in headers)

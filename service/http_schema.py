@@ -12,7 +12,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel, Field
 
 from dpq_rec.wire import CODES
-from service.http_format import ARROW, JSON, OCTETS
+from service.http_bodies import ARROW, BINARY, JSON
 from service.messages import TableInfo
 
 # Swagger UI as bundled reads OpenAPI 3.0, not the 3.1 that FastAPI writes unless told otherwise.
@@ -101,15 +101,15 @@ _BAG_LENGTHS = {
 _LOOKUP = {"type": "object", "properties": {"ids": _IDS}, "required": ["ids"], "additionalProperties": False}
 _BINARY = {"type": "string", "format": "binary"}
 _HEADERS = {
-    "X-Num-Rows": ("integer", f"With {OCTETS}, {CODES} and {ARROW}"),
-    "X-Dim": ("integer", f"With {OCTETS}"),
-    "X-Dtype": ("string", f"With {OCTETS}"),
+    "X-Num-Rows": ("integer", f"With {BINARY}, {CODES} and {ARROW}"),
+    "X-Dim": ("integer", f"With {BINARY}"),
+    "X-Dtype": ("string", f"With {BINARY}"),
     "X-Row-Bytes": ("integer", f"With {CODES}"),
-    "X-Num-Missing": ("integer", f"With {OCTETS}, {CODES} and {ARROW}"),
-    "X-Version": ("string", f"With {OCTETS}, {CODES} and {ARROW}"),
+    "X-Num-Missing": ("integer", f"With {BINARY}, {CODES} and {ARROW}"),
+    "X-Version": ("string", f"With {BINARY}, {CODES} and {ARROW}"),
 }
 
-_OCTETS_BODY = (
+_BINARY_BODY = (
     "Little-endian int64 ids; not for tables of string ids. With pooling, num_bags little-endian uint32 follow: how "
     "many ids, in order, each bag has"
 )
@@ -125,7 +125,7 @@ LOOKUP_BODY = {
                     "strings": {"value": {"ids": ["B00004TKVY", "B00005NIFT"]}},
                 },
             },
-            OCTETS: {"schema": {**_BINARY, "description": _OCTETS_BODY}},
+            BINARY: {"schema": {**_BINARY, "description": _BINARY_BODY}},
         },
     }
 }
@@ -170,7 +170,7 @@ MULTI_LOOKUP_BODY = {
     }
 }
 _FORMS = {
-    OCTETS: "X-Num-Rows x X-Dim values of X-Dtype, row major, little endian, then X-Num-Missing positions as "
+    BINARY: "X-Num-Rows x X-Dim values of X-Dtype, row major, little endian, then X-Num-Missing positions as "
     "little-endian uint32",
     CODES: "X-Num-Rows x X-Row-Bytes bytes of packed codes, zeros where an id is missing, then X-Num-Missing positions "
     "as little-endian uint32; of a table with tiers, then a byte a row: its tier. Not of dense tables or with pooling. "
@@ -186,7 +186,7 @@ LOOKUP_REPLY: dict[str, Any] = {
 VALUES_REPLY: dict[str, Any] = {
     "description": "A safetensors file",
     "headers": {"X-Version": {"schema": {"type": "string"}, "description": "Of the artifact"}},
-    "content": {OCTETS: {"schema": _BINARY}},
+    "content": {BINARY: {"schema": _BINARY}},
 }
 
 

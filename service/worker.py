@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import signal
@@ -21,9 +20,8 @@ import uvloop
 
 from dpq_rec import EmbeddingStore
 from service.engine import Engine
-from service.http_api import create_app
-from service.http_head import Heads
-from service.http_protocol import LAST_SECONDS, LookupProtocol
+from service.http_app import create_app
+from service.http_protocol import LAST_SECONDS, HttpProtocol, http_protocol
 from service.metrics import Metrics, WorkerCounts
 from service.served_files import ServedFiles, watch_descriptors
 from service.settings import Settings
@@ -152,11 +150,10 @@ async def _note_damage(engine: Engine, grpc_server: GrpcServer, files: ServedFil
 
 def http_config(engine: Engine) -> uvicorn.Config:
     """How uvicorn serves an engine."""
-    app = create_app(engine)
     return uvicorn.Config(
-        app,
+        create_app(engine),
         interface="asgi3",
-        http=functools.partial(LookupProtocol, Heads(app.api)),  # type: ignore[arg-type] # called as a class is
+        http=http_protocol(engine),  # type: ignore[arg-type] # called as a class is
         proxy_headers=False,  # nothing asks who calls or by which scheme
         ws="none",
         lifespan="off",
@@ -177,7 +174,7 @@ class HttpServer(uvicorn.Server):
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             for connection in [*self.server_state.connections]:
-                cast(LookupProtocol, connection).check(loop.time())
+                cast(HttpProtocol, connection).check(loop.time())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn does, but answer who has connected already: whoever closes the socket last would reset them."""

@@ -31,7 +31,7 @@ from dpq_rec import (
 )
 from service.engine import Engine
 from service.grpc_api import GrpcServer
-from service.http_api import create_app
+from service.http_app import create_app
 from service.metrics import Metrics
 from service.settings import Settings
 

@@ -9,7 +9,7 @@ import pytest
 from uvicorn.server import ServerState
 
 from service import worker
-from service.http_api import create_app
+from service.http_app import create_app
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
 from tests.service.http_requests import ITEMS, JSON, OCTETS, octets

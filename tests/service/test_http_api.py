@@ -8,7 +8,7 @@ import openapi_spec_validator
 import pytest
 
 from service import http_schema
-from service.http_api import create_app
+from service.http_app import create_app
 from tests.service.http_requests import ARROW, CODES, ITEMS, JSON, NAMES, OCTETS, USERS, octets
 
 # Lookups

@@ -6,7 +6,7 @@ import logging
 import httpx
 import pytest
 
-from service.http_api import create_app
+from service.http_app import create_app
 from tests.service.http_requests import ITEMS, JSON, NAMES, OCTETS, USERS, octets
 
 # Method, path, request, status, error_type, what the text says.

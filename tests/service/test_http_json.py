@@ -6,8 +6,8 @@ import pytest
 
 from dpq_rec import CodeLayout, EmbeddingStore, Lookup, write_artifact
 from dpq_rec.kernels.json_texts import JsonTexts
-from service import http_json
-from service.http_json import JsonLookups, lookup_to_json
+from service import http_bodies
+from service.http_bodies import lookup_to_json, lookups_to_json
 from service.messages import TableRequest
 from tests.dpq_rec.builders import dpq_contents
 from tests.service.http_requests import ITEMS, OCTETS, octets
@@ -96,11 +96,11 @@ def count_texts(monkeypatch):
 def test_texts_are_written_once_where_vectors_are_made_of_few(
     make_engine, tmp_path, monkeypatch, count_texts, layout, shared, wanted
 ):
-    monkeypatch.setattr(http_json, "_MOST_TEXT_VALUES", 30)
+    monkeypatch.setattr(http_bodies, "_MOST_TEXT_VALUES", 30)
     contents = {"t": dpq_contents(9, layout, subspace_dim=2, shared=shared)}
     store = EmbeddingStore.open(write_artifact(tmp_path / "artifact", contents, version="v"))
-    lookups = JsonLookups(make_engine(store=store))
+    engine = make_engine(store=store)
     for dtype in ("float32", "float16", "float32"):
-        reply = lookups.of_one(TableRequest("t", np.array([8, 9, 0]), dtype))
+        (reply,) = lookups_to_json(engine, [TableRequest("t", np.array([8, 9, 0]), dtype)])
         assert reply == written("t", "v", Lookup(store.lookup("t", [8, 9, 0], dtype=dtype).vectors, [1]))
     assert count_texts == wanted

@@ -67,7 +67,7 @@ class Served:
         writer.write(sent)
         connection = Connection(reader, writer)
         number = writer.get_extra_info("sockname")[1]
-        while not (found := [c for c in self.connections if c.client and c.client[1] == number]):
+        while not (found := [c for c in self.connections if c.transport.get_extra_info("peername")[1] == number]):
             await asyncio.sleep(0)
         connection.protocol = found[0]
         if small:
@@ -291,7 +291,7 @@ def test_reading_stops_while_requests_wait(serve, kind):
     async def scenario(served):
         eager = await served.connect(small=True)
         eager.writer.write(asked * num_asked)
-        await served.until(lambda: eager.protocol.flow.write_paused and eager.protocol.flow.read_paused)
+        await served.until(lambda: eager.protocol.is_write_paused and eager.protocol.is_read_paused)
         await asyncio.sleep(0.05)
         num_waiting = len(eager.protocol._buffer)
         replies = [await eager.reply() for _ in range(2 * num_asked)]

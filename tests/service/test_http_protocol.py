@@ -1,4 +1,4 @@
-"""Requests that arrive whole are answered past ASGI: with the same bytes, and in the same order, as if they had not."""
+"""Small lookups are answered past ASGI: with the same bytes, and in the same order, as if they had not been."""
 
 import asyncio
 import contextlib
@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
-from service import worker
-from service.http_protocol import LookupProtocol
-from tests.service.http_requests import ITEMS, JSON, OCTETS, USERS, octets
+from service import http_protocol, worker
+from service.http_protocol import HttpProtocol
+from tests.service.http_requests import CODES, ITEMS, JSON, OCTETS, USERS, octets
 
 
 def request(path=ITEMS, body=b"", given=OCTETS, accept=OCTETS, method="POST", version="1.1", headers=()):
@@ -64,9 +64,10 @@ class Transport(asyncio.Transport):
 def exchange(make_engine):
     """exchange(pieces, engine=None): what a connection is sent when it sends pieces, and whether it was closed."""
 
-    def run(pieces, engine=None, between=lambda protocol: None):
+    def run(pieces, engine=None, between=lambda protocol: None, app=None):
         async def scenario():
             config = worker.http_config(engine or make_engine())
+            config.app = app or config.app
             config.load()
             protocol = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})
             transport = Transport()
@@ -78,7 +79,7 @@ def exchange(make_engine):
                     await asyncio.sleep(0)
                 between(protocol)
             num_quiet = 0  # turns of the loop in which nothing was answered
-            while num_quiet < 5:
+            while num_quiet < 20:
                 num_quiet = 0 if protocol.server_state.tasks else num_quiet + 1
                 await asyncio.sleep(0.001 if protocol.server_state.tasks else 0)
             return bytes(transport.written), transport.is_closed or transport.has_ended
@@ -91,13 +92,13 @@ def exchange(make_engine):
 @pytest.fixture
 def at_once(monkeypatch):
     """A list with an entry, whether it succeeded, for each attempt to answer at once."""
-    attempts, answers = [], LookupProtocol._answers
+    attempts, answers = [], HttpProtocol._answers
 
-    def noted(self, data):
-        attempts.append(answers(self, data))
+    def noted(self, *request):
+        attempts.append(answers(self, *request))
         return attempts[-1]
 
-    monkeypatch.setattr(LookupProtocol, "_answers", noted)
+    monkeypatch.setattr(HttpProtocol, "_answers", noted)
     return attempts
 
 
@@ -118,17 +119,31 @@ KNOWN = octets([39, 0, 99])
 WHOLE = {  # answered at once
     "octets": request(USERS, KNOWN),
     "float16": request(f"{USERS}?dtype=float16&missing=zeros", KNOWN),
+    "codes": request(ITEMS, KNOWN, accept=CODES),
     "no ids": request(USERS),
     "JSON": request(USERS, b'{"ids": [1]}', JSON, JSON),
     "JSON to octets": request(USERS, b'{"ids": [1, 99]}', JSON, OCTETS),
+    "bags": request(f"{USERS}?pooling=sum&num_bags=1", KNOWN + b"\3\0\0\0"),
     "escaped path": request("/v1/tables/user%5Fid/lookup", KNOWN),
 }
-OTHERS = {  # left to uvicorn
-    "GET": b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
+REFUSED = {  # likewise
     "unknown id": request(f"{USERS}?missing=error", KNOWN),
     "broken id": request(USERS, b"1234567"),
+    "broken JSON": request(USERS, b"{", JSON, JSON),
+    "JSON of another form": request(USERS, b'{"id": [1]}', JSON, JSON),
     "unknown table": request("/v1/tables/usr/lookup", KNOWN),
+    "another type of body": request(USERS, KNOWN, given="text/plain"),
+    "another type of reply": request(USERS, KNOWN, accept="text/plain"),
+    "a body that is encoded": request(USERS, KNOWN, headers=["Content-Encoding: gzip"]),
+    "num_bags without pooling": request(f"{USERS}?num_bags=1", KNOWN),
+    "too many ids": request(USERS, octets([1] * 301)),
+}
+OTHERS = {  # left to ASGI
+    "GET": b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
     "wrong value": request(f"{USERS}?dtype=x", KNOWN),
+    "wrong number": request(f"{USERS}?pooling=sum&num_bags=x", KNOWN),
+    "unknown parameter": request(f"{USERS}?type=x", KNOWN),
+    "parameter twice": request(f"{USERS}?dtype=float32&dtype=float32", KNOWN),
     "too many bytes": request(USERS, bytes(2**22 + 8)),
     "large": request(USERS, octets(range(50_000))),
     "chunked": request(USERS, b"", headers=["Transfer-Encoding: chunked"]).replace(b"Content-Length: 0\r\n", b"")
@@ -143,21 +158,58 @@ OTHERS = {  # left to uvicorn
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_a_whole_request_is_answered_at_once_as_uvicorn_does(exchange, at_once, name):
-    whole, _ = exchange([WHOLE[name]])
-    assert at_once == [True]
-    in_pieces, _ = exchange([WHOLE[name][:30], WHOLE[name][30:]])
-    assert at_once == [True, False]
-    assert replies(whole) == replies(in_pieces)
-    assert replies(whole)[0][0] == b"HTTP/1.1 200 OK"
+@pytest.mark.parametrize("sent", [*WHOLE.values(), *REFUSED.values()], ids=[*WHOLE, *REFUSED])
+def test_what_is_answered_at_once_is_answered_as_fastapi_does(exchange, make_engine, at_once, monkeypatch, sent):
+    engines = [make_engine(max_ids=300) for _ in range(3)]
+    whole, _ = exchange([sent], engines[0])
+    in_pieces, _ = exchange([sent[:30], sent[30:-5], sent[-5:]], engines[1])
+    assert at_once == [True, True]
+    monkeypatch.setattr(http_protocol, "fast_answer", lambda *request: None)
+    by_asgi, _ = exchange([sent], engines[2])
+    assert at_once == [True, True]
+    assert replies(whole) == replies(in_pieces) == replies(by_asgi)
+    assert (replies(whole)[0][0] == b"HTTP/1.1 200 OK") == (sent in WHOLE.values())
+    counted = [re.findall(r"dpq_(?:requests|ids)_total.*", e.metrics.render().decode()) for e in engines]
+    assert counted[0] == counted[1] == counted[2]
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_not_answered_at_once_is_uvicorns(exchange, at_once, name):
+def test_what_is_not_answered_at_once_is_answered_by_asgi(exchange, at_once, name):
     written, _ = exchange([OTHERS[name]])
     assert True not in at_once
     assert len(replies(written)) == 1
+
+
+def test_what_nobody_expected_is_a_500_and_logged(exchange, make_engine, monkeypatch, at_once, caplog):
+    engine = make_engine()
+    monkeypatch.setattr(engine, "lookup_bytes", lambda *found: 1 / 0)
+    written, is_closed = exchange([WHOLE["octets"], OTHERS["GET"]], engine)
+    assert [status.split()[1] for status, _, _ in replies(written)] == [b"500", b"200"]
+    assert (at_once, is_closed) == ([True], False)
+    assert "ZeroDivisionError" in caplog.text
+    assert b'code="500"' in engine.metrics.render()
+
+
+def test_a_lookup_that_fails_behind_the_begin_of_its_reply_is_cut_off(exchange, make_engine):
+    """ASGI's: nobody is told that a part of a reply is the whole."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
+        await send({"type": "http.response.body", "body": b"1", "more_body": True})
+        raise ZeroDivisionError
+
+    written, is_closed = exchange([OTHERS["GET"]], app=app)
+    assert (written[-1:], is_closed) == (b"1", True)
+
+
+def test_an_application_that_fails_is_a_500(exchange):
+    async def app(scope, receive, send):
+        raise ZeroDivisionError
+
+    written, is_closed = exchange([OTHERS["GET"]], app=app)
+    ((status, headers, body),) = replies(written)
+    assert (status, headers[b"connection"], is_closed) == (b"HTTP/1.1 500 Internal Server Error", b"close", True)
+    assert b'"error_type":"internal"' in body
 
 
 @pytest.mark.parametrize("name", ["close", "close, no ids", "HTTP/1.0", "too many bytes"])
@@ -166,7 +218,7 @@ def test_a_connection_that_is_to_close_is_closed(exchange, name):
     assert not exchange([WHOLE["octets"]])[1]
 
 
-STREAM = b"".join([*WHOLE.values(), OTHERS["broken id"], OTHERS["GET"], request(USERS, WHOLE["octets"])])
+STREAM = b"".join([*WHOLE.values(), REFUSED["broken id"], OTHERS["GET"], request(USERS, WHOLE["octets"])])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -183,11 +235,10 @@ def test_replies_do_not_depend_on_how_a_stream_is_cut(exchange, cuts):
 
 @pytest.mark.parametrize("path", [USERS, "/v1/tables/usr/lookup"])
 def test_a_body_that_looks_like_a_request_is_not_taken_for_one(exchange, at_once, path):
-    """Nor where the reply, to an unknown table, did not wait for the body."""
     inner, fill = WHOLE["octets"], b" " * (-len(WHOLE["octets"]) % 8)
     outer = request(path, inner + fill)
     written, _ = exchange([outer[: outer.index(inner)], inner, fill])
-    assert True not in at_once
+    assert at_once == [True]
     assert len(replies(written)) == 1
 
 
@@ -200,13 +251,13 @@ def test_a_header_that_looks_like_a_request_is_not_taken_for_one(exchange, at_on
 def test_a_reply_waits_for_the_one_before_it(exchange, make_engine, monkeypatch):
     """A request that arrives while a large one is being answered, in a thread, is answered after it."""
     engine, go_on = make_engine(max_ids=60_000), threading.Event()
-    lookup_octets = engine.lookup_octets
+    lookup_bytes = engine.lookup_bytes
 
     def slow(table, asked, *others):
         assert len(asked) < 80 or go_on.wait(10)
-        return lookup_octets(table, asked, *others)
+        return lookup_bytes(table, asked, *others)
 
-    monkeypatch.setattr(engine, "lookup_octets", slow)
+    monkeypatch.setattr(engine, "lookup_bytes", slow)
     seen = []
     written, _ = exchange(
         [OTHERS["large"], WHOLE["octets"]], engine, lambda protocol: seen.append(0) or (len(seen) == 2 and go_on.set())
@@ -298,7 +349,7 @@ def test_a_client_that_does_not_read_is_answered_when_it_does(exchange, name):
         seen.append(len(replies(bytes(protocol.transport.written))))
         protocol.pause_writing() if len(seen) == 1 else protocol.resume_writing()
 
-    asked = (WHOLE | OTHERS)[name]
+    asked = (WHOLE | REFUSED)[name]
     written, _ = exchange([asked, asked], between=pause_then_resume)
     assert seen[1] == seen[0]
     assert len(replies(written)) == 2

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec.wire import CODES
-from service.http_format import ARROW, JSON, OCTETS
+from service.http_bodies import ARROW, BINARY, JSON
 from tests.benchmarks.record import append, line_of
 from tests.benchmarks.rounds import POPULARITIES, Popularity
 from tests.benchmarks.service.processes import Requests, run_wrk, running_server
@@ -69,10 +69,10 @@ def measure(
     contenders, baselines = {}, {}
     for form, path in paths.items():
         constant = f"constant {num_bytes[form]:,} bytes"
-        contenders[constant] = asked(f"/constant/{num_bytes[form]}", OCTETS, octets, OCTETS)
-        contenders[form] = asked(path, CODES if form == "codes" else OCTETS, octets, OCTETS)
+        contenders[constant] = asked(f"/constant/{num_bytes[form]}", BINARY, octets, BINARY)
+        contenders[form] = asked(path, CODES if form == "codes" else BINARY, octets, BINARY)
         baselines[form] = constant
-    contenders["arrow"] = asked(LOOKUP, ARROW, octets, OCTETS)
+    contenders["arrow"] = asked(LOOKUP, ARROW, octets, BINARY)
     contenders["FastAPI, jsonable_encoder"] = asked(f"/default/encoder/{TABLE}", JSON, text, JSON)
     contenders["FastAPI, response_model"] = asked(f"/default/{TABLE}", JSON, text, JSON)
     contenders["JSON"] = asked(LOOKUP, JSON, text, JSON)

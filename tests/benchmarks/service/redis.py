@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.client import CodesClient
 from dpq_rec.wire import CODES
-from service.http_format import OCTETS
+from service.http_bodies import BINARY
 from service.supervisor import bind
 from tests.benchmarks.record import append, line_of
 from tests.benchmarks.rounds import POPULARITIES, Popularity, draw_rows
@@ -130,7 +130,7 @@ def measure(
     octets = octets_of(ids_V[rows_RN])
 
     def asked(path: str, accept: str) -> Callable[[], Figures]:
-        requests = Requests(path, {"Content-Type": OCTETS, "Accept": accept}, octets)
+        requests = Requests(path, {"Content-Type": BINARY, "Accept": accept}, octets)
         return lambda: run_wrk(*server, requests, config)._asdict()
 
     with redis.Redis(port=redis_server[0]) as theirs, CodesClient(f"http://127.0.0.1:{server[0]}") as ours:
@@ -141,8 +141,8 @@ def measure(
 
         contenders = {
             "redis": lambda: run_redis_benchmark(redis_server, keys, config),
-            "float32": asked(LOOKUP, OCTETS),
-            "float16": asked(f"{LOOKUP}?dtype=float16", OCTETS),
+            "float32": asked(LOOKUP, BINARY),
+            "float16": asked(f"{LOOKUP}?dtype=float16", BINARY),
             "codes": asked(LOOKUP, CODES),
             "redis-py": lambda: clock(mget, draw),
             "client of codes": lambda: clock(lambda rows_N: ours.lookup(TABLE, ids_V[rows_N]), draw),

@@ -38,7 +38,7 @@ from dpq_rec.report import write_report
 from dpq_rec.wire import Values
 from service.__main__ import main as serve
 from service.engine import Engine
-from service.http_api import create_app
+from service.http_app import create_app
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.contracts.hostile.artifacts import NAMES, OPEN, SOUND, VERIFY, VERSION, edit, sparse, top, write_good

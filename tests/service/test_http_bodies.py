@@ -1,19 +1,11 @@
 import numpy as np
 import orjson
 import pytest
+from starlette.datastructures import Headers
 
-from dpq_rec import Lookup
 from service.errors import InvalidRequestError, MalformedError, NotAcceptableError, UnsupportedMediaTypeError
-from service.http_format import (
-    JSON,
-    OCTETS,
-    body_type,
-    ids_from_json,
-    ids_from_octets,
-    lookup_to_octets,
-    reply_type,
-    tables_from_json,
-)
+from service.http_bodies import BINARY, JSON, Reply, ids_from_binary, ids_from_json, tables_from_json, vectors_head
+from service.http_lookup import body_type, reply_type
 
 
 @pytest.mark.parametrize(
@@ -24,16 +16,16 @@ from service.http_format import (
         ("application/*", JSON),
         ("application/json", JSON),
         ("APPLICATION/JSON; charset=utf-8", JSON),
-        ("application/octet-stream", OCTETS),
-        ("text/html, application/octet-stream", OCTETS),
-        ("application/json;q=0.5, application/octet-stream", OCTETS),
-        ("application/json; q=0, */*", OCTETS),
-        ("application/octet-stream;q=0.2, */*;q=0.1", OCTETS),
+        ("application/octet-stream", BINARY),
+        ("text/html, application/octet-stream", BINARY),
+        ("application/json;q=0.5, application/octet-stream", BINARY),
+        ("application/json; q=0, */*", BINARY),
+        ("application/octet-stream;q=0.2, */*;q=0.1", BINARY),
         ("application/octet-stream, application/json", JSON),
     ],
 )
 def test_reply_type_follows_accept(accept, chosen):
-    assert reply_type(accept) == chosen
+    assert reply_type(Headers({"accept": accept})) == chosen
 
 
 @pytest.mark.parametrize(
@@ -53,11 +45,11 @@ def test_reply_type_follows_accept(accept, chosen):
 )
 def test_reply_type_refuses_what_is_not_offered(accept):
     with pytest.raises(NotAcceptableError, match="Accept: got"):
-        reply_type(accept)
+        reply_type(Headers({"accept": accept}))
 
 
 def test_body_type_ignores_parameters_and_case():
-    assert body_type("Application/JSON; charset=utf-8") == JSON
+    assert body_type(Headers({"content-type": "Application/JSON; charset=utf-8"})) == JSON
 
 
 @pytest.mark.parametrize(
@@ -65,7 +57,7 @@ def test_body_type_ignores_parameters_and_case():
 )
 def test_body_type_refuses_other_types(content_type):
     with pytest.raises(UnsupportedMediaTypeError, match="Content-Type: got"):
-        body_type(content_type)
+        body_type(Headers({} if content_type is None else {"content-type": content_type}))
 
 
 @pytest.mark.parametrize("ids", [[], [0], [-(2**63), 2**63 - 1, 5]])
@@ -135,18 +127,24 @@ def test_tables_from_json_refuses_other_forms(body):
         tables_from_json(body.encode())
 
 
-def test_ids_from_octets_reads_little_endian():
-    assert ids_from_octets(bytes([1, 0, 0, 0, 0, 0, 0, 0]) + b"\xff" * 8).tolist() == [1, -1]
-    assert ids_from_octets(b"").tolist() == []
+def test_ids_from_binary_reads_little_endian():
+    assert ids_from_binary(bytes([1, 0, 0, 0, 0, 0, 0, 0]) + b"\xff" * 8).tolist() == [1, -1]
+    assert ids_from_binary(b"").tolist() == []
 
 
-def test_ids_from_octets_refuses_a_broken_id():
+def test_ids_from_binary_refuses_a_broken_id():
     with pytest.raises(MalformedError, match="got 9 bytes, want a multiple of 8"):
-        ids_from_octets(b"123456789")
+        ids_from_binary(b"123456789")
 
 
-def test_lookup_to_octets_has_the_bytes_and_headers_of_the_contract():
-    body, headers = lookup_to_octets("v", Lookup(np.array([[1.0], [0.0]], np.float16), np.array([1], np.uint32)))
-    assert body == bytes([0x00, 0x3C, 0, 0, 1, 0, 0, 0])
-    wanted = {"X-Num-Rows": "2", "X-Dim": "1", "X-Dtype": "float16", "X-Num-Missing": "1", "X-Version": "v"}
-    assert headers == wanted
+def test_headers_of_vectors_are_those_of_the_contract():
+    lines = vectors_head("v", 2, 1, "float16", 1).decode().splitlines()
+    named = ["x-num-rows: 2", "x-dim: 1", "x-dtype: float16", "x-num-missing: 1", "x-version: v"]
+    assert lines == [*named, "content-length: 8", "content-type: application/octet-stream", ""]
+
+
+def test_a_reply_has_the_same_headers_over_asgi():
+    response = Reply(b"12345678", vectors_head("v", 2, 1, "float16", 1), 200).response()
+    assert response.raw_headers[:2] == [(b"x-num-rows", b"2"), (b"x-dim", b"1")]
+    assert response.raw_headers[-1] == (b"content-type", b"application/octet-stream")
+    assert (response.body, response.status_code) == (b"12345678", 200)
