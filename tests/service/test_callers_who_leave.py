@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from uvicorn.server import ServerState
 
+from dpq_rec.table import Table
 from service import worker
 from service.http_app import create_app
 from service.proto.dpq.v1 import embedding_pb2 as pb
@@ -73,8 +74,8 @@ def http_counts(engine, route):
 
 def test_eight_searches_of_callers_who_left_are_not_done_and_the_next_caller_is_answered(make_engine, monkeypatch):
     engine = make_engine()
-    gate = Gate(engine.store.search)
-    monkeypatch.setattr(engine.store, "search", gate)
+    gate = Gate(Table.search)
+    monkeypatch.setattr(Table, "search", lambda *args, **kwargs: gate(*args, **kwargs))
 
     async def scenario():
         app = create_app(engine)
@@ -95,8 +96,8 @@ def test_eight_searches_of_callers_who_left_are_not_done_and_the_next_caller_is_
 
 def test_a_search_whose_connection_is_closed_is_not_done(make_engine, monkeypatch):
     engine = make_engine()
-    gate = Gate(engine.store.search)
-    monkeypatch.setattr(engine.store, "search", gate)
+    gate = Gate(Table.search)
+    monkeypatch.setattr(Table, "search", lambda *args, **kwargs: gate(*args, **kwargs))
     head = f"POST {SEARCH} HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\nContent-Length: 12\r\n\r\n"
 
     async def scenario():
@@ -133,7 +134,7 @@ def test_a_search_under_way_ends_where_its_caller_leaves(make_engine, monkeypatc
         finally:
             ended.set()
 
-    monkeypatch.setattr(engine.store, "search", search)
+    monkeypatch.setattr(Table, "search", search)
 
     async def scenario():
         caller = Caller(create_app(engine), SEARCH, b'{"ids": [1]}')
@@ -155,7 +156,7 @@ def test_a_grpc_search_under_way_ends_where_its_caller_leaves(talk, make_engine,
         finally:
             ended.set()
 
-    monkeypatch.setattr(engine.store, "search", search)
+    monkeypatch.setattr(Table, "search", search)
 
     async def use(channel):
         call = pb_grpc.EmbeddingServiceStub(channel).Search(pb.SearchRequest(table="item_id", ids=[1]))
