@@ -60,17 +60,17 @@ class CodeLayout:
 
     @property
     def code_bits(self) -> int:
-        """B = max(1, ceil(log2 K))."""
+        """Bits of one code: b = max(1, ceil(log2 K))."""
         return max(1, (self.num_codes - 1).bit_length())
 
     @property
     def codes_per_row(self) -> int:
-        """M = L * D."""
+        """Codes of one row: M = L * D."""
         return self.num_levels * self.num_subspaces
 
     @property
     def row_bytes(self) -> int:
-        """W = ceil(M * b / 8)."""
+        """Bytes of a row's packed codes: W = ceil(M * b / 8)."""
         return -(-self.codes_per_row * self.code_bits // 8)
 
     def table_bytes(self, shape: tuple[int, int], value_bytes: int, *, share_subspaces: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""What can be chosen about a DPQ table. Checked once, here; inside, values are trusted."""
+"""`DPQConfig`: the options of a quantized table and of its training, checked once, here."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def drop_inapplicable(options: Mapping[str, Any], given: Mapping[str, Any]) -> d
 
     Args:
         options: by name, the method among them.
-        given: those that somebody asked for.
+        given: those that a user set.
     """
     inapplicable = set(_ONLY_VQ if options.get("method") == "sx" else _ONLY_SX)
     if given.get("ema_decay") is not None:

@@ -1,13 +1,13 @@
-"""What can go wrong, so that a caller can tell it apart.
+"""The exceptions of dpq_rec, which a caller can tell apart.
 
 DpqRecError
 ├── ConfigError (ValueError)            a setting, or a combination of settings, that makes no sense
 ├── ArtifactError                       a path that holds no artifact, or one this version cannot read
 │   └── DamagedArtifactError            bytes that are not what was published
 ├── UnknownTableError (LookupError)     a table the artifact does not have
-├── UnknownIdsError (LookupError)       ids outside the vocabulary, where the caller asked for an error
+├── UnknownIdsError (LookupError)       ids outside the vocabulary, where the caller wanted an error
 ├── IdTypeError (TypeError)             ids of another type than the vocabulary's
-├── ServerError                         a server's refusal, or a reply that is none of its
+├── ServerError                         a request that a server refused, or a reply that is none of its
 └── MissingDependencyError (ImportError)  an optional dependency that is not installed
 """
 
@@ -66,7 +66,7 @@ class IdTypeError(DpqRecError, TypeError):
 
 
 class ServerError(DpqRecError):
-    """A server's refusal; `status` and `error_type` are the reply's. Or, with status 0, a reply that is none of its."""
+    """A request that a server refused, with the reply's `status` and `error_type`; or, with status 0, a wrong reply."""
 
     def __init__(self, status: int, error_type: str, text: str) -> None:
         super().__init__(f"{status} {error_type}: {text}")

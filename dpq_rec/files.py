@@ -89,7 +89,7 @@ def sync_folder(path: Path) -> None:
 
 
 class PickledByPath:
-    """Base of what a copy, or another process that it is sent to, opens again. Made in memory, it is pickled as it is.
+    """Base of objects whose data is mapped: one that was opened is pickled as its path; one made in memory, as usual.
 
     Attributes:
         opened_as: the arguments of `reopen` that give the same; none of what was made in memory.

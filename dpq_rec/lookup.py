@@ -1,4 +1,4 @@
-"""Tables by their name: ids to vectors and back. In: a table, and ids or queries. Out: Lookup, or Neighbours."""
+"""`EmbeddingStore`: lookups in the tables of an artifact. In: a table's name, ids, queries. Out: Lookup, Neighbours."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class EmbeddingStore:
     def lookup_bytes(
         self, table: str, ids: bytes, *, form: Form = "float32", missing: MissingPolicy = "zeros"
     ) -> LookupBytes:
-        """What `lookup` or `codes` finds, from bytes to bytes as they travel (`dpq_rec.wire`), in one go.
+        """`lookup` or `codes` from the bytes of a request to those of the reply (`dpq_rec.wire`), in one go.
 
         Args:
             table: the table's name.

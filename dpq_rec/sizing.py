@@ -1,4 +1,4 @@
-"""How large codes and values of a table may be. In: V, E, a ratio. Out: D, K, L and the dtype of values.
+"""Choose a code layout for a compression ratio. In: V, E, a ratio. Out: D, K, L and the dtype of values.
 
 Of the layouts that tell about as much of a row as the best one, by the one line of `_told_bits`, the quickest to decode
 is taken: other measurements make another line.

@@ -37,14 +37,14 @@ _CHOICES = {
     "pooling": get_args(Pooling),
     "form": get_args(Form),
 }
-VALUES_FP32 = "values_fp32"  # of a table's tensors: in memory alone
+VALUES_FP32 = "values_fp32"  # a tensor that is made when a table is opened, and is in no file
 
 
 class Lookup(NamedTuple):
-    """What a lookup found.
+    """Vectors of ids, and which ids are missing.
 
     Attributes:
-        vectors: [N, E], float32 or float16 as asked; zeros where an id is missing. Of bags: [B, E].
+        vectors: [N, E], float32 or float16; zeros where an id is missing. Of bags: [B, E].
         missing: positions of unknown ids in the request, ascending (uint32).
     """
 
@@ -53,7 +53,7 @@ class Lookup(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where ids are in a table.
+    """Rows of ids, and which ids are missing.
 
     Attributes:
         rows_N: rows (int64), MISSING_ROW where an id is missing.
@@ -121,8 +121,8 @@ class Table(PickledByPath):
         content, vocabulary = check_ids(ids), self.vocabulary
         if vocabulary.kind == "string":
             raise IdTypeError(f"ids: got bytes, want strings: those are the ids of table {self.name!r}")
-        is_found = form != "codes" or self.manifest.has_codes
-        if missing == "zeros" and is_found and isinstance(vocabulary, Int64Vocabulary):
+        has_form = form != "codes" or self.manifest.has_codes  # `codes` says what is wrong with a dense table
+        if missing == "zeros" and has_form and isinstance(vocabulary, Int64Vocabulary):
             return LookupBytes(*lookup_bytes(content, vocabulary.native, self.vectors, form=form))
         ids_N = ids_from_bytes(content)
         found: Lookup | PackedRows
@@ -188,7 +188,7 @@ class Table(PickledByPath):
         return PackedRows(packed_NW, positions, tiers_N)
 
     def values(self, version: str) -> Values:
-        """What decodes the table's codes elsewhere.
+        """The values, with which a client decodes the table's codes.
 
         Args:
             version: of the artifact.
@@ -224,7 +224,7 @@ class Table(PickledByPath):
 
     @property
     def values_fp32(self) -> NDArray[np.float32]:
-        """Values as the sums are made of them, in memory; [L, K, S] where the subspaces share them."""
+        """Values [L*D, K, S] in fp32, in memory; [L, K, S] where the subspaces share them."""
         return self.tensors[VALUES_FP32]
 
     @functools.cached_property

@@ -74,7 +74,7 @@ class Vocabulary(PickledByPath):
         raise NotImplementedError
 
     def indexed(self) -> Vocabulary:
-        """The same, with all that finds ids fast."""
+        """The same, with its index (`id_tree` or `id_slots`), which finds ids faster."""
         return self
 
     def tensors(self) -> Mapping[str, NDArray[Any]]:
@@ -132,7 +132,7 @@ class ModuloVocabulary(IdentityVocabulary):
 
 
 class _ListVocabulary(Vocabulary):
-    """What a sorted list of integers and one of strings have in common: the rows, and an index that may be missing."""
+    """Base of vocabularies that list their ids: a sorted list, the row of each id, and an index that may be missing."""
 
     rows_U: NDArray[np.uint32]
 

@@ -110,7 +110,7 @@ def bytes_of(array: NDArray[Any]) -> memoryview:
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """What turns a table's packed codes into its vectors, for a client that holds it.
+    """The values of a table, with which a client decodes packed codes to vectors.
 
     Attributes:
         version: of the artifact.
@@ -150,7 +150,7 @@ class Values:
         return {name: value for name, value in vars(self).items() if name != "_coded"}
 
     def _check(self, rows: PackedRows) -> None:
-        """They come from elsewhere, and the kernels trust shapes."""
+        """Check rows that a server sent: the kernels trust shapes."""
         packed_NW, missing, tiers_N = rows
         for what, array, num_dims in (("codes", packed_NW, 2), ("missing", missing, 1), ("tiers", tiers_N, 1)):
             if array is not None and (array.dtype.kind != "u" or array.ndim != num_dims):
@@ -166,7 +166,7 @@ class Values:
             raise DamagedArtifactError(f"tiers: want {len(packed_NW)} of {len(self.layouts)}, got others")
 
     def to_bytes(self) -> bytes:
-        """As they travel."""
+        """The safetensors file that a server sends; see the module."""
         layout = self.layouts[0]
         metadata = {
             "version": self.version,
@@ -179,7 +179,7 @@ class Values:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Values:
-        """What `to_bytes` made bytes of.
+        """Read what `to_bytes` wrote.
 
         Raises:
             DamagedArtifactError: it is not what that writes.

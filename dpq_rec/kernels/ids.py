@@ -55,7 +55,7 @@ def num_tree_keys(num_ids: int) -> int:
 def sorted_integers(
     ids_U: NDArray[np.int64], rows_U: NDArray[np.uint32], tree_T: NDArray[np.int64] | None = None
 ) -> _native.Integers:
-    """A sorted list of integers and the row of each, as the functions that find them take it.
+    """The C++ object of a sorted list of integers and the row of each.
 
     Args:
         ids_U: strictly ascending (int64).

@@ -1,4 +1,4 @@
-"""A page on an artifact, to look at. In: an artifact, perhaps titles and a run's history. Out: one HTML file.
+"""An artifact as a web page. In: an artifact, perhaps titles and a run's history. Out: one HTML file.
 
 `facts` measures, `page` says what was found and draws it by `charts`; `names` reads titles of ids.
 """
@@ -41,7 +41,7 @@ class Reported(NamedTuple):
     Attributes:
         num_ids: ids that are shown of the table that has titles; 0 without titles.
         num_titles: how many of them have one.
-        missing: ids that were asked for and are not in the vocabulary.
+        missing: ids to be shown that are not in the vocabulary.
     """
 
     num_ids: int

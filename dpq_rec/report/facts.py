@@ -130,8 +130,8 @@ class TableFacts:
         code_use: None in a dense table.
         spectrum: None where a number is not finite.
         neighbourhoods: chosen rows, each followed by the rows nearest to it.
-        missing: ids that were asked for and are not in the vocabulary.
-        are_chosen_by_caller: whether ids were asked for.
+        missing: ids to be shown that are not in the vocabulary.
+        are_chosen_by_caller: whether the caller chose which ids are shown.
     """
 
     table: Table
