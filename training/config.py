@@ -1,4 +1,4 @@
-"""What a run is told. Checked once, here; the whole of it is in metrics.json and enough to run again.
+"""Configuration of a run: RunConfig. Checked once, here; the whole of it is in metrics.json and enough to run again.
 
 A RunConfig has five groups of options. Those of the tables and of the run are here; a recipe (`training.recipes`)
 brings its own for the data, the model and the optimisation. Each option is a flag of `python -m training RECIPE`.

@@ -50,7 +50,7 @@ def choose_device(config: RunConfig) -> torch.device:
     """The device of this rank: `auto` takes CUDA where present.
 
     Raises:
-        ConfigError: CUDA is asked for and absent; or an optimizer that the device has not.
+        ConfigError: CUDA is wanted and absent; or an optimizer that the device has not.
     """
     name, has_cuda = config.run.device, torch.cuda.is_available()
     if name == "cuda" and not has_cuda:

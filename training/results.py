@@ -1,4 +1,4 @@
-"""What a run says of itself. In: configuration, artifact, progress, test metrics. Out: metrics.json's content."""
+"""Results of a run. In: configuration, artifact, progress, test metrics. Out: metrics.json's content."""
 
 from __future__ import annotations
 

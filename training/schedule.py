@@ -1,4 +1,4 @@
-"""What changes from epoch to epoch and from step to step: the warm-up, and learning rates. In: model and optimizer.
+"""Schedules of a run: the warm-up and learning rates. In: model and optimizer, at an epoch or a step. Out: changed.
 
 In the first `--full-epochs` epochs, the warm-up, vectors are the queries themselves: the tables learn as plain ones do.
 Then keys and values are placed by k-means of the queries, and quantized training goes on with the same queries and the

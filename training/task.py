@@ -1,4 +1,4 @@
-"""What a recipe adds to the trainer. In: a configuration. Out: the model, the loss of a batch, metrics of an artifact.
+"""`Task`: what a recipe adds to the trainer. In: a RunConfig. Out: model, loss of a batch, metrics of an artifact.
 
 The trainer knows no recipe: it asks a `Task`. Metrics are measured on what a run leaves, the frozen artifact and the
 saved weights beside it: each rank reads its own part of them, and the test split needs no way back to the best epoch's
@@ -22,7 +22,7 @@ from dpq_rec.vocabulary import Vocabulary
 
 
 class Task(ABC):
-    """A recipe at work on its data; every rank makes it, of a RunConfig and the rank's device.
+    """Model, data, loss and metrics of a recipe; every rank makes it, of a RunConfig and the rank's device.
 
     Attributes:
         chosen_by: the validation metric that says which epoch is best.

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run. In: numbers and the step they belong to. Out: event files in DIR/tensorboard.
+"""TensorBoard output of a run. In: numbers and the step they belong to. Out: event files in DIR/tensorboard.
 
 Rank 0 writes. A run that goes on after a checkpoint tells TensorBoard to forget what was written after that step: it
 comes again.

@@ -1,4 +1,4 @@
-"""What a run cannot be told, and how each refusal is worded: settings that make no sense, flags without a use."""
+"""Validation of settings, and its messages: settings that make no sense, flags without a use."""
 
 import dataclasses
 import json

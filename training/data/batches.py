@@ -26,8 +26,8 @@ class Batch(NamedTuple):
 
     Attributes:
         bags: user_id, item_id and the categorical features, by column.
-        dense_BF: numbers of the F dense features (float64), in the order asked for; a missing number is 0.
-        labels_B: 0 or 1 (float32); None where the data were not asked for labels.
+        dense_BF: numbers of the F dense features (float64), in the order requested; a missing number is 0.
+        labels_B: 0 or 1 (float32); None where no labels were requested.
     """
 
     bags: dict[str, Bag]

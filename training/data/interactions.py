@@ -77,9 +77,9 @@ class Interactions:
     Attributes:
         row_groups: every row group, in file order.
         id_kinds: user_id, item_id and each categorical feature -> "int64" or "string".
-        dense_features: those of the features asked for that are numbers, in the order asked for.
+        dense_features: the requested features that are numbers, in the order requested.
         held_out: VALIDATION and TEST -> their rows, ascending (int64); None where a column names the split.
-        has_label: whether labels were asked for.
+        has_label: whether labels were requested.
         validation_trains: whether the rows of the validation split are rows of the training split.
     """
 
@@ -97,7 +97,7 @@ class Interactions:
 
     @property
     def categorical_features(self) -> tuple[str, ...]:
-        """Those of the features asked for that are strings or lists, in the order asked for."""
+        """The requested features that are strings or lists, in the order requested."""
         return tuple(name for name in self.id_kinds if name not in IDS)
 
     @classmethod
@@ -158,7 +158,7 @@ class Interactions:
     def scan(
         self, columns: Sequence[str], groups: Iterable[RowGroup] | None = None, *, splits: Sequence[int] | None = None
     ) -> Iterator[Piece]:
-        """The columns asked for and the splits, in pieces of at most 262,144 rows.
+        """The requested columns and the splits, in pieces of at most 262,144 rows.
 
         Args:
             columns: ids, features and "label".

@@ -1,4 +1,4 @@
-"""Tables of an artifact in the place of trained ones. In: rows, as those take them. Out: vectors, as served."""
+"""An artifact's tables as modules, in place of trained ones. In: rows, as those take them. Out: vectors, as served."""
 
 from __future__ import annotations
 

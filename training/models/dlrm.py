@@ -98,7 +98,7 @@ class DLRMTask(InteractionTask):
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """See `Task.loss`: binary cross-entropy."""
-        assert batch.labels_B is not None, "the data were asked for labels"
+        assert batch.labels_B is not None, "labels were requested"
         labels_B = torch.from_numpy(batch.labels_B).to(self.device)
         return functional.binary_cross_entropy_with_logits(self._logits(model, batch), labels_B)
 

@@ -1,4 +1,4 @@
-"""What can be trained. In: a recipe's name, and flags to change. Out: a RunConfig.
+"""The recipes, and how one becomes a configuration. In: a recipe's name, and flags to change. Out: a RunConfig.
 
 A recipe is a function that returns the configuration it starts with, for any data and any folder; every value in it can
 be changed by a flag. Its groups of options are those of that configuration. Nothing here imports torch, so that

@@ -14,7 +14,7 @@ Stage = Literal["trial", "final", "same-codes", "sweep", "ablation"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run, or a run's tables compressed afterwards.
+    """A run, or a run's tables compressed after training.
 
     Attributes:
         dataset: folder in the folder of data sets.

@@ -33,7 +33,7 @@ class Study:
         full_phase: more flags of a DPQ that has one.
         tuned_on: the data set on which methods that are trained have their trials, where it is another one.
         ratios: at which methods that are trained are run.
-        more_ratios: at which tables are compressed afterwards, too.
+        more_ratios: at which tables are compressed after training, too.
     """
 
     dataset: str
@@ -217,7 +217,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-# K and L given, the same as a final DPQ's: how its codes are fitted to the trained full table afterwards.
+# K and L given, the same as a final DPQ's: how its codes are fitted to the trained full table.
 RECONSTRUCTIONS: tuple[Settings, ...] = (
     {"start": "kmeans", "batch_norm": False},
     {"start": "uniform", "batch_norm": True},

@@ -1,4 +1,4 @@
-"""A finished run's tables, compressed afterwards. In: the folder of a full run. Out: an artifact, and its bytes.
+"""Post-training compression of a finished run's tables. In: the folder of a full run. Out: an artifact, and its bytes.
 
     python -m tests.benchmarks.quality.post_training RUN pq --ratio 20 --set num_codes=64 --out DIR
 

@@ -14,7 +14,7 @@ _SHOWN = {"two-tower": ("recall@10", "ndcg@10", "recall@20", "ndcg@20"), "dlrm":
 
 
 def tables(lines: Sequence[Line], compared: Sequence[Mapping[str, Any]]) -> str:
-    """Final cases of every data set, means over seeds; K, D and L of DPQ fitted afterwards; ablations."""
+    """Final cases of every data set, means over seeds; K, D and L of DPQ fitted after training; ablations."""
     parts = []
     for study in STUDIES:
         of_study = [line for line in lines if line["dataset"] == study.dataset]
@@ -22,7 +22,7 @@ def tables(lines: Sequence[Line], compared: Sequence[Mapping[str, Any]]) -> str:
         if finals:
             parts += [f"### {study.dataset}", _table(study, finals, compared)]
         if same := [line for line in of_study if line["stage"] == "same-codes"]:
-            parts += ["The same K, D and L, fitted to the trained full table afterwards:", _same_codes(study, same)]
+            parts += ["The same K, D and L, fitted to the trained full table:", _same_codes(study, same)]
         if ablations := [line for line in of_study if line["stage"] == "ablation"]:
             parts += ["The trial that DPQ-VQ chose, with one thing changed:", _ablations(study, of_study, ablations)]
     return "\n\n".join(parts)
