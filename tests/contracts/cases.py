@@ -1,4 +1,4 @@
-"""What every way to get a vector is asked: an artifact of every kind of table, and ids to look up in each."""
+"""What is looked up in every way: an artifact of every kind of table, and ids to look up in each."""
 
 from __future__ import annotations
 

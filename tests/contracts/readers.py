@@ -29,7 +29,7 @@ from tests.contracts import cases
 
 
 class Answer(NamedTuple):
-    """vectors [N, E] of the dtype asked for, and the positions of unknown ids."""
+    """vectors [N, E] of that dtype, and the positions of unknown ids."""
 
     vectors: np.ndarray
     missing: list[int]
@@ -44,10 +44,10 @@ class Reader(Protocol):
 
     Attributes:
         tables: those it knows.
-        dtypes: what it can be asked for.
+        dtypes: what it can return.
         id_types: the keys of `cases.WRONG_IDS` that it can be given at all for a table of integers.
         string_id_types: likewise, for a table of strings.
-        takes_no_ids: whether it can be asked for no ids.
+        takes_no_ids: whether it can look up no ids.
         pools: whether it has `pool`, which takes the ids in each bag, and "sum" or "mean" for the policy.
     """
 

@@ -1,6 +1,6 @@
 """One suite over every way to get a vector: the same cases, the same bits.
 
-`cases` says what is asked, `readers` and `server_readers` how; the expected answer is the reference reader's.
+`cases` says what is looked up, `readers` and `server_readers` how; the expected answer is the reference reader's.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def reader(request, open_reader):
 
 
 def each_reader(names, values_of):
-    """Parametrize over each reader, the tables it knows, and what it can be asked of each."""
+    """Parametrize over each reader, the tables it knows, and what it can do with each."""
     cases_of_readers = [
         (name, table, *values)
         for name, kind in READERS.items()
@@ -77,19 +77,19 @@ def wrong_types_of_ids(kind, table):
 
 @each_reader(["ids", "dtype"], lists_of_ids_and_dtypes)
 def test_lookup_gives_the_vectors_of_the_reference_bit_for_bit(reader, reference, table, ids, dtype):
-    asked = cases.ids_of(table, ids)
-    vectors, _ = reader.lookup(table, asked, dtype, "zeros")
-    wanted = reference.lookup(table, asked, dtype, "zeros").vectors
+    table_ids = cases.ids_of(table, ids)
+    vectors, _ = reader.lookup(table, table_ids, dtype, "zeros")
+    wanted = reference.lookup(table, table_ids, dtype, "zeros").vectors
     assert (vectors.dtype, vectors.shape) == (wanted.dtype, wanted.shape)
     assert vectors.tobytes() == wanted.tobytes()
 
 
 @each_reader(["ids"], lists_of_ids)
 def test_lookup_reports_the_positions_of_unknown_ids(reader, reference, table, ids):
-    asked = cases.ids_of(table, ids)
-    wanted = reference.lookup(table, asked, "float32", "zeros").missing
+    table_ids = cases.ids_of(table, ids)
+    wanted = reference.lookup(table, table_ids, "float32", "zeros").missing
     assert bool(wanted) == cases.has_unknown_ids(table, ids)
-    assert list(reader.lookup(table, asked, "float32", "zeros").missing) == wanted
+    assert list(reader.lookup(table, table_ids, "float32", "zeros").missing) == wanted
 
 
 @each_reader([], lambda kind, table: [()])
@@ -102,13 +102,13 @@ def test_lookup_gives_zeros_to_unknown_ids_alone(reader, table):
 
 @each_reader(["ids"], lists_of_ids)
 def test_lookup_with_missing_error_fails_for_unknown_ids_alone(reader, reference, table, ids):
-    asked = cases.ids_of(table, ids)
+    table_ids = cases.ids_of(table, ids)
     if cases.has_unknown_ids(table, ids):
         with pytest.raises(ReaderError, match=r"^unknown_ids$"):
-            reader.lookup(table, asked, "float32", "error")
+            reader.lookup(table, table_ids, "float32", "error")
     else:
-        vectors, missing = reader.lookup(table, asked, "float32", "error")
-        assert vectors.tobytes() == reference.lookup(table, asked, "float32", "error").vectors.tobytes()
+        vectors, missing = reader.lookup(table, table_ids, "float32", "error")
+        assert vectors.tobytes() == reference.lookup(table, table_ids, "float32", "error").vectors.tobytes()
         assert list(missing) == []
 
 
@@ -120,11 +120,11 @@ def bags_of_ids_and_dtypes(kind, table):
 
 @each_reader(["ids", "dtype", "pooling"], bags_of_ids_and_dtypes)
 def test_pooled_bags_are_those_of_the_reference_bit_for_bit(reader, reference, table, ids, dtype, pooling):
-    asked = cases.ids_of(table, ids)
-    half = len(asked) // 2
-    bag_lengths = [0, half, 0, *([1] * (len(asked) - half)), 0]
-    pooled, missing = reader.pool(table, asked, bag_lengths, dtype, pooling)
-    wanted = reference.pool(table, asked, bag_lengths, dtype, pooling)
+    table_ids = cases.ids_of(table, ids)
+    half = len(table_ids) // 2
+    bag_lengths = [0, half, 0, *([1] * (len(table_ids) - half)), 0]
+    pooled, missing = reader.pool(table, table_ids, bag_lengths, dtype, pooling)
+    wanted = reference.pool(table, table_ids, bag_lengths, dtype, pooling)
     assert (pooled.dtype, pooled.shape) == (wanted.vectors.dtype, wanted.vectors.shape)
     assert pooled.tobytes() == wanted.vectors.tobytes()
     assert list(missing) == wanted.missing

@@ -108,24 +108,24 @@ def constraints(model):
     return {name: by_columns.get(name, as_asked) for name in case.sizes}
 
 
-def shard(model, asked, device="cpu"):
+def shard(model, constraints, device="cpu"):
     """The model under TorchRec's planner and sharders, its tables trained by the case's optimizer."""
     optimizer, settings = OPTIMIZERS[model.case.optimizer]
     for collections in (model.tables.queries, model.tables.plain):
         _apply_optimizer_in_backward(optimizer, collections.parameters(), dict(settings))  # TorchRec adds to it
     sharders = [EmbeddingCollectionSharder(), EmbeddingBagCollectionSharder()]
     topology = Topology(world_size=dist.get_world_size(), compute_device=device)
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=asked)
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
     types = {parameter.sharding_type for module in plan.plan.values() for parameter in module.values()}
     assert types == {model.case.sharding}, f"the planner made it {types}, not {model.case.sharding}"
     return DistributedModelParallel(model, device=torch.device(device), plan=plan, sharders=sharders)
 
 
-def shard_with_weights(model, asked, device="cpu"):
+def shard_with_weights(model, constraints, device="cpu"):
     """The same, with the weights that the model has; the sharder starts tables with others."""
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    wrapped = shard(model, asked, device)
+    wrapped = shard(model, constraints, device)
     load_whole(wrapped, weights)
     return wrapped
 

@@ -134,15 +134,15 @@ texts = st.one_of(st.text("\0abü€😀", max_size=4), st.text(max_size=9))
 
 
 @given(st.dictionaries(texts, st.integers(0, 6), max_size=20), st.lists(texts, max_size=20))
-def test_strings_are_found_in_an_artifact_as_in_a_dict(tmp_path_factory, row_of_text, asked):
+def test_strings_are_found_in_an_artifact_as_in_a_dict(tmp_path_factory, row_of_text, wanted_ids):
     vocabulary = StringVocabulary.from_pairs(list(row_of_text), list(row_of_text.values()))
     contents = dense_contents(np.arange(1, 8, dtype=np.float32)[:, None], vocabulary)
     path = write_artifact(tmp_path_factory.mktemp("strings") / "a", {"t": contents})
     verify(path)
-    asked = [*asked, *row_of_text]
-    vectors, missing = EmbeddingStore.open(path).lookup("t", asked)
-    assert vectors[:, 0].tolist() == [row_of_text.get(text, -1) + 1 for text in asked]
-    assert missing.tolist() == [at for at, text in enumerate(asked) if text not in row_of_text]
+    wanted_ids = [*wanted_ids, *row_of_text]
+    vectors, missing = EmbeddingStore.open(path).lookup("t", wanted_ids)
+    assert vectors[:, 0].tolist() == [row_of_text.get(text, -1) + 1 for text in wanted_ids]
+    assert missing.tolist() == [at for at, text in enumerate(wanted_ids) if text not in row_of_text]
 
 
 def test_open_artifact_gives_back_what_was_written(artifact):

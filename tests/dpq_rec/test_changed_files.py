@@ -26,11 +26,11 @@ vocabularies = {"int64": (Int64Vocabulary.from_ids(ids), ids), "string": (String
 names = {f"{kind}-{of}": (of, kind) for kind in ("codes", "dense") for of in vocabularies}
 write_artifact(path, {name: contents(vocabularies[of][0], kind) for name, (of, kind) in names.items()})
 
-def uses(store, name, asked, query_QE):
-    yield lambda: store.lookup(name, asked)
-    yield lambda: store.lookup_bags(name, asked, [num_rows], dtype="float16")
-    yield lambda: store.rows(name, asked)
-    yield lambda: store.codes(name, asked)
+def uses(store, name, wanted_ids, query_QE):
+    yield lambda: store.lookup(name, wanted_ids)
+    yield lambda: store.lookup_bags(name, wanted_ids, [num_rows], dtype="float16")
+    yield lambda: store.rows(name, wanted_ids)
+    yield lambda: store.codes(name, wanted_ids)
     yield lambda: store.lookup_bytes(name, np.arange(num_rows).tobytes())
     yield lambda: store.search(name, query_QE, 5)
     yield lambda: store.search(name, query_QE, 5, similarity="cosine")

@@ -36,7 +36,7 @@ class Peer:
     """A server that answers request after request with what it is told, and keeps what it was sent."""
 
     def __init__(self, *replies):
-        self.listener, self.replies, self.asked = socket.create_server(("127.0.0.1", 0)), list(replies), []
+        self.listener, self.replies, self.heads = socket.create_server(("127.0.0.1", 0)), list(replies), []
         self.num_connections = 0
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
@@ -48,7 +48,7 @@ class Peer:
             self.num_connections += 1
             with connection:
                 while self.replies and (head := self.received(connection)):
-                    self.asked.append(head)
+                    self.heads.append(head)
                     reply = self.replies.pop(0)
                     if reply is None:  # closes the connection instead
                         break
@@ -100,12 +100,12 @@ def test_client_gives_the_vectors_of_the_store_and_asks_for_values_once(store):
             vectors, missing = client.lookup("t", np.array([2**53 + 1, 5]))
             assert vectors.tobytes() == store.lookup("t", [2**53 + 1, 5]).vectors.tobytes()
             assert missing.tolist() == [1]
-    assert [head.split(b" HTTP")[0] for head in peer.asked] == [
+    assert [head.split(b" HTTP")[0] for head in peer.heads] == [
         b"POST /prefix/v1/tables/t/lookup?missing=zeros",
         b"GET /prefix/v1/tables/t/values",
         b"POST /prefix/v1/tables/t/lookup?missing=zeros",
     ]
-    assert all(b"X-API-Key: secret" in head for head in peer.asked)
+    assert all(b"X-API-Key: secret" in head for head in peer.heads)
 
 
 def test_client_takes_a_reply_in_pieces(store):
@@ -120,7 +120,7 @@ def test_client_asks_for_new_values_when_the_version_changes(store):
     with CodesClient(peer.url) as client:
         client.lookup("t", [2**53 + 1, 5])
         client.lookup("t", [2**53 + 1, 5])
-    assert len(peer.asked) == 4
+    assert len(peer.heads) == 4
 
 
 def test_client_gives_up_when_the_versions_never_meet(store):
@@ -157,7 +157,7 @@ def test_client_raises_what_the_server_refuses(store):
         assert (error.value.status, error.value.error_type) == (404, "unknown_table")
         with pytest.raises(ServerError, match="502 reply: b'<html>'"):
             client.lookup("t", [1])
-    assert peer.asked[0].startswith(b"POST /prefix/v1/tables/x%2Fy/lookup")
+    assert peer.heads[0].startswith(b"POST /prefix/v1/tables/x%2Fy/lookup")
 
 
 def codes_in(store, head, *, join=lambda body: body):
@@ -225,7 +225,7 @@ def test_client_reads_a_reply_in_every_form_and_the_next_on_the_same_connection(
         for _ in range(2):
             assert client.lookup("t", [2**53 + 1, 5]).missing.tolist() == [1]
     assert peer.num_connections == 1
-    assert all(b"Accept-Encoding: identity" in head for head in peer.asked)
+    assert all(b"Accept-Encoding: identity" in head for head in peer.heads)
 
 
 @pytest.mark.parametrize(

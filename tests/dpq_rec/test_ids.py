@@ -245,8 +245,8 @@ def test_search_takes_queries_of_torch_with_gradients(store):
 
 @pytest.mark.parametrize("make", [bytearray, memoryview])
 def test_lookup_bytes_takes_anything_like_bytes(store, make):
-    asked = np.array(NUMBERS, "<i8").tobytes()
-    assert store.lookup_bytes("numbers", make(asked)) == store.lookup_bytes("numbers", asked)
+    content = np.array(NUMBERS, "<i8").tobytes()
+    assert store.lookup_bytes("numbers", make(content)) == store.lookup_bytes("numbers", content)
 
 
 @pytest.mark.parametrize("make", [[1], np.array([1]), "12345678", None])

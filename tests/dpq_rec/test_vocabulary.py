@@ -35,28 +35,28 @@ def vocabulary(request):
 
 
 @given(rows_of_ids, st.lists(ids, max_size=30))
-def test_int64_vocabulary_finds_the_rows_that_a_dict_finds(row_of_id, asked):
-    asked = asked + list(row_of_id)
-    found_N = int64_vocabulary(row_of_id).rows(asked)
-    assert found_N.tolist() == [row_of_id.get(i, MISSING_ROW) for i in asked]
+def test_int64_vocabulary_finds_the_rows_that_a_dict_finds(row_of_id, wanted):
+    wanted = wanted + list(row_of_id)
+    found_N = int64_vocabulary(row_of_id).rows(wanted)
+    assert found_N.tolist() == [row_of_id.get(i, MISSING_ROW) for i in wanted]
 
 
 @given(st.lists(ids, unique=True, max_size=20), st.lists(ids, max_size=20))
-def test_int64_vocabulary_from_ids_puts_each_id_into_its_own_row(ids_V, asked):
+def test_int64_vocabulary_from_ids_puts_each_id_into_its_own_row(ids_V, wanted):
     row_of_id = {i: row for row, i in enumerate(ids_V)}
-    found_N = Int64Vocabulary.from_ids(ids_V).rows(asked + ids_V)
-    assert found_N.tolist() == [row_of_id.get(i, MISSING_ROW) for i in asked + ids_V]
+    found_N = Int64Vocabulary.from_ids(ids_V).rows(wanted + ids_V)
+    assert found_N.tolist() == [row_of_id.get(i, MISSING_ROW) for i in wanted + ids_V]
 
 
 @given(st.integers(0, 50), st.lists(ids))
-def test_identity_vocabulary_finds_ids_that_are_rows(num_embeddings, asked):
+def test_identity_vocabulary_finds_ids_that_are_rows(num_embeddings, wanted):
     row_of_id = {row: row for row in range(num_embeddings)}
-    assert IdentityVocabulary(num_embeddings).rows(asked).tolist() == [row_of_id.get(i, MISSING_ROW) for i in asked]
+    assert IdentityVocabulary(num_embeddings).rows(wanted).tolist() == [row_of_id.get(i, MISSING_ROW) for i in wanted]
 
 
 @given(st.integers(1, 50), st.lists(ids))
-def test_modulo_vocabulary_finds_the_remainder_of_any_id(num_embeddings, asked):
-    assert ModuloVocabulary(num_embeddings).rows(asked).tolist() == [i % num_embeddings for i in asked]
+def test_modulo_vocabulary_finds_the_remainder_of_any_id(num_embeddings, wanted):
+    assert ModuloVocabulary(num_embeddings).rows(wanted).tolist() == [i % num_embeddings for i in wanted]
 
 
 @given(rows_of_ids, st.integers(0, 13), st.integers(0, 13))
@@ -205,11 +205,11 @@ def test_load_vocabulary_calls_tensors_that_do_not_fit_damaged(tensors):
 @pytest.mark.parametrize("num_ids", [0, 1, 16, 17, 300])
 def test_int64_vocabulary_without_a_tree_finds_what_one_with_a_tree_finds(num_ids):
     ids_U, rows_U = np.arange(num_ids) * 3 - 99, np.arange(num_ids, dtype=np.uint32)
-    asked = np.arange(-110, 3 * num_ids)
+    wanted = np.arange(-110, 3 * num_ids)
     without = load_vocabulary("int64", num_ids, {"ids": ids_U, "rows": rows_U})
     assert without.tensors().keys() == {"ids", "rows"}
     without.check(num_ids)
-    assert without.rows(asked).tolist() == without.indexed().rows(asked).tolist()
+    assert without.rows(wanted).tolist() == without.indexed().rows(wanted).tolist()
 
 
 def test_int64_vocabulary_from_ids_has_a_tree_and_indexed_leaves_it():
@@ -245,19 +245,19 @@ def string_vocabulary(row_of_text):
 
 
 @given(rows_of_texts, st.lists(texts, max_size=30))
-def test_string_vocabulary_finds_the_rows_that_a_dict_finds(row_of_text, asked):
-    asked = asked + list(row_of_text)
-    found_N = string_vocabulary(row_of_text).rows(asked)
+def test_string_vocabulary_finds_the_rows_that_a_dict_finds(row_of_text, wanted):
+    wanted = wanted + list(row_of_text)
+    found_N = string_vocabulary(row_of_text).rows(wanted)
     assert found_N.dtype == np.int64
-    assert found_N.tolist() == [row_of_text.get(text, MISSING_ROW) for text in asked]
+    assert found_N.tolist() == [row_of_text.get(text, MISSING_ROW) for text in wanted]
 
 
 @given(st.lists(texts, unique=True, max_size=20), st.lists(texts, max_size=20))
-def test_string_vocabulary_from_ids_puts_each_id_into_its_own_row(ids_V, asked):
+def test_string_vocabulary_from_ids_puts_each_id_into_its_own_row(ids_V, wanted):
     row_of_text = {text: row for row, text in enumerate(ids_V)}
     vocabulary = StringVocabulary.from_ids(ids_V)
     vocabulary.check(len(ids_V))
-    assert vocabulary.rows(asked + ids_V).tolist() == [row_of_text.get(text, MISSING_ROW) for text in asked + ids_V]
+    assert vocabulary.rows(wanted + ids_V).tolist() == [row_of_text.get(text, MISSING_ROW) for text in wanted + ids_V]
 
 
 @given(rows_of_texts, st.integers(0, 13), st.integers(0, 13))
@@ -287,7 +287,7 @@ def test_string_vocabulary_sorts_by_bytes():
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "wanted",
     [
         ("b", "x"),
         np.array(["b", "x"]),
@@ -298,9 +298,9 @@ def test_string_vocabulary_sorts_by_bytes():
     ],
     ids=["tuple", "array", "objects", "every other", "subclass", "StringDType"],
 )
-def test_string_vocabulary_takes_strings_in_any_list(asked):
-    assert StringVocabulary.from_ids(["a", "b"]).rows(asked).tolist() == [1, MISSING_ROW]
-    assert StringVocabulary.from_ids(asked).rows(["x"]).tolist() == [1]
+def test_string_vocabulary_takes_strings_in_any_list(wanted):
+    assert StringVocabulary.from_ids(["a", "b"]).rows(wanted).tolist() == [1, MISSING_ROW]
+    assert StringVocabulary.from_ids(wanted).rows(["x"]).tolist() == [1]
 
 
 @pytest.mark.parametrize("nothing", [[], (), np.array([]), np.empty(0, np.int64), np.empty(0, "U3")])
@@ -398,10 +398,10 @@ def test_load_vocabulary_calls_tensors_of_strings_that_do_not_fit_damaged(tensor
 def test_string_vocabulary_without_slots_finds_what_one_with_slots_finds(num_ids):
     tensors = dict(StringVocabulary.from_ids([f"item_{i}" for i in range(num_ids)]).tensors())
     assert tensors.pop("id_slots").shape == (num_slots(num_ids),)
-    without, asked = load_vocabulary("string", num_ids, tensors), [f"item_{i}" for i in range(-3, num_ids + 3)]
+    without, wanted = load_vocabulary("string", num_ids, tensors), [f"item_{i}" for i in range(-3, num_ids + 3)]
     assert "id_slots" not in without.tensors()
     without.check(num_ids)
-    assert without.rows(asked).tolist() == without.indexed().rows(asked).tolist()
+    assert without.rows(wanted).tolist() == without.indexed().rows(wanted).tolist()
 
 
 @pytest.mark.parametrize("slots_H", [np.zeros(3, np.uint32), np.zeros(4, np.int64), np.zeros((4, 1), np.uint32)])

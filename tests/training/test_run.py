@@ -35,7 +35,7 @@ def differing(one, other):
 
 @pytest.fixture(scope="session")
 def two_tower(tmp_path_factory):
-    """Kind of table -> the folder of a finished run on two ranks, trained when it is first asked for."""
+    """Kind of table -> the folder of a finished run on two ranks, trained when it is first wanted."""
     folders = {}
 
     def folder_of(kind):

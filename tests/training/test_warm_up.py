@@ -217,7 +217,7 @@ def test_table_too_small_for_the_target_ratio_stays_plain_beside_one_that_is_not
         (["--target-ratio", "25", "--quantize-small"], f"table 'item_id': {TOO_SMALL}"),
         (["--target-ratio", "99"], "table 'user_id': target_ratio: got 99 for a table of 400 rows of 8"),
     ],
-    ids=["asked for", "all tables"],
+    ids=["chosen", "all tables"],
 )
 def test_run_that_no_target_ratio_can_serve_is_refused_before_training(tmp_path, capsys, more, message):
     assert run(tmp_path / "run", *SMALL, *more) == 2

@@ -101,8 +101,8 @@ def _contenders(vocabulary: Vocabulary, num_known: int) -> dict[str, Callable[[A
 
 
 def _look_up(row_of_id: Mapping[Any, int], ids: NDArray[np.int64] | list[str]) -> NDArray[np.int64]:
-    asked = ids.tolist() if isinstance(ids, np.ndarray) else ids
-    return np.array([row_of_id.get(i, MISSING_ROW) for i in asked], np.int64)
+    wanted = ids.tolist() if isinstance(ids, np.ndarray) else ids
+    return np.array([row_of_id.get(i, MISSING_ROW) for i in wanted], np.int64)
 
 
 def _row_of_id(kind: str, num_known: int) -> dict[Any, int]:

@@ -186,7 +186,7 @@ class ComposedTables(nn.Module):
 
     def _look_up(self, rows: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """Table -> part -> what it holds for each of the rows."""
-        asked = {
+        part_rows = {
             _part_name(name, part): part_rows_N
             for name, rows_N in rows.items()
             for part, part_rows_N in self.composition(name).part_rows(rows_N).items()
@@ -194,8 +194,8 @@ class ComposedTables(nn.Module):
         found: dict[str, torch.Tensor] = {}
         for width, collection in self.parts.items():
             names = self._names_by_width[width]
-            lengths = torch.tensor([len(asked[name]) for name in names])
-            values = torch.cat([asked[name] for name in names])
+            lengths = torch.tensor([len(part_rows[name]) for name in names])
+            values = torch.cat([part_rows[name] for name in names])
             answer = collection(KeyedJaggedTensor(keys=names, values=values, lengths=lengths.to(values.device)))
             found |= {name: answer[name].values() for name in names}
         return {

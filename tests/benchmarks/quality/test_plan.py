@@ -172,13 +172,13 @@ def test_an_ablation_is_the_best_trial_of_dpq_with_one_thing_changed(cases, tmp_
     assert ablations.keys() == grid.ABLATIONS.keys()
     for what, case in ablations.items():
         assert (case.ratio, case.epochs, case.seed) == (winner.ratio, winner.epochs, winner.seed)
-        asked = grid.ABLATIONS[what]
-        assert asked.flags.items() <= case.flags.items()
-        for size in (asked.sizes[STUDY.dataset][winner.ratio],) if asked.sizes else ():
+        trial = grid.ABLATIONS[what]
+        assert trial.flags.items() <= case.flags.items()
+        for size in (trial.sizes[STUDY.dataset][winner.ratio],) if trial.sizes else ():
             assert size.items() <= case.flags.items()
-        if not asked.sizes:
-            assert {name: case.flags.get(name) for name in winner.flags if name not in asked.flags} == {
-                name: value for name, value in winner.flags.items() if name not in asked.flags
+        if not trial.sizes:
+            assert {name: case.flags.get(name) for name in winner.flags if name not in trial.flags} == {
+                name: value for name, value in winner.flags.items() if name not in trial.flags
             }
         config_of_case(case, tmp_path, tmp_path / "run")  # whose options make sense together
 

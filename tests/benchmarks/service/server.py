@@ -68,8 +68,8 @@ def _default(engine: Engine) -> FastAPI:
     app, store = FastAPI(), engine.store
 
     @app.post(_DEFAULT + "{table}")
-    def lookup(table: str, asked: Ids) -> LookupReply:
-        vectors, missing = store.lookup(table, np.array(asked.ids, np.int64))
+    def lookup(table: str, request: Ids) -> LookupReply:
+        vectors, missing = store.lookup(table, np.array(request.ids, np.int64))
         return LookupReply(
             table=table,
             version=store.version,
@@ -79,8 +79,8 @@ def _default(engine: Engine) -> FastAPI:
         )
 
     @app.post(_DEFAULT + "encoder/{table}", response_model=None)
-    def lookup_encoded(table: str, asked: Ids) -> dict[str, Any]:
-        vectors, missing = store.lookup(table, np.array(asked.ids, np.int64))
+    def lookup_encoded(table: str, request: Ids) -> dict[str, Any]:
+        vectors, missing = store.lookup(table, np.array(request.ids, np.int64))
         found = {"table": table, "version": store.version, "dim": vectors.shape[1]}
         return {**found, "vectors": vectors.tolist(), "missing": missing.tolist()}
 

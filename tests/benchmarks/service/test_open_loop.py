@@ -10,13 +10,13 @@ from tests.benchmarks.service.open_loop import at_rate
 
 def test_requests_are_asked_at_their_times():
     async def ask(n):
-        asked.append((n, asyncio.get_running_loop().time()))
+        calls.append((n, asyncio.get_running_loop().time()))
         return True
 
-    asked = []
+    calls = []
     latencies = asyncio.run(at_rate(ask, 200, 0.5))
-    assert [n for n, _ in asked] == list(range(100))
-    assert asked[-1][1] - asked[0][1] == pytest.approx(99 / 200, rel=0.2)
+    assert [n for n, _ in calls] == list(range(100))
+    assert calls[-1][1] - calls[0][1] == pytest.approx(99 / 200, rel=0.2)
     assert len(latencies.seconds_N) == 100
 
 

@@ -132,10 +132,10 @@ def test_decode_raises_for_a_row_outside_a_dense_table(row):
 
 def test_decode_shares_its_threads_between_callers():
     stored = coded(CodeLayout(num_subspaces=4, num_codes=256), 5_000, 4)
-    asked = [some_rows(5_000, 6_000, seed) for seed in range(24)]
-    alone = [kernels.decode(stored, rows_N) for rows_N in asked]
+    row_lists = [some_rows(5_000, 6_000, seed) for seed in range(24)]
+    alone = [kernels.decode(stored, rows_N) for rows_N in row_lists]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda rows_N: kernels.decode(stored, rows_N, num_threads=3), asked))
+        together = list(pool.map(lambda rows_N: kernels.decode(stored, rows_N, num_threads=3), row_lists))
     assert [one.tobytes() for one in together] == [one.tobytes() for one in alone]
 
 

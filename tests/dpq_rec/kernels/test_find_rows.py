@@ -26,12 +26,12 @@ def packed(texts):
 
 @pytest.mark.parametrize("has_slots", [True, False])
 @given(lists_of_ids, st.lists(ids, max_size=70))
-def test_find_rows_equals_the_reference(has_slots, known, asked):
+def test_find_rows_equals_the_reference(has_slots, known, wanted_ids):
     strings, rows_U = packed(known)
-    asked = [*asked, *known, *asked]
-    found_N = find_string_rows(asked, *strings, rows_U, build_slots(*strings) if has_slots else None)
+    wanted_ids = [*wanted_ids, *known, *wanted_ids]
+    found_N = find_string_rows(wanted_ids, *strings, rows_U, build_slots(*strings) if has_slots else None)
     assert found_N.dtype == np.int64
-    assert found_N.tolist() == references.find_string_rows(asked, *strings, rows_U).tolist()
+    assert found_N.tolist() == references.find_string_rows(wanted_ids, *strings, rows_U).tolist()
 
 
 @pytest.mark.parametrize("num_ids", [0, 1, 2, 31, 32, 33, 64, 1000])
@@ -39,17 +39,17 @@ def test_find_rows_equals_the_reference(has_slots, known, asked):
 @pytest.mark.parametrize("has_slots", [True, False])
 def test_find_rows_equals_the_reference_in_lists_of_any_length(num_ids, num_known, has_slots):
     strings, rows_U = packed([f"item_{i}" for i in range(num_known)])
-    asked = [f"item_{i}" for i in np.random.default_rng(num_ids).integers(-1, num_known + 1, num_ids)]
-    asked[-2:] = ["item_0", f"item_{num_known - 1}"][:num_ids]
-    found_N = find_string_rows(asked, *strings, rows_U, build_slots(*strings) if has_slots else None)
-    assert found_N.tolist() == references.find_string_rows(asked, *strings, rows_U).tolist()
+    wanted_ids = [f"item_{i}" for i in np.random.default_rng(num_ids).integers(-1, num_known + 1, num_ids)]
+    wanted_ids[-2:] = ["item_0", f"item_{num_known - 1}"][:num_ids]
+    found_N = find_string_rows(wanted_ids, *strings, rows_U, build_slots(*strings) if has_slots else None)
+    assert found_N.tolist() == references.find_string_rows(wanted_ids, *strings, rows_U).tolist()
 
 
 def test_find_rows_finds_the_empty_string_and_strings_with_nul():
     strings, rows_U = packed(["", "\0", "a", "a\0", "a\0\0", LAST])
-    asked, wanted = ["a\0", "", "\0", "\0\0", "a", LAST, "a\0\0"], [9, 12, 11, MISSING_ROW, 10, 7, 8]
-    assert find_string_rows(asked, *strings, rows_U).tolist() == wanted
-    assert find_string_rows(asked, *strings, rows_U, build_slots(*strings)).tolist() == wanted
+    wanted_ids, wanted = ["a\0", "", "\0", "\0\0", "a", LAST, "a\0\0"], [9, 12, 11, MISSING_ROW, 10, 7, 8]
+    assert find_string_rows(wanted_ids, *strings, rows_U).tolist() == wanted
+    assert find_string_rows(wanted_ids, *strings, rows_U, build_slots(*strings)).tolist() == wanted
 
 
 def test_find_rows_takes_tuples_and_subclasses_of_str():
@@ -70,10 +70,10 @@ def test_find_rows_takes_tuples_and_subclasses_of_str():
 @pytest.mark.parametrize("at", [0, 40])
 def test_find_rows_refuses_what_is_no_utf_8(wrong, message, at):
     strings, rows_U = packed(["a", "b"])
-    asked = ["a"] * 50
-    asked[at] = wrong
+    wanted_ids = ["a"] * 50
+    wanted_ids[at] = wrong
     with pytest.raises(IdTypeError, match=f"ids: {message}.* at position {at}"):
-        find_string_rows(asked, *strings, rows_U)
+        find_string_rows(wanted_ids, *strings, rows_U)
 
 
 HOSTILE_OFFSETS = {
@@ -154,21 +154,21 @@ def test_find_rows_reads_arrays_that_are_not_aligned():
 
 def test_find_rows_holds_the_strings_while_it_searches_without_the_gil():
     strings, rows_U = packed([f"item_{i}" for i in range(1000)])
-    asked = [f"item_{i}" for i in range(200_000)]
-    before = most = sys.getrefcount(asked[0])
-    thread = threading.Thread(target=find_string_rows, args=(asked, *strings, rows_U))
+    wanted_ids = [f"item_{i}" for i in range(200_000)]
+    before = most = sys.getrefcount(wanted_ids[0])
+    thread = threading.Thread(target=find_string_rows, args=(wanted_ids, *strings, rows_U))
     thread.start()
     while thread.is_alive():
-        most = max(most, sys.getrefcount(asked[0]))
+        most = max(most, sys.getrefcount(wanted_ids[0]))
     assert most > before
 
 
 def test_find_rows_leaves_no_reference_behind():
     strings, rows_U = packed(["a"])
-    asked = [f"{i}!" for i in range(100)]
-    before = [sys.getrefcount(text) for text in asked]
-    find_string_rows(asked, *strings, rows_U)
-    assert [sys.getrefcount(text) for text in asked] == before
+    wanted_ids = [f"{i}!" for i in range(100)]
+    before = [sys.getrefcount(text) for text in wanted_ids]
+    find_string_rows(wanted_ids, *strings, rows_U)
+    assert [sys.getrefcount(text) for text in wanted_ids] == before
 
 
 @given(st.lists(ids, max_size=20), st.booleans())

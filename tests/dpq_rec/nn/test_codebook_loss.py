@@ -76,8 +76,8 @@ def test_gradients_of_some_parameters_leave_their_share_to_the_others(options, f
     got = {}
     for group in ([n for n in names if n.startswith(first)], [n for n in names if not n.startswith(first)]):
         if group:
-            asked = [module.get_parameter(name) for name in group]
-            got |= zip(group, torch.autograd.grad(loss, asked, retain_graph=True, materialize_grads=True), strict=True)
+            inputs = [module.get_parameter(name) for name in group]
+            got |= zip(group, torch.autograd.grad(loss, inputs, retain_graph=True, materialize_grads=True), strict=True)
     assert_same({name: got[name] for name in names}, of_one_backward(DPQEmbedding, **options))
 
 

@@ -193,11 +193,11 @@ def gradients(quantizer, queries, counts, weights):
     queries = queries.clone().requires_grad_()
     quantized = quantizer(queries, counts, torch.tensor(ROWS))
     wanted = [queries, quantizer.values_MKS, quantizer.own_keys_MKS]
-    asked = [t for t in wanted if t is not None and t.requires_grad]
+    inputs = [t for t in wanted if t is not None and t.requires_grad]
     found = torch.autograd.grad(
-        (quantized.vectors_NE * weights).sum() + quantized.codebook_loss, asked, allow_unused=True
+        (quantized.vectors_NE * weights).sum() + quantized.codebook_loss, inputs, allow_unused=True
     )
-    by_tensor = {id(t): torch.zeros_like(t) if g is None else g for t, g in zip(asked, found, strict=True)}
+    by_tensor = {id(t): torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)}
     return [None if id(t) not in by_tensor else by_tensor[id(t)].double().numpy() for t in wanted]
 
 

@@ -64,8 +64,8 @@ def test_a_table_without_ids_gets_gradients_beside_one_with_ids(options):
     features = keyed({"item": [[], []], "old": [[], []], "user": [[1], [2, 2]]})
     module(features).values().square().sum().backward()
     for table, learns in (("item", False), ("user", True)):
-        asked = [queries(module, table), *module.quantizer(table).parameters()]
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in asked if p.requires_grad)
+        parameters = [queries(module, table), *module.quantizer(table).parameters()]
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters if p.requires_grad)
         assert queries(module, table).grad.any() == learns
 
 

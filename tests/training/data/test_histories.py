@@ -51,10 +51,10 @@ def sets_of(rows, vocabularies, splits=(TRAIN,)):
 def test_a_user_row_has_the_items_of_its_training_rows_each_once(path, rows, validation_trains, policy):
     interactions, vocabularies = opened(path, rows, policy, validation_trains=validation_trains)
     expected = sets_of(rows, vocabularies, (TRAIN, VALIDATION) if validation_trains else (TRAIN,))
-    asked = np.arange(NUM_USERS + 3)[::-1].copy()
-    found = Histories(interactions, vocabularies).whole(asked)
+    users = np.arange(NUM_USERS + 3)[::-1].copy()
+    found = Histories(interactions, vocabularies).whole(users)
     ends = found.offsets
-    for number, user in enumerate(asked.tolist()):
+    for number, user in enumerate(users.tolist()):
         items = found.rows_T[ends[number] : ends[number + 1]].tolist()
         assert items == sorted(expected.get(user, ()))
 
