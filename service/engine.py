@@ -105,7 +105,7 @@ class Engine:
 
     @property
     def has_room(self) -> bool:
-        """Whether there is a slot, and no reason to say more in a reply than what was asked for."""
+        """Whether there is a slot, and a reply has nothing to say beside what the request wants."""
         return self.state is State.READY and self.num_in_flight < self.settings.max_in_flight
 
     def check_num_ids(self, num_ids: int, what: str = "ids") -> None:
@@ -206,11 +206,11 @@ class Engine:
         self._check_limits(requests)
         return [self._table_for(request).rows(request.ids, missing=request.missing) for request in requests]
 
-    def lookup_bytes(self, table: str, asked: bytes, form: Form, missing: MissingPolicy = "zeros") -> LookupBytes:
+    def lookup_bytes(self, table: str, ids: bytes, form: Form, missing: MissingPolicy = "zeros") -> LookupBytes:
         """What `lookup`, or `lookup_codes`, finds for a request without bags, as it travels; it raises what they do."""
-        num_ids = len(asked) // ID_BYTES
+        num_ids = len(ids) // ID_BYTES
         self.check_num_ids(num_ids)
-        found = self.table(table).lookup_bytes(asked, form=form, missing=missing)
+        found = self.table(table).lookup_bytes(ids, form=form, missing=missing)
         self.metrics.looked_up(table, num_ids, found.num_missing)
         return found
 

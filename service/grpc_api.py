@@ -147,22 +147,22 @@ class EmbeddingServicer:
 
     async def lookup(self, message: bytes) -> bytes:
         """Vectors of ids of one table."""
-        return await self._run(pb.LookupRequest, message, lambda asked: b"".join(self._lookup([asked])[0]))
+        return await self._run(pb.LookupRequest, message, lambda request: b"".join(self._lookup([request])[0]))
 
     async def batch_lookup(self, message: bytes) -> bytes:
         """Several lookups, all from one version."""
-        return await self._run(pb.BatchLookupRequest, message, lambda asked: batch_reply(self._lookup(asked.requests)))
+        return await self._run(pb.BatchLookupRequest, message, lambda batch: batch_reply(self._lookup(batch.requests)))
 
     async def _run(self, kind: type[M], message: bytes, answer: Callable[[M], bytes]) -> bytes:
         """The reply to a message, in a thread where it asks for much: its ids may be of a byte, its requests of few."""
         engine = self._engine
         if len(message) > _SMALL_BYTES or not engine.is_small(len(message)):
             return await engine.run_in_thread(lambda: answer(_parsed(kind, message)))
-        asked = _parsed(kind, message)
-        requests = asked.requests if isinstance(asked, pb.BatchLookupRequest) else [asked]
+        parsed = _parsed(kind, message)
+        requests = parsed.requests if isinstance(parsed, pb.BatchLookupRequest) else [parsed]
         num_ids = sum(len(each.ids) + len(each.string_ids) + len(each.bag_lengths) for each in requests)
         num_values = num_ids * engine.max_dim + len(requests) * _REQUEST_VALUES
-        return await engine.run_values(lambda: answer(asked), num_values)
+        return await engine.run_values(lambda: answer(parsed), num_values)
 
     async def search(self, message: bytes) -> bytes:
         """The ids most similar to queries."""

@@ -1,7 +1,7 @@
 """One call over gRPC, from its head to its end. In: messages and a context of grpc.aio. Out: replies, or a status.
 
 All procedures are declared as taking a stream of bytes, which on the wire is the same: so a call is seen before its
-message, which may be missing, late or malformed, and every refusal is one status, counted.
+message, which may be missing, late or malformed, and every error is one status, counted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MESSAGE_SECONDS = 30.0  # for a call's message to arrive whole
 _REPLY_BYTES = 1 << 27  # of large replies that are made or sent at a time; each is held twice, once by gRPC
 _BYTES_PER_SECOND = 1 << 20  # that a caller takes at least, after `send_seconds`
 _MOST_DETAILS = 600  # characters of an error: a client takes 8 KiB of headers, which hold them percent-encoded
-_EARLY_SECONDS = 0.1  # that a refusal waits for the message: Python's clients lose a status that comes before it
+_EARLY_SECONDS = 0.1  # that an error waits for the message: Python's clients lose a status that comes before it
 _WATCH_SECONDS = 0.5  # between looks at the calls' deadlines: timers for each would cost a tenth of a small call
 _EOF_SECONDS = 0.05  # in which gRPC says that a call without a message was cancelled, if it was
 

@@ -1,6 +1,6 @@
-"""What /metrics says. In: events of one worker. Out: the text that Prometheus reads, for all workers together.
+"""Metrics for Prometheus. In: events of one worker. Out: the text of /metrics, for all workers together.
 
-The workers count in memory that they share: whichever worker is asked adds up, and the counts of a worker that was
+The workers count in memory that they share: whichever worker answers adds up, and the counts of a worker that was
 killed stay. No file is involved, so that neither a full disk nor a kill can disturb serving or leave anything behind.
 
     counts = [WorkerCounts(), WorkerCounts()] # before the fork

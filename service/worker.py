@@ -126,15 +126,15 @@ async def _beat(ready_fd: int) -> None:
 
 async def _watch(engine: Engine, grpc_server: GrpcServer, files: ServedFiles) -> None:
     """Measure memory, and refuse tables whose files were damaged: now and then, and when the parent asks."""
-    asked, used_up = asyncio.Event(), False
-    asyncio.get_running_loop().add_signal_handler(CHECK_FILES, asked.set)
+    check_now, used_up = asyncio.Event(), False
+    asyncio.get_running_loop().add_signal_handler(CHECK_FILES, check_now.set)
     while True:
         used_up = watch_descriptors(used_up)
         if not used_up:  # else there is none to read it by
             engine.metrics.measure_memory()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asked.wait(), _WATCH_SECONDS)
-        asked.clear()
+            await asyncio.wait_for(check_now.wait(), _WATCH_SECONDS)
+        check_now.clear()
         await _note_damage(engine, grpc_server, files)
 
 
