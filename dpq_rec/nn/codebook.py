@@ -1,4 +1,4 @@
-"""Codebooks: values of codes, and what moves keys and values without gradients. In: a batch's groups and their codes.
+"""Gradient-free codebook updates: EMA, dead-code revival, k-means. In: a batch's groups and their codes.
 
 `RunningMeans` (EMA) keeps each value at the running mean of the groups that chose it. `Revival` finds codes that no
 group chooses and draws queries to put in their place (dead-code revival). Both add up over ranks, so that every rank
@@ -125,7 +125,7 @@ class Revival(nn.Module):
     def draw(self, queries_NDS: torch.Tensor, num_queries: int) -> torch.Tensor:
         """Queries [num_queries, D, S] of random distinct rows of all ranks, the same on every rank.
 
-        Where more are asked for than there are, they come again; where there are none at all, none are returned.
+        Where more are wanted than there are, they come again; where there are none at all, none are returned.
         """
         if not num_queries:
             return queries_NDS[:0]

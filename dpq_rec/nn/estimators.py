@@ -1,7 +1,8 @@
-"""How gradients pass the choice of a code. In: a level's Choice. Out: the values of its codes, and a codebook loss.
+"""Gradients through the choice of a code. In: a level's Choice. Out: the values of its codes, and a codebook loss.
 
 A choice has no gradient; the two methods of the paper put different ones in its place. `Softmax` is DPQ-SX (DPQ paper,
-eq. 5), `StraightThrough` is DPQ-VQ (eq. 7). Forward, both emit the very bits of the chosen values.
+eq. 5), `StraightThrough` is DPQ-VQ (eq. 7). Forward, both emit the very bits of the chosen values. In formulas, Q are
+queries, H vectors, T(Q) the chosen values, and sg(x) is x without its gradient.
 
 The codebook loss needs no line in the training loop: `with_codebook_loss` attaches it to the vectors. It counts once
 for each forward, however many losses are made of them, and however many backward passes these take.
@@ -75,7 +76,7 @@ class StraightThrough:
         weight = 0.0 if config.ema_decay is not None else config.penalty_weight
         if not (weight or config.commitment_weight):  # nothing to sum, here or over ranks
             return rest_NDS.new_zeros(())
-        chosen_NDS, rest_NDS = _Once.apply(chosen_NDS), _Once.apply(rest_NDS)
+        chosen_NDS, rest_NDS = map(_FirstBackwardOnly.apply, (chosen_NDS, rest_NDS))
         errors_N = weight * (chosen_NDS - rest_NDS.detach()).square().flatten(1).mean(1)
         if config.commitment_weight:
             committed_N = (rest_NDS - chosen_NDS.detach()).square().flatten(1).mean(1)
@@ -149,10 +150,11 @@ class _WithCodebookLoss(torch.autograd.Function):
         return gradient_NE, gradient_NE.new_full((), ctx.scale), None
 
 
-class _Once(torch.autograd.Function):
-    """What a codebook loss is made of; its gradient counts in one backward, and is zero in those that come after.
+class _FirstBackwardOnly(torch.autograd.Function):
+    """The tensor as it is; its gradient is passed on in the first backward, and is zero in later ones.
 
-    Here, and not at the loss itself: a backward towards the queries alone must not take what is the values'.
+    It stands at each tensor that a codebook loss is made of, not at the loss: a backward towards the queries alone must
+    not use up the values' gradient.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""A trained model to an artifact. In: a model, sharded or not. Out: the folder of contract 3.
+"""A trained model to an artifact. In: a model, sharded or not. Out: the artifact's folder (`dpq_rec.artifact`).
 
 Every row of every shard is encoded in eval mode, in chunks, on the rank that owns it; rank 0 receives packed codes and
 writes. No rank holds a whole table, and rows that training never saw get codes as all others do. Of a column shard its

@@ -1,9 +1,9 @@
 """Differentiable product quantization: a loop over levels. In: queries_NQ. Out: Quantized(codes_NM, vectors_NE, loss).
 
 A query is cut into D groups; in each group the nearest of K keys is chosen, and its value replaces the group (DPQ
-paper, eq. 1 and 2). With residual levels, level l chooses for what the levels before it left over of the query, and a
-vector is the sum over levels. Where a table has tiers, rows from a boundary on have the first levels only: in
-ascending rows, a level is of those at the front. `estimators` say what gradient passes a choice, which has none.
+paper, eq. 1 and 2). With residual levels, level l encodes the residual, the query less the values of the levels before
+it, and a vector is the sum over levels. Where a table has tiers, rows from a boundary on have the first levels only: of
+ascending rows, those that have a level come first. Choosing has no gradient: `estimators` put one in its place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NO_CODE = -1
 
 
 class Quantized(NamedTuple):
-    """What the quantizer makes of queries.
+    """Codes and vectors of queries, and the codebook loss.
 
     Attributes:
         codes_NM: the chosen codes (int64), level by level; NO_CODE in levels that a row does not have.
@@ -44,7 +44,7 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """Keys and values of one table, and how they are chosen and trained.
+    """The quantizer of one table: its keys and values, queries -> codes -> vectors, and how they are trained.
 
     Two levels for vectors of two groups, in each of which they choose between two values:
 

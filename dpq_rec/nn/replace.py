@@ -1,4 +1,4 @@
-"""The tables of a model by quantized ones. In: a model with stock tables. Out: the same model, its tables replaced.
+"""Replace a model's tables by quantized ones. In: a model with stock tables. Out: the same model, tables replaced.
 
 TorchRec's modules around a collection (feature processors, towers) become subclasses that change nothing. A sharder
 takes a module of exactly its type, with the stock collection in it, as a whole: a subclass is no such module, so that

@@ -1,4 +1,4 @@
-"""What graph capture sees of a module. In: its forward. Out: a forward that is one node of a graph, or is refused.
+"""Graph capture (torch.fx, torch.compile). In: a module's forward. Out: one that is a node of a graph, or is refused.
 
 A forward looks up each distinct row once, and its kernels are no operations of torch, so that a tracer which records
 operations would record the codes of the ids at hand. To torch.fx a module is a leaf therefore, to torch.compile a call
