@@ -11,7 +11,7 @@ Read the modules in this order and you have read DPQ:
                     arrays)
 7. `artifact`       the folder that is published (`manifest` says what may be in it, `tensorfile` is one of its files,
                     `files` lets it appear whole, `publish` copies it into a store)
-8. `kernels`        the loops that must be fast (`kernels.ids` find ids, `kernels.lookup` goes on to their vectors)
+8. `kernels`        the loops that must be fast (`kernels.ids` indexes ids, `kernels.lookup` goes from ids to vectors)
 9. `table`          ids -> rows -> codes -> vectors, from the mapped artifact (`search`: back to the nearest ids)
 10. `lookup`        `EmbeddingStore`: the tables of an artifact by their name
 11. `wire`          lookups as bytes that travel, for a `client` that holds the values (`http_reply` reads what a server

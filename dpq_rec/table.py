@@ -22,11 +22,11 @@ from dpq_rec.errors import ConfigError, IdTypeError, UnknownIdsError
 from dpq_rec.files import PickledByPath
 from dpq_rec.ids import ids_of_kind, int64_ids, plain_array
 from dpq_rec.kernels import MISSING_ROW, Coded, Vectors
-from dpq_rec.kernels.lookup import lookup_bytes, lookup_integers
+from dpq_rec.kernels.lookup import find_integer_rows, lookup_bytes, lookup_integers
 from dpq_rec.manifest import TableManifest
 from dpq_rec.search import IdsByRow, Neighbours, Similarity, inverse_lengths_of_rows, search_table
 from dpq_rec.vocabulary import Int64Vocabulary, Vocabulary
-from dpq_rec.wire import Form, LookupBytes, PackedRows, Values, check_ids, ids_from_bytes, to_bytes
+from dpq_rec.wire import ID_BYTES, Form, LookupBytes, PackedRows, Values, check_ids, ids_from_bytes, to_bytes
 
 MissingPolicy = Literal["zeros", "error"]
 VectorType = Literal["float32", "float16"]
@@ -83,7 +83,7 @@ class Table(PickledByPath):
         if missing == "zeros" and isinstance(self.vocabulary, Int64Vocabulary):  # an error is for before the decoding
             known = self.vocabulary.native
             return Lookup(*lookup_integers(int64_ids(ids), known, self.vectors, dtype=dtype, num_threads=num_threads))
-        rows_N, positions = self._find(ids, missing)
+        rows_N, positions = self.rows(ids, missing=missing)
         return Lookup(self.decode(rows_N, dtype=dtype, num_threads=num_threads), positions)
 
     def lookup_bags(
@@ -102,7 +102,7 @@ class Table(PickledByPath):
         _check_choice("pooling", pooling)
         if pooling == "mean" and weights is not None:
             raise ConfigError("weights: got some with pooling mean, want sum; a weighted mean is not defined")
-        rows_N, positions = self._find(ids, missing)
+        rows_N, positions = self.rows(ids, missing=missing)
         pooled_BE = kernels.decode_bags(
             self.vectors,
             rows_N,
@@ -118,10 +118,13 @@ class Table(PickledByPath):
         """See `EmbeddingStore.lookup_bytes`."""
         _check_choice("missing", missing)
         _check_choice("form", form)
-        content, vocabulary = check_ids(ids), self.vocabulary
+        content, vocabulary = ids, self.vocabulary
+        if type(ids) is not bytes or len(ids) % ID_BYTES:
+            content = check_ids(ids)
         if vocabulary.kind == "string":
             raise IdTypeError(f"ids: got bytes, want strings: those are the ids of table {self.name!r}")
-        has_form = form != "codes" or self.manifest.has_codes  # `codes` says what is wrong with a dense table
+        # `codes` says what is wrong with a dense table.
+        has_form = form != "codes" or isinstance(self.vectors, Coded)
         if missing == "zeros" and has_form and isinstance(vocabulary, Int64Vocabulary):
             return LookupBytes(*lookup_bytes(content, vocabulary.native, self.vectors, form=form))
         ids_N = ids_from_bytes(content)
@@ -135,14 +138,18 @@ class Table(PickledByPath):
     def rows(self, ids: Any, *, missing: MissingPolicy = "zeros") -> Rows:
         """See `EmbeddingStore.rows`."""
         _check_choice("missing", missing)
-        return self._find(ids, missing)
+        return self.find(ids_of_kind(self.vocabulary.kind, ids), missing)
 
-    def _find(self, ids: Any, missing: MissingPolicy) -> Rows:
-        held = ids_of_kind(self.vocabulary.kind, ids)
-        rows_N = self.vocabulary.rows(held)
+    def find(self, ids: NDArray[np.int64] | Sequence[Any], missing: MissingPolicy) -> Rows:
+        """As `rows`, of ids that are as the vocabulary has them: int64 [N], contiguous, or a list of strings."""
+        vocabulary = self.vocabulary
+        if isinstance(vocabulary, Int64Vocabulary) and isinstance(ids, np.ndarray):
+            rows_N = find_integer_rows(ids, vocabulary.native)
+        else:
+            rows_N = vocabulary.rows(ids)
         positions = (rows_N == MISSING_ROW).nonzero()[0].astype(np.uint32)
         if missing == "error" and len(positions):
-            raise UnknownIdsError(self.name, [held[i] for i in positions.tolist()], positions.tolist())
+            raise UnknownIdsError(self.name, [ids[i] for i in positions.tolist()], positions.tolist())
         return Rows(rows_N, positions)
 
     def decode(self, rows_N: NDArray[np.int64], *, dtype: DTypeLike = np.float32, num_threads: int = 1) -> NDArray[Any]:
@@ -180,8 +187,7 @@ class Table(PickledByPath):
 
     def codes(self, ids: Any, *, missing: MissingPolicy = "zeros") -> PackedRows:
         """See `EmbeddingStore.codes`."""
-        _check_choice("missing", missing)
-        rows_N, positions = self._find(ids, missing)
+        rows_N, positions = self.rows(ids, missing=missing)
         if not isinstance(self.vectors, Coded):
             raise self._dense("codes")
         packed_NW, tiers_N = kernels.copy_codes(self.vectors, rows_N)

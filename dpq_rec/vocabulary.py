@@ -39,6 +39,7 @@ from dpq_rec.ids import int64_ids, string_ids
 from dpq_rec.kernels import MISSING_ROW
 from dpq_rec.kernels import ids as id_kernels
 from dpq_rec.kernels.arguments import HasNative
+from dpq_rec.kernels.lookup import find_integer_rows
 from dpq_rec.strings import LazyStrings, PackedStrings
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ class Int64Vocabulary(_ListVocabulary, HasNative):
 
     def rows(self, ids: Any) -> NDArray[np.int64]:
         """See `Vocabulary.rows`."""
-        return id_kernels.find_integer_rows(int64_ids(ids), self.native)
+        return find_integer_rows(int64_ids(ids), self.native)
 
     def _ids_at(self, entries_N: NDArray[np.int64]) -> NDArray[np.int64]:
         return self.ids_U[entries_N]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dpq_rec import DamagedArtifactError, Lookup
 from dpq_rec.kernels import Coded
-from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
+from dpq_rec.kernels.lookup import JsonTexts, decode_to_json
 from dpq_rec.table import Rows, Table, VectorType
 from dpq_rec.wire import CODES, ID_BYTES, Buffer
 from service.engine import Engine

@@ -1,6 +1,6 @@
 """The hot loops in plain numpy: what they compute, without how they are made fast. The tests hold the kernels to these.
 
-Each takes what the function of the same name in `dpq_rec.kernels` or `dpq_rec.kernels.json_texts` takes.
+Each takes what the function of the same name in `dpq_rec.kernels` or `dpq_rec.kernels.lookup` takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.codes import CodeLayout, unpack_codes
 from dpq_rec.kernels import Best, Coded, SoftmaxGradients, Vectors
-from dpq_rec.kernels.json_texts import JsonTexts
+from dpq_rec.kernels.lookup import JsonTexts
 
 
 def decode(

@@ -28,12 +28,18 @@ def call(function: Callable[..., T], *arguments: Any) -> T:
     """
     try:
         return function(*arguments)
-    except TypeError as error:
-        signatures = str(function.__doc__ or function.__init__.__doc__).splitlines()
-        wanted = "; or ".join(signature.partition(" -> ")[0] for signature in signatures if "(" in signature)
-        raise ConfigError(f"got {', '.join(map(shown, arguments))}; want {wanted}") from error
-    except ValueError as error:
-        raise ConfigError(f"{function.__name__}: {error}; got {', '.join(map(shown, arguments))}") from error
+    except (TypeError, ValueError) as error:
+        raise argument_error(error, function, *arguments) from error
+
+
+def argument_error(error: TypeError | ValueError, function: Callable[..., Any], *arguments: Any) -> ConfigError:
+    """What `call` raises where a function of the C++ has raised an error."""
+    got = ", ".join(map(shown, arguments))
+    if isinstance(error, ValueError):
+        return ConfigError(f"{function.__name__}: {error}; got {got}")
+    signatures = str(function.__doc__ or function.__init__.__doc__).splitlines()
+    wanted = "; or ".join(signature.partition(" -> ")[0] for signature in signatures if "(" in signature)
+    return ConfigError(f"got {got}; want {wanted}")
 
 
 def shown(argument: Any) -> str:

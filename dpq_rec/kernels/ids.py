@@ -1,4 +1,4 @@
-"""The hot loops that find ids. In: ids; a vocabulary's arrays. Out: rows; the indexes that find them fast.
+"""The indexes that find ids fast, and strings by them. In: ids; a vocabulary's arrays. Out: rows; the indexes.
 
 An index stands beside a sorted list of ids in the artifact, may be missing, and holds nothing that does not follow from
 the list. What it finds is compared with the id in the list. A damaged tree shows; a lost slot, and with it a string, is
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 import dpq_rec.kernels._native as _native
 from dpq_rec.errors import DamagedArtifactError, IdTypeError
-from dpq_rec.kernels.arguments import call, check_array, new_array
+from dpq_rec.kernels.arguments import call, check_array
 
 NODE_KEYS = 16  # of the tree: two cache lines
 MOST_SLOTTED = (1 << 32) - 1  # ids that a slot can number
@@ -63,27 +63,6 @@ def sorted_integers(
         tree_T: the list's `id_tree`, `num_tree_keys(U)` long; without it the list is halved, which is slower.
     """
     return call(_native.Integers, ids_U, rows_U, tree_T)
-
-
-def find_integer_rows(ids_N: NDArray[np.int64], known: _native.Integers) -> NDArray[np.int64]:
-    """Rows (int64) of integers, found in a sorted list of them; MISSING_ROW where an id is not in the list.
-
-    Args:
-        ids_N: what is looked for (int64), contiguous.
-        known: of `sorted_integers`.
-
-    Raises:
-        DamagedArtifactError: the tree leads an id to where it cannot be: it is not said to be missing.
-    """
-    out_N = new_array(ids_N, dtype=np.int64)
-    check_found(ids_N, call(_native.find_integer_rows, known, ids_N, out_N))
-    return out_N
-
-
-def check_found(ids_N: NDArray[np.int64], bad_at: int) -> None:
-    """Raises DamagedArtifactError where an id, at a position that is not -1, was led astray by the tree."""
-    if bad_at >= 0:
-        raise DamagedArtifactError(f"the vocabulary's id_tree leads id {ids_N[bad_at]} to where it cannot be")
 
 
 def find_string_rows(

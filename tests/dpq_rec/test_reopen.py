@@ -25,7 +25,7 @@ from dpq_rec import (
 )
 from dpq_rec.client import CodesClient
 from dpq_rec.kernels import Coded, decode
-from dpq_rec.kernels.json_texts import JsonTexts
+from dpq_rec.kernels.lookup import JsonTexts
 from dpq_rec.wire import Values
 
 NUM_ROWS = 3_000

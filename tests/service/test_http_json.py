@@ -5,7 +5,7 @@ import orjson
 import pytest
 
 from dpq_rec import CodeLayout, EmbeddingStore, Lookup, write_artifact
-from dpq_rec.kernels.json_texts import JsonTexts
+from dpq_rec.kernels.lookup import JsonTexts
 from service import http_bodies
 from service.http_bodies import lookup_to_json, lookups_to_json
 from service.messages import TableRequest

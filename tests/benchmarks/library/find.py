@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from dpq_rec.errors import ConfigError
 from dpq_rec.kernels import MISSING_ROW
-from dpq_rec.kernels.ids import find_integer_rows, find_string_rows, sorted_integers
+from dpq_rec.kernels.ids import find_string_rows, sorted_integers
+from dpq_rec.kernels.lookup import find_integer_rows
 from dpq_rec.tensorfile import map_tensors, write_tensors
 from dpq_rec.vocabulary import Int64Vocabulary, StringVocabulary, Vocabulary, load_vocabulary
 from tests import references

@@ -10,16 +10,16 @@ import numpy as np
 
 from dpq_rec import CodeLayout, kernels
 from dpq_rec.errors import ConfigError, DamagedArtifactError, IdTypeError
-from dpq_rec.kernels import Best, Coded, _native, ids, json_texts, lookup
+from dpq_rec.kernels import Best, Coded, _native, ids, lookup
 from dpq_rec.kernels.arguments import call
 from dpq_rec.kernels.ids import build_tree, sorted_integers
-from dpq_rec.kernels.json_texts import JsonTexts
+from dpq_rec.kernels.lookup import JsonTexts
 from dpq_rec.strings import PackedStrings
 from tests.dpq_rec.kernels.end_of_memory import at_the_end
 
 REFUSED = (ConfigError, DamagedArtifactError, IdTypeError)
 HELPERS = {
-    *("call", "check_array", "check_coded", "check_damage", "check_found", "native_of", "new_array", "shown"),
+    *("call", "argument_error", "check_array", "check_coded", "check_damage", "native_of", "new_array", "shown"),
     *("build_tree", "num_slots", "num_tree_keys", "sorted_integers"),
 }
 generator = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def scan_top(packed, scores, most, scales, first_row, rows, best):
 
 
 def find_integer_rows(asked, known, rows, tree):
-    return ids.find_integer_rows(asked, sorted_integers(known, rows, tree))
+    return lookup.find_integer_rows(asked, sorted_integers(known, rows, tree))
 
 
 def lookup_integers(asked, known, rows, dense, dtype, num_threads):
@@ -95,7 +95,7 @@ def lookup_bytes(asked, form, of):
 
 def decode_to_json(of, ends, rows):
     texts = JsonTexts.of(stored(), np.float32, write)
-    return json_texts.decode_to_json(of, JsonTexts(texts.groups, texts.ends_G if ends is None else ends, b""), rows)
+    return lookup.decode_to_json(of, JsonTexts(texts.groups, texts.ends_G if ends is None else ends, b""), rows)
 
 
 def native(name):
@@ -214,7 +214,7 @@ def try_one(function, arguments, *, must_be_refused, what):
 def main():
     public = {
         name
-        for module in (kernels, ids, json_texts, lookup)
+        for module in (kernels, ids, lookup)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__.startswith("dpq_rec.kernels") and not name.startswith("_")
     }

@@ -130,7 +130,7 @@ AT_THE_END_OF_MEMORY = """
 import numpy as np
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels
 from dpq_rec.kernels import Coded
-from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
+from dpq_rec.kernels.lookup import JsonTexts, decode_to_json
 from tests import references
 from tests.dpq_rec.kernels.end_of_memory import at_the_end
 

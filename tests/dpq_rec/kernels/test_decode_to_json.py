@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels, pack_codes
 from dpq_rec.kernels import MISSING_ROW, Coded
-from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
+from dpq_rec.kernels.lookup import JsonTexts, decode_to_json
 from tests import references
 from tests.dpq_rec.builders import random_codes, random_values
 from tests.dpq_rec.kernels.test_decode_forms import HARD_TO_ROUND, dtypes, some_rows
@@ -133,7 +133,7 @@ FULL = """
 import numpy as np, orjson
 from dpq_rec import CodeLayout, kernels
 from dpq_rec.kernels import Coded
-from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
+from dpq_rec.kernels.lookup import JsonTexts, decode_to_json
 
 def write(numbers):
     return orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpq_rec import DamagedArtifactError
-from dpq_rec.kernels import MISSING_ROW
-from dpq_rec.kernels import ids as id_kernels
+from dpq_rec.kernels import MISSING_ROW, lookup
 from dpq_rec.kernels.ids import build_tree, num_tree_keys, sorted_integers
 from tests import references
 
@@ -21,7 +20,7 @@ ids = st.one_of(st.integers(-40, 40), st.integers(INT64_MIN, INT64_MAX), st.samp
 
 def find_integer_rows(asked_N, *known):
     """Of ids, rows and perhaps a tree."""
-    return id_kernels.find_integer_rows(asked_N, sorted_integers(*known))
+    return lookup.find_integer_rows(asked_N, sorted_integers(*known))
 
 
 def sorted_ids(kind, num_ids, seed=0):
@@ -148,7 +147,8 @@ import numpy as np
 from dpq_rec import DamagedArtifactError
 from dpq_rec.kernels.ids import num_tree_keys
 from dpq_rec.kernels import MISSING_ROW
-from dpq_rec.kernels.ids import sorted_integers, find_integer_rows
+from dpq_rec.kernels.ids import sorted_integers
+from dpq_rec.kernels.lookup import find_integer_rows
 from tests.dpq_rec.kernels.end_of_memory import at_the_end
 
 lowest, highest = np.iinfo(np.int64).min, np.iinfo(np.int64).max

@@ -17,7 +17,7 @@ import sys, threading, time
 import numpy as np
 from dpq_rec import CodeLayout, DamagedArtifactError, kernels
 from dpq_rec.kernels import Coded
-from dpq_rec.kernels.json_texts import JsonTexts, decode_to_json
+from dpq_rec.kernels.lookup import JsonTexts, decode_to_json
 from tests.dpq_rec.kernels.end_of_memory import at_the_end
 
 num_codes, use = int(sys.argv[1]), sys.argv[2]
