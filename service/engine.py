@@ -1,4 +1,4 @@
-"""The tables behind limits, which both APIs call. In: TableRequests, SearchRequests. Out: Answer, SearchAnswer.
+"""The tables behind limits, which both APIs call. In: TableRequests, SearchRequests. Out: Lookups, Rows, a SearchReply.
 
 It knows neither HTTP nor gRPC: it raises the errors of `service.errors` and `dpq_rec.errors`, which they translate.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import enum
 import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -14,12 +15,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec import ConfigError, EmbeddingStore, IdTypeError, Lookup
+from dpq_rec import ConfigError, EmbeddingStore, IdTypeError, Lookup, UnknownTableError
 from dpq_rec.table import MissingPolicy, Rows, Table
 from dpq_rec.wire import ID_BYTES, Form, LookupBytes, PackedRows
-from service.admission import Admission, State
 from service.errors import InvalidRequestError, NotReadyError, OverloadedError, TooManyIdsError
-from service.messages import Answer, SearchAnswer, SearchRequest, TableList, TableRequest, describe
+from service.messages import SearchReply, SearchRequest, TableInfo, TableRequest
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -50,17 +50,32 @@ def _max_dim(store: EmbeddingStore) -> int:
     return max((table.manifest.embedding_dim for table in store.tables.values()), default=1)
 
 
+class State(enum.Enum):
+    """Where a worker stands between its start and its end."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+
+
 class Engine:
-    """The tables of one artifact behind limits. One per worker."""
+    """The tables of one artifact behind limits. One per worker.
+
+    Attributes:
+        version: of the artifact that is served.
+        num_in_flight: requests that have arrived whole; the metric counts those that are arriving, too.
+        num_bytes_arriving: of the bodies that have not.
+        damage: tables whose files changed while they were served, and how.
+        max_dim: of the widest table's vectors.
+    """
 
     def __init__(self, store: EmbeddingStore, settings: Settings, metrics: Metrics) -> None:
-        self.store = store
-        self.settings = settings
-        self.metrics = metrics
-        self.num_in_flight = 0  # requests that have arrived whole; the metric counts those that are arriving, too
-        self.num_bytes_arriving = 0
+        self.store, self.settings, self.metrics = store, settings, metrics
+        self.version, self._tables = store.version, store.tables
+        self.num_in_flight = self.num_bytes_arriving = 0
         self.state = State.STARTING
-        self.damage: dict[str, str] = {}  # tables whose files changed while they were served, and how
+        self.damage: dict[str, str] = {}
         self.max_dim = _max_dim(store)
         self._threads = concurrent.futures.ThreadPoolExecutor(settings.threads, thread_name_prefix="lookup")
         self._search_thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search")
@@ -171,15 +186,17 @@ class Engine:
         """
         if name in self.damage:
             raise NotReadyError(self.damage[name])
-        return self.store.table(name)
+        try:
+            return self._tables[name]
+        except KeyError:
+            raise UnknownTableError(name, self._tables) from None
 
-    def list_tables(self) -> TableList:
-        """The tables of the version that is served, by name."""
-        store = self.store
-        return TableList(store.version, [describe(store.tables[name]) for name in sorted(store.tables)])
+    def list_tables(self) -> list[TableInfo]:
+        """The tables that are served, by name."""
+        return [TableInfo.of(self._tables[name]) for name in sorted(self._tables)]
 
-    def lookup(self, requests: Sequence[TableRequest]) -> Answer:
-        """Vectors for several tables, from one version.
+    def lookup(self, requests: Sequence[TableRequest]) -> list[Lookup]:
+        """Vectors for several tables, from one version; with pooling, a row for each bag.
 
         Raises:
             UnknownTableError: no such table.
@@ -189,7 +206,7 @@ class Engine:
             TooManyIdsError: more ids, rows of the reply or requests than `max_ids`.
         """
         self._check_limits(requests)
-        return Answer(self.store.version, [self._lookup(request) for request in requests])
+        return [self._lookup(request) for request in requests]
 
     def _lookup(self, request: TableRequest) -> Lookup:
         table = self._table_for(request)
@@ -204,7 +221,7 @@ class Engine:
     def find_rows(self, requests: Sequence[TableRequest]) -> list[Rows]:
         """Where `lookup` would look for the vectors of several requests without bags; it raises what that raises."""
         self._check_limits(requests)
-        return [self._table_for(request).rows(request.ids, missing=request.missing) for request in requests]
+        return [self._table_for(request).find(request.ids, request.missing) for request in requests]
 
     def lookup_bytes(self, table: str, ids: bytes, form: Form, missing: MissingPolicy = "zeros") -> LookupBytes:
         """What `lookup`, or `lookup_codes`, finds for a request without bags, as it travels; it raises what they do."""
@@ -225,7 +242,8 @@ class Engine:
 
     def _check_limits(self, requests: Sequence[TableRequest]) -> None:
         self.check_num_ids(sum(len(request.ids) for request in requests))
-        self.check_num_ids(sum(request.num_rows for request in requests), "rows of the reply")
+        num_rows = sum(len(each.ids if each.bag_lengths_B is None else each.bag_lengths_B) for each in requests)
+        self.check_num_ids(num_rows, "rows of the reply")
         self.check_num_ids(len(requests), "requests")
 
     def _table_for(self, request: TableRequest) -> Table:
@@ -247,8 +265,8 @@ class Engine:
             raise InvalidRequestError(f"bag_lengths: got a sum of {num_pooled}, want the {len(ids)} ids")
         return table
 
-    def search(self, request: SearchRequest, check: Callable[[], None] | None = None) -> SearchAnswer:
-        """The rows most similar to queries; check() is called now and then, and what it raises ends the search.
+    def search(self, request: SearchRequest, check: Callable[[], None] | None = None) -> SearchReply:
+        """The ids most similar to queries; check() is called now and then, and what it raises ends the search.
 
         Raises:
             UnknownTableError: no such table.
@@ -275,4 +293,69 @@ class Engine:
             found = table.search(queries, request.k, similarity=request.similarity, check=check)
         except ConfigError as error:
             raise InvalidRequestError(str(error)) from error
-        return SearchAnswer(self.store.version, found, missing)
+        ids_QT = found.ids if isinstance(found.ids, list) else found.ids.tolist()
+        answers = iter(zip(ids_QT, found.scores.tolist(), strict=True))
+        unknown = set(missing.tolist())
+        return SearchReply([([], []) if at in unknown else next(answers) for at in range(num_queries)], missing)
+
+
+class Admission:
+    """One request, from its head to the end of its reply: entered and left by `with`.
+
+    What a body holds while it arrives is limited for all of them together; a slot is taken when it has arrived, so that
+    callers who send nothing keep nobody waiting. A class, for a generator's context manager would take twice the time.
+
+    Args:
+        engine: that lets it in.
+        has_arrived: whether it is here whole: it takes its slot as it is entered.
+
+    Raises:
+        NotReadyError: on entering; the worker is starting or stopping.
+        OverloadedError: as `take_slot`, on entering what has arrived.
+    """
+
+    __slots__ = ("_has_arrived", "_has_slot", "_num_bytes", "engine")
+
+    def __init__(self, engine: Engine, *, has_arrived: bool = False) -> None:
+        self.engine = engine
+        self._has_arrived, self._has_slot, self._num_bytes = has_arrived, False, 0
+
+    def __enter__(self) -> Admission:
+        engine = self.engine
+        if engine.state in (State.STARTING, State.STOPPING):
+            engine.check_ready()
+        if self._has_arrived:
+            self.take_slot()
+        engine.metrics.gauges.num_in_flight += 1
+        return self
+
+    def receive(self, num_bytes: int) -> None:
+        """Hold so many more bytes of the body.
+
+        Raises:
+            OverloadedError: bodies that are arriving hold as much as those of `max_in_flight` requests may.
+        """
+        engine, settings = self.engine, self.engine.settings
+        if engine.num_bytes_arriving + num_bytes > settings.max_in_flight * settings.body_limit_bytes:
+            raise OverloadedError("the bodies that are arriving are too many bytes; try again later")
+        engine.num_bytes_arriving += num_bytes
+        self._num_bytes += num_bytes
+
+    def take_slot(self) -> None:
+        """Take the room that `max_in_flight` limits; the body has arrived.
+
+        Raises:
+            OverloadedError: there is none.
+        """
+        engine, limit = self.engine, self.engine.settings.max_in_flight
+        if engine.num_in_flight >= limit:
+            raise OverloadedError(f"{limit} requests are in flight, as many as --max-in-flight allows; try again later")
+        engine.num_in_flight += 1
+        engine.num_bytes_arriving -= self._num_bytes
+        self._has_slot, self._num_bytes = True, 0
+
+    def __exit__(self, *error: object) -> None:
+        engine = self.engine
+        engine.num_in_flight -= self._has_slot
+        engine.num_bytes_arriving -= self._num_bytes
+        engine.metrics.gauges.num_in_flight -= 1

@@ -168,9 +168,9 @@ class EmbeddingServicer:
         """The ids most similar to queries."""
 
         def work(check: Callable[[], None]) -> bytes:
-            answer = self._engine.search(_search_of(_parsed(pb.SearchRequest, message), self._engine), check)
-            found = pb.SearchReply(missing=answer.missing.tolist(), version=answer.version)
-            for ids_T, scores_T in answer.by_query():
+            answers, missing = self._engine.search(_search_of(_parsed(pb.SearchRequest, message), self._engine), check)
+            found = pb.SearchReply(missing=missing.tolist(), version=self._engine.version)
+            for ids_T, scores_T in answers:
                 kind = "string_ids" if ids_T and isinstance(ids_T[0], str) else "ids"
                 found.neighbours.add(**{kind: ids_T}, scores=scores_T)
             reply: bytes = found.SerializeToString()
@@ -184,13 +184,12 @@ class EmbeddingServicer:
     async def list_tables(self, message: bytes) -> bytes:
         """The tables that are served."""
         _parsed(pb.ListTablesRequest, message)
-        version, tables = self._engine.list_tables()
-        infos = [pb.TableInfo(**dataclasses.asdict(table)) for table in tables]
-        return bytes(pb.ListTablesReply(version=version, tables=infos).SerializeToString())
+        infos = [pb.TableInfo(**dataclasses.asdict(table)) for table in self._engine.list_tables()]
+        return bytes(pb.ListTablesReply(version=self._engine.version, tables=infos).SerializeToString())
 
     def _lookup(self, messages: Sequence[pb.LookupRequest]) -> list[list[Buffer]]:
         self._engine.check_num_ids(sum(len(message.ids) + len(message.string_ids) for message in messages))
-        version, lookups = self._engine.lookup([_request_of(message) for message in messages])
+        lookups, version = self._engine.lookup([_request_of(message) for message in messages]), self._engine.version
         return [reply_pieces(version, message.dtype, found) for message, found in zip(messages, lookups, strict=True)]
 
 

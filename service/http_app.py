@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 import swagger_ui_bundle
 from fastapi import Depends, FastAPI, Query, Request, Response, Security
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dpq_rec import ConfigError
 from dpq_rec.table import MissingPolicy, VectorType
@@ -27,18 +22,17 @@ from dpq_rec.wire import ID_BYTES
 from service import http_schema
 from service.auth import check_key
 from service.engine import INLINE_VALUES, Engine
-from service.errors import ERROR_CODES, InvalidRequestError, TooManyBytesError
+from service.errors import InvalidRequestError, TooManyBytesError
 from service.http_bodies import (
     BINARY,
     JSON,
-    error_reply,
     lookups_to_json,
-    refusal,
     search_from_json,
     search_to_json,
     tables_from_json,
     to_json,
 )
+from service.http_errors import HELD, observe
 from service.http_lookup import (
     HOW_TO_SEND_A_KEY,
     ROUTE,
@@ -48,16 +42,12 @@ from service.http_lookup import (
     body_type,
     check_encoding,
     reply_type,
-    route_path,
     values_of_json,
 )
 from service.messages import SearchRequest, TableRequest
 
 T = TypeVar("T")
-logger = logging.getLogger("service.http")
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_HELD = "dpq_rec.held"
-_CLIENT_LEFT = "499"  # the status that is counted, and never sent, where the client did not wait for one
 _SHOWN = 64  # characters of a parameter's name
 
 IdsAs = Annotated[
@@ -78,11 +68,7 @@ def create_app(engine: Engine) -> FastAPI:
         redirect_slashes=False,
     )
     app.openapi_version = http_schema.OPENAPI_VERSION
-    app.add_middleware(Observed, engine=engine)
-    for kind in ERROR_CODES:
-        app.add_exception_handler(kind, _refuse)
-    app.add_exception_handler(RequestValidationError, _refuse_parameters)
-    app.add_exception_handler(HTTPException, _refuse_route)
+    observe(app, engine.metrics)
     _add_routes(app, HttpApi(engine))
     app.add_route("/docs", http_schema.docs, include_in_schema=False)
     for route in app.routes:
@@ -192,76 +178,6 @@ def _with_query_check(app: ASGIApp) -> ASGIApp:
     return checked
 
 
-# Errors: one form, whatever is raised on purpose, and what the framework raises
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    return refusal(error, _route(request.scope)).response()
-
-
-async def _refuse_parameters(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    text = f"{first['loc'][1]}: got {first.get('input')!r}: {first['msg']}"
-    return refusal(InvalidRequestError(text), _route(request.scope)).response()
-
-
-async def _refuse_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    error_type = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
-    text = f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is"
-    return error_reply(error.status_code, error_type, text, error.headers).response()
-
-
-class Observed:
-    """ASGI middleware: counts every request, and turns what nobody expected into a 500 and a line in the log.
-
-    HEAD is answered, and counted, as GET is, without the body. What a handler puts on the stack scope[_HELD] is held
-    until its reply has been sent.
-    """
-
-    def __init__(self, app: ASGIApp, engine: Engine) -> None:
-        self.app = app
-        self.metrics = engine.metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        started, code, is_head = time.perf_counter(), _CLIENT_LEFT, scope["method"] == "HEAD"
-        scope = {**scope, "path": route_path(scope), "method": "GET" if is_head else scope["method"]}
-
-        async def note_status(message: Message) -> None:
-            nonlocal code
-            if message["type"] == "http.response.start":
-                code = str(message["status"])
-            elif is_head:
-                message = {**message, "body": b""}
-            await send(message)
-
-        try:
-            with contextlib.ExitStack() as held:
-                scope[_HELD] = held
-                await self.app(scope, receive, note_status)
-        except ClientDisconnect:
-            logger.debug("%s: the client left before its body was complete", _route(scope))
-        except Exception as error:
-            reply = refusal(error, _route(scope))
-            if code != _CLIENT_LEFT:
-                raise
-            await reply.response()(scope, receive, note_status)
-        finally:
-            self.metrics.answered("http", _route(scope), code, time.perf_counter() - started)
-
-
-def _route(scope: Scope) -> str:
-    """The route's template, never what the caller wrote: a metric's labels must stay few."""
-    route, method = scope.get("route"), scope["method"]
-    methods = getattr(route, "methods", None) or ("GET", "HEAD")
-    return f"{method} {getattr(route, 'path', '')}" if route is not None and method in methods else "unmatched"
-
-
 # The handlers
 
 
@@ -273,12 +189,12 @@ class HttpApi:
 
     async def livez(self) -> Response:
         """The process answers."""
-        return _json({"status": "alive", "version": self.engine.store.version})
+        return _json({"status": "alive", "version": self.engine.version})
 
     async def readyz(self) -> Response:
         """The process answers lookups, and is not about to stop."""
         self.engine.check_ready()
-        return _json({"status": "ready", "version": self.engine.store.version})
+        return _json({"status": "ready", "version": self.engine.version})
 
     async def metrics(self) -> Response:
         """Counters of all workers, in the text format of Prometheus."""
@@ -286,7 +202,7 @@ class HttpApi:
 
     async def tables(self) -> Response:
         """Name, width, size and vocabulary of each table, and the version."""
-        return _json(self.engine.list_tables()._asdict())
+        return _json({"version": self.engine.version, "tables": self.engine.list_tables()})
 
     async def lookup(self, request: Request, table: str, query: Annotated[LookupQuery, Query()]) -> Response:
         """Vectors in the order of the ids, or of bags of them.
@@ -310,7 +226,7 @@ class HttpApi:
         row, K choices of each, S numbers of each choice. Its metadata says `version`, `num_subspaces` (D), `num_codes`
         (K), `code_bits` and `num_levels` (L): a JSON list, with an entry for each tier of rows.
         """
-        version, found = self.engine.store.version, self.engine.table(table)
+        version, found = self.engine.version, self.engine.table(table)
 
         def answer() -> Response:
             try:
@@ -318,7 +234,7 @@ class HttpApi:
             except ConfigError as error:
                 raise InvalidRequestError(str(error)) from error
 
-        request.scope[_HELD].enter_context(self.engine.slot())
+        request.scope[HELD].enter_context(self.engine.slot())
         return await self._run(request, answer, found.artifact_bytes // ID_BYTES * self.engine.max_dim)
 
     async def search(
@@ -339,7 +255,7 @@ class HttpApi:
 
         def answer(check: Callable[[], None]) -> Response:
             found = self.engine.search(SearchRequest(table=table, missing=missing, **search_from_json(body)), check)
-            return Response(search_to_json(table, found, ids), media_type=JSON)
+            return Response(search_to_json(table, self.engine.version, found, ids), media_type=JSON)
 
         return await _unless_left(request, self.engine.run_search(answer))
 
@@ -354,7 +270,7 @@ class HttpApi:
             requests = [TableRequest(t, ids, dtype, missing) for t, ids in tables_from_json(body).items()]
             lookups = zip(requests, lookups_to_json(self.engine, requests), strict=True)
             entries = b",".join(b"%b:%b" % (to_json(each.table), text) for each, text in lookups)
-            text = b'{"version":%b,"tables":{%b}}' % (to_json(self.engine.store.version), entries)
+            text = b'{"version":%b,"tables":{%b}}' % (to_json(self.engine.version), entries)
             return Response(text, media_type=JSON)
 
         return await self._run(request, answer, values_of_json(body, self.engine.max_dim * WRITTEN_VALUE))
@@ -369,7 +285,7 @@ class HttpApi:
             MalformedError: it comes in chunks that are none, or does not arrive in time.
             ClientDisconnect: the client left.
         """
-        admission = request.scope[_HELD].enter_context(self.engine.admission())
+        admission = request.scope[HELD].enter_context(self.engine.admission())
         check_encoding(request.headers)
         limit_bytes = self.engine.settings.body_limit_bytes
         body, is_whole = bytearray(), False

@@ -38,7 +38,7 @@ from service.errors import (
     TooManyBytesError,
     UnauthorizedError,
 )
-from service.messages import SearchAnswer, TableRequest
+from service.messages import SearchReply, TableRequest
 
 JSON = "application/json"
 BINARY = "application/octet-stream"
@@ -132,14 +132,11 @@ def to_json(value: Any) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def search_to_json(table: str, answer: SearchAnswer, ids_as: Literal["number", "string"] = "number") -> bytes:
+def search_to_json(table: str, version: str, found: SearchReply, ids_as: Literal["number", "string"]) -> bytes:
     """`{"table", "version", "ids", "scores", "missing"}`: a list of each query, empty where its id is unknown."""
-    found = list(answer.by_query())
-    ids_QT = [ids_T if ids_as == "number" else [*map(str, ids_T)] for ids_T, _ in found]
-    scores_QT = [scores_T for _, scores_T in found]
-    return to_json(
-        {"table": table, "version": answer.version, "ids": ids_QT, "scores": scores_QT, "missing": answer.missing}
-    )
+    ids_QT = [ids_T if ids_as == "number" else [*map(str, ids_T)] for ids_T, _ in found.answers]
+    scores_QT = [scores_T for _, scores_T in found.answers]
+    return to_json({"table": table, "version": version, "ids": ids_QT, "scores": scores_QT, "missing": found.missing})
 
 
 def lookups_to_json(engine: Engine, requests: Sequence[TableRequest]) -> list[bytes]:
@@ -151,18 +148,18 @@ def lookups_to_json(engine: Engine, requests: Sequence[TableRequest]) -> list[by
     """
     bodies = []
     for request, found in zip(requests, engine.find_rows(requests), strict=True):
-        bodies.append(_rows_to_json(engine.table(request.table), engine.store.version, request.dtype, found))
+        bodies.append(_rows_to_json(engine.table(request.table), engine.version, request.dtype, found))
         engine.metrics.looked_up(request.table, len(request.ids), len(found.missing))
     return bodies
 
 
 def _rows_to_json(table: Table, version: str, dtype: VectorType, found: Rows) -> bytes:
     """Rows of a table, from the texts of its values where it has some."""
-    if not has_texts(table.vectors):
+    vectors = table.vectors
+    if not isinstance(vectors, Coded) or (texts := _texts_of(vectors, dtype)) is None:
         return lookup_to_json(table.name, version, Lookup(table.decode(found.rows_N, dtype=dtype), found.missing))
-    before, after = _around(table.name, version, table.vectors.embedding_dim, found.missing)
-    texts = _texts_of(table.vectors, dtype)
-    return decode_to_json(table.vectors, texts, found.rows_N, before=before, after=after)
+    before, after = _around(table.name, version, vectors.embedding_dim, found.missing)
+    return decode_to_json(vectors, texts, found.rows_N, before=before, after=after)
 
 
 def has_texts(stored: object) -> TypeGuard[Coded]:
@@ -171,8 +168,8 @@ def has_texts(stored: object) -> TypeGuard[Coded]:
 
 
 @functools.cache  # two threads may write the same ones: either's will do
-def _texts_of(stored: Coded, dtype: VectorType) -> JsonTexts:
-    return JsonTexts.of(stored, dtype, _items_to_json)
+def _texts_of(stored: Coded, dtype: VectorType) -> JsonTexts | None:
+    return JsonTexts.of(stored, dtype, _items_to_json) if has_texts(stored) else None
 
 
 def lookup_to_json(table: str, version: str, lookup: Lookup) -> bytes:

@@ -94,7 +94,7 @@ class LookupHandler:
     def __init__(self, engine: Engine, name: str, query: LookupQuery, headers: Headers) -> None:
         self._engine, self._name, self._query = engine, name, query
         self._table = table = engine.table(name)
-        self._version, self._dim = engine.store.version, table.manifest.embedding_dim
+        self._version, self._dim = engine.version, table.manifest.embedding_dim
         self._given = given = body_type(headers)
         if given == BINARY and table.vocabulary.kind == "string":
             raise UnsupportedMediaTypeError(f"Content-Type: table {name!r} has string ids; send them as {JSON}")
@@ -157,7 +157,7 @@ class LookupHandler:
         return Reply(reply, vectors_head(self._version, num_ids, self._dim, query.dtype, num_missing))
 
     def _to_vectors(self, body: bytes) -> Reply:
-        vectors_NE, missing = self._engine.lookup([self._request(body)]).lookups[0]
+        ((vectors_NE, missing),) = self._engine.lookup([self._request(body)])
         head = vectors_head(self._version, len(vectors_NE), self._dim, self._query.dtype, len(missing))
         return Reply(to_bytes(vectors_NE, missing), head)
 
@@ -172,12 +172,12 @@ class LookupHandler:
         if request.pooling == "none":
             (text,) = lookups_to_json(self._engine, [request])
         else:
-            text = lookup_to_json(self._name, self._version, self._engine.lookup([request]).lookups[0])
+            text = lookup_to_json(self._name, self._version, self._engine.lookup([request])[0])
         return Reply(text, header_lines(JSON, len(text)))
 
     def _to_arrow(self, body: bytes) -> Reply:
         request = self._request(body)
-        return lookup_to_arrow(self._table, self._version, request.ids, self._engine.lookup([request]).lookups[0])
+        return lookup_to_arrow(self._table, self._version, request.ids, self._engine.lookup([request])[0])
 
     def _request(self, body: bytes) -> TableRequest:
         query = self._query

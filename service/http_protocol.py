@@ -31,8 +31,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
-from service.admission import State
-from service.engine import Engine
+from service.engine import Engine, State
 from service.errors import MalformedError
 from service.http_bodies import Reply, error_reply
 from service.http_exchange import Exchange

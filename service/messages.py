@@ -1,15 +1,13 @@
-"""What an engine is asked, and what it answers: TableRequest, SearchRequest; Answer, SearchAnswer, TableList."""
+"""What an engine is asked, and what the library has no name for in its replies: SearchReply, TableInfo."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_rec import Lookup, Neighbours
 from dpq_rec.search import Similarity
 from dpq_rec.table import MissingPolicy, Table, VectorType
 
@@ -34,11 +32,6 @@ class TableRequest(NamedTuple):
     missing: MissingPolicy = "zeros"
     pooling: Pooling = "none"
     bag_lengths_B: NDArray[np.int64] | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the reply."""
-        return len(self.ids) if self.bag_lengths_B is None else len(self.bag_lengths_B)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,54 +83,30 @@ class TableInfo:
     full_bytes: int
     compression_ratio: float
 
+    @classmethod
+    def of(cls, table: Table) -> TableInfo:
+        """Of a table."""
+        return cls(
+            name=table.name,
+            dim=table.manifest.embedding_dim,
+            num_embeddings=table.manifest.num_embeddings,
+            kind=table.manifest.kind,
+            vocabulary=table.vocabulary.kind,
+            features=list(table.manifest.features),
+            artifact_bytes=table.artifact_bytes,
+            vocabulary_bytes=table.vocabulary_bytes,
+            full_bytes=table.full_bytes,
+            compression_ratio=table.compression_ratio,
+        )
 
-class TableList(NamedTuple):
-    """The tables of a version."""
 
-    version: str
-    tables: list[TableInfo]
-
-
-class Answer(NamedTuple):
-    """The lookups of a request, all from one version. With pooling, `vectors` has a row for each bag."""
-
-    version: str
-    lookups: list[Lookup]
-
-
-class SearchAnswer(NamedTuple):
+class SearchReply(NamedTuple):
     """What a search found.
 
     Attributes:
-        version: of the artifact.
-        neighbours: of the queries that have a vector, in order.
+        answers: ids and scores of each query, in order, the best first; none where its id is unknown.
         missing: positions of the unknown ids among the queries, ascending (uint32).
     """
 
-    version: str
-    neighbours: Neighbours
+    answers: list[tuple[list[int] | list[str], list[float]]]
     missing: NDArray[np.uint32]
-
-    def by_query(self) -> Iterator[tuple[list[int] | list[str], list[float]]]:
-        """Ids and scores of each query, in order; none where its id is unknown."""
-        ids, scores_QT = self.neighbours
-        rows = iter(zip(ids if isinstance(ids, list) else ids.tolist(), scores_QT.tolist(), strict=True))
-        unknown = set(self.missing.tolist())
-        for q in range(len(scores_QT) + len(unknown)):
-            yield ([], []) if q in unknown else next(rows)
-
-
-def describe(table: Table) -> TableInfo:
-    """What is said of a table."""
-    return TableInfo(
-        name=table.name,
-        dim=table.manifest.embedding_dim,
-        num_embeddings=table.manifest.num_embeddings,
-        kind=table.manifest.kind,
-        vocabulary=table.vocabulary.kind,
-        features=list(table.manifest.features),
-        artifact_bytes=table.artifact_bytes,
-        vocabulary_bytes=table.vocabulary_bytes,
-        full_bytes=table.full_bytes,
-        compression_ratio=table.compression_ratio,
-    )

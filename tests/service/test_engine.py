@@ -15,10 +15,11 @@ def asked(table="item_id", ids=(), **others):
 
 def test_engine_lookup_gives_each_table_its_vectors_and_the_version(make_engine, references):
     ids = [*references["item_id"].ids[[3, -1, 3]], 10**12]
-    version, (items, users) = make_engine().lookup([asked(ids=ids), asked("user_id", [39, 40])])
+    engine = make_engine()
+    items, users = engine.lookup([asked(ids=ids), asked("user_id", [39, 40])])
     vectors, missing = references["item_id"].lookup(ids)
     np.testing.assert_array_equal(items.vectors, vectors)
-    assert (version, items.missing.tolist(), users.missing.tolist()) == ("test-1", missing, [1])
+    assert (engine.version, items.missing.tolist(), users.missing.tolist()) == ("test-1", missing, [1])
 
 
 def test_engine_lookup_casts_after_pooling(make_engine, references):
@@ -28,7 +29,7 @@ def test_engine_lookup_casts_after_pooling(make_engine, references):
     pooled = np.zeros(24, np.float32)
     for vector in references["item_id"].vectors[:50]:
         pooled += vector
-    _, (found,) = make_engine().lookup([request])
+    (found,) = make_engine().lookup([request])
     np.testing.assert_array_equal(found.vectors, pooled.astype(np.float16)[None])
 
 
@@ -105,8 +106,8 @@ def test_engine_run_values_keeps_large_requests_off_the_event_loop(make_engine, 
 
 
 def test_engine_list_tables_describes_every_table(make_engine):
-    version, (items, users) = make_engine().list_tables()
-    assert (version, items.name, items.dim, items.num_embeddings, items.kind) == ("test-1", "item_id", 24, 500, "dpq")
+    items, users = make_engine().list_tables()
+    assert (items.name, items.dim, items.num_embeddings, items.kind) == ("item_id", 24, 500, "dpq")
     assert (items.vocabulary, items.features) == ("int64", ["item", "history"])
     assert items.full_bytes == 500 * 24 * 4
     assert items.artifact_bytes == 500 * 3 + 6 * 5 * 4 * 4

@@ -139,7 +139,7 @@ def test_list_tables_describes_every_table(talk, make_engine):
     engine = make_engine()
     reply = talk(lambda channel: pb_grpc.EmbeddingServiceStub(channel).ListTables(pb.ListTablesRequest()), engine)
     assert (reply.version, [table.name for table in reply.tables]) == ("test-1", ["item_id", "user_id"])
-    for table, info in zip(reply.tables, engine.list_tables().tables, strict=True):
+    for table, info in zip(reply.tables, engine.list_tables(), strict=True):
         assert {f.name: getattr(table, f.name) for f in pb.TableInfo.DESCRIPTOR.fields} == vars(info)
 
 
