@@ -17,6 +17,7 @@ import httptools
 from service.errors import MalformedError
 
 HEAD_END = b"\r\n\r\n"
+_MAX_HEAD_BYTES = 1 << 16
 _OTHER_VERSION = re.compile(rb" HTTP/(?!1\.[01])\d\.\d\Z")
 _OF_HOSTS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._~!$&'()*+,;=%:[]-"
 _ONCE = (b"host", b"transfer-encoding", b"expect", b"content-type")
@@ -152,18 +153,39 @@ def _checked_headers(found: _Events) -> dict[bytes, bytes]:
     return headers
 
 
-class PartialHead:
-    """A head that has not arrived whole: what cannot become one need not be waited for."""
+class IncomingHead:
+    """Heads as they arrive: what cannot become one need not be waited for."""
 
     def __init__(self) -> None:
-        self._parser: Any = httptools.HttpRequestParser(None)
+        self._parser: Any = None
+        self._num_seen = 0  # bytes of it that are known to hold no end
 
-    def feed(self, piece: bytes) -> None:
-        """Take what has arrived since the last time.
+    def take(self, buffer: bytearray) -> bytes | None:
+        """Cut a head, without its empty line, off the begin of what has arrived; None where it is not there whole.
+
+        Empty lines before it are passed over.
 
         Raises:
-            HeadError: it cannot become a head.
+            HeadError: it cannot become a head, or is too long.
         """
+        while buffer[:2] == b"\r\n":
+            del buffer[:2]
+            self._parser, self._num_seen = None, 0
+        at = buffer.find(HEAD_END, max(0, self._num_seen - len(HEAD_END) + 1))
+        if at > _MAX_HEAD_BYTES or (at < 0 and len(buffer) > _MAX_HEAD_BYTES):
+            raise HeadError(431, f"head: got more than {_MAX_HEAD_BYTES} bytes")
+        if at < 0:
+            self._look_at(bytes(buffer[self._num_seen :]))
+            self._num_seen = len(buffer)
+            return None
+        head = bytes(buffer[:at])
+        del buffer[: at + len(HEAD_END)]
+        self._parser, self._num_seen = None, 0
+        return head
+
+    def _look_at(self, piece: bytes) -> None:
+        if self._parser is None:
+            self._parser = httptools.HttpRequestParser(None)
         try:
             self._parser.feed_data(piece)
         except httptools.HttpParserError as error:

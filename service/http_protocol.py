@@ -2,27 +2,16 @@
 
 A lookup whose head and small body have arrived whole is answered then and there: no task, no scope, no messages. All
 else goes through ASGI, one request at a time: what has arrived behind it waits, and beyond a little nothing more is
-read. Whatever a client may keep waiting, or make the server keep, has a limit:
-
-    IDLE      nothing has arrived       the connection is closed after `timeout_keep_alive`
-    HEAD      a part of a head          408 after 5 s; 431 beyond 64 KiB
-    BODY      a part of a body          400 after 30 s; 413 beyond the settings' limit, by who reads it
-    ANSWER    a request is answered
-    WRITE     a reply waits for room    cut off when the client took less than 64 KiB of it in 10 s
-    CLOSING   the last reply is sent    what still arrives is thrown away, so that the reply is not; closed after 2 s
+read. Whatever a client may keep waiting, or make the server keep, has a limit, in time (`http_connection.Phase`) and in
+bytes: 64 KiB of a head (431), what the settings say of a body (413, by who reads it).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
-import fcntl
 import functools
 import http
-import math
-import struct
-import termios
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -34,35 +23,19 @@ from uvicorn.server import ServerState
 from service.engine import Engine, State
 from service.errors import MalformedError
 from service.http_bodies import Reply, error_reply
+from service.http_connection import SECONDS, Connection, Phase
 from service.http_exchange import Exchange
 from service.http_lookup import LOOKUP, fast_answer
-from service.http_parser import HEAD_END, Body, ChunkedBody, Head, HeadError, PartialHead, parse_head
+from service.http_parser import HEAD_END, Body, ChunkedBody, Head, HeadError, IncomingHead, parse_head
 
 LAST_SECONDS = 0.5  # that an idle connection stays open when the server ends: a request may be on its way
-_MAX_HEAD_BYTES = 1 << 16
 _LONGEST_KEPT, _MOST_KEPT = 4096, 1024  # bytes of a head, and heads: a client sends much the same again and again
 _MOST_WAITING = 1 << 16  # bytes that are read ahead
-_LEAST_TAKEN = 1 << 16  # bytes of a reply, for its client to be worth waiting for
 _MOST_THROWN_AWAY = 1 << 20
-_IDLE_SECONDS = 1.0  # after which a connection is closed to make room for another
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in http.HTTPStatus}
 
 
-class Phase(enum.Enum):
-    """Where a connection stands: see the module."""
-
-    IDLE = "idle"
-    HEAD = "head"
-    BODY = "body"
-    ANSWER = "answer"
-    WRITE = "write"
-    CLOSING = "closing"
-
-
-_SECONDS = {Phase.HEAD: 5.0, Phase.BODY: 30.0, Phase.ANSWER: math.inf, Phase.WRITE: 10.0, Phase.CLOSING: 2.0}
-
-
-class Incoming(NamedTuple):
+class Request(NamedTuple):
     """A request whose head has arrived; `answer` gives the reply to its body, where the fast path may."""
 
     head: Head
@@ -72,14 +45,14 @@ class Incoming(NamedTuple):
 def http_protocol(engine: Engine) -> Callable[..., HttpProtocol]:
     """What makes the connections of an engine's server; uvicorn calls it as it calls a class of protocols."""
 
-    def read(head: bytes) -> Incoming:
+    def read(head: bytes) -> Request:
         parsed = parse_head(head)
-        return Incoming(parsed, fast_answer(engine, parsed))
+        return Request(parsed, fast_answer(engine, parsed))
 
     return functools.partial(HttpProtocol, engine, read, functools.lru_cache(_MOST_KEPT)(read))
 
 
-class HttpProtocol(asyncio.Protocol):
+class HttpProtocol(Connection):
     """See the module.
 
     Args:
@@ -92,33 +65,25 @@ class HttpProtocol(asyncio.Protocol):
     def __init__(
         self,
         engine: Engine,
-        read: Callable[[bytes], Incoming],
-        read_short: Callable[[bytes], Incoming],
+        read: Callable[[bytes], Request],
+        read_short: Callable[[bytes], Request],
         *,
         config: uvicorn.Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
+        super().__init__(config.timeout_keep_alive, server_state)
         self._engine, self._read, self._read_short = engine, read, read_short
         self._app = cast(ASGIApp, config.loaded_app)
-        self.loop, self.server_state = asyncio.get_running_loop(), server_state
-        self._seconds = {Phase.IDLE: config.timeout_keep_alive, **_SECONDS}
-        self.transport = cast(asyncio.Transport, None)
         self._buffer = bytearray()
-        self._num_seen = 0  # bytes of the buffer's head that are known to hold no end of it
-        self._partial: PartialHead | None = None
-        self._small: Incoming | None = None  # whose body has not arrived, and is to be answered on the fast path
+        self._heads = IncomingHead()
+        self._small: Request | None = None  # whose body has not arrived, and is to be answered on the fast path
         self.exchange: Exchange | None = None  # the last one by ASGI
         self._body: Body | None = None  # what has not arrived of its request
         self._num_received = 0  # bytes of it
-        self._num_unsent = 0
-        self._has_left = self._is_closing = self._is_ending = False
-        self.is_read_paused = self.is_write_paused = False
-        self._is_sent = asyncio.Event()  # all that was written
-        self._is_sent.set()
+        self._has_left = self._is_ending = False
         self._held = contextlib.ExitStack()  # the slot or admission of what is answered past ASGI, while it waits
-        self.phase, self._deadline = Phase.IDLE, math.inf
 
     # The transport's calls
 
@@ -160,13 +125,6 @@ class HttpProtocol(asyncio.Protocol):
         if self.phase is Phase.HEAD:
             self._advance()
         return True
-
-    def pause_writing(self) -> None:
-        """Note that the socket takes no more for now."""
-        self.is_write_paused = True
-        self._is_sent.clear()
-        self._num_unsent = self._count_unsent()
-        self._enter(Phase.WRITE)
 
     def resume_writing(self) -> None:
         """Note that it has taken all, and go on."""
@@ -238,23 +196,15 @@ class HttpProtocol(asyncio.Protocol):
 
     def _take_head(self) -> bool:
         """Begin with the request in the buffer; whether there was one, and more may be taken of it."""
-        buffer = self._buffer
-        while buffer[:2] == b"\r\n":
-            del buffer[:2]
-            self._num_seen, self._partial = 0, None
-        at = buffer.find(HEAD_END, max(0, self._num_seen - len(HEAD_END) + 1))
         try:
-            if at > _MAX_HEAD_BYTES or (at < 0 and len(buffer) > _MAX_HEAD_BYTES):
-                raise HeadError(431, f"head: got more than {_MAX_HEAD_BYTES} bytes")
-            if at < 0:
-                return self._wait_for_head()
-            request = (self._read_short if at <= _LONGEST_KEPT else self._read)(bytes(buffer[:at]))
+            found = self._heads.take(self._buffer)
+            if found is None:
+                self._wait_for_head()
+                return False
+            head, answer = request = (self._read_short if len(found) <= _LONGEST_KEPT else self._read)(found)
         except HeadError as error:
             self._refuse(error)
             return False
-        del buffer[: at + len(HEAD_END)]
-        self._num_seen, self._partial = 0, None
-        head, answer = request
         if answer is None or not self._engine.has_room or cast(int, head.num_bytes) > _MOST_WAITING:
             self._begin(head)
             return True
@@ -279,16 +229,11 @@ class HttpProtocol(asyncio.Protocol):
         if not self.is_write_paused:
             self._go_on()
 
-    def _wait_for_head(self) -> bool:
-        if self._partial is None:
-            self._partial = PartialHead()
-        self._partial.feed(bytes(self._buffer[self._num_seen :]))
-        self._num_seen = len(self._buffer)
+    def _wait_for_head(self) -> None:
         if self._has_left:
             self.transport.close()
         if self.phase is not self._phase_now():
             self._enter(self._phase_now())
-        return False
 
     def _begin(self, head: Head) -> None:
         """Answer a request through ASGI."""
@@ -347,18 +292,7 @@ class HttpProtocol(asyncio.Protocol):
         num_waiting = 0 if exchange is None or exchange.is_complete else len(exchange.body)
         self._pause_reading(max(num_waiting, len(self._buffer)) > _MOST_WAITING)
 
-    def _pause_reading(self, is_paused: bool) -> None:
-        if is_paused and not self.is_read_paused:
-            self.transport.pause_reading()
-        elif self.is_read_paused and not is_paused:
-            self.transport.resume_reading()
-        self.is_read_paused = is_paused
-
     # Replies
-
-    async def drain(self) -> None:
-        """Wait until the socket has taken all."""
-        await self._is_sent.wait()
 
     def write(self, status: int, head: bytes, body: bytes | memoryview) -> None:
         """Begin a reply, its head being the lines of its own headers and the empty one."""
@@ -424,51 +358,25 @@ class HttpProtocol(asyncio.Protocol):
             return Phase.ANSWER
         return Phase.HEAD if self._buffer else Phase.IDLE
 
-    def _enter(self, phase: Phase) -> None:
-        self.phase, self._deadline = phase, self.loop.time() + self._seconds[phase]
-
-    def _since(self) -> float:
-        return self._deadline - self._seconds[self.phase]
-
     def check(self, now: float) -> None:
         """End what has taken too long; to be called again and again."""
         if now < self._deadline or (self.transport.is_closing() and self.phase is not Phase.WRITE):
             return
-        if self.phase is Phase.WRITE and self._num_unsent - self._count_unsent() >= _LEAST_TAKEN:
-            self._num_unsent = self._count_unsent()
+        if self.phase is Phase.WRITE and self._was_taken():
             self._enter(Phase.WRITE)
         elif self.phase is Phase.IDLE:
             self.transport.close()
         elif self.phase is Phase.HEAD:
-            self._refuse(HeadError(408, f"head: it was not complete after {_SECONDS[Phase.HEAD]:.0f} s"))
+            self._refuse(HeadError(408, f"head: it was not complete after {SECONDS[Phase.HEAD]:.0f} s"))
         elif self.phase is Phase.BODY:
             if self._small is not None:
                 self._begin(self._small.head)
             self._fail(
                 cast(Exchange, self.exchange),
-                MalformedError(f"body: it was not complete after {_SECONDS[Phase.BODY]:.0f} s"),
+                MalformedError(f"body: it was not complete after {SECONDS[Phase.BODY]:.0f} s"),
             )
         else:
             self.transport.abort()
-
-    def _count_unsent(self) -> int:
-        """Bytes that the client has not taken: those of the transport, and those of the kernel (Linux only)."""
-        with contextlib.suppress(OSError, AttributeError):
-            number = self.transport.get_extra_info("socket").fileno()
-            (queued,) = struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4)))
-            return self.transport.get_write_buffer_size() + int(queued)
-        return self.transport.get_write_buffer_size()
-
-    def _make_room(self) -> bool:
-        """Close the connection that has waited for a request for longest; whether there was one."""
-        others = cast("set[HttpProtocol]", self.server_state.connections) - {self}
-        waiting = [other for other in others if other.phase in (Phase.IDLE, Phase.HEAD, Phase.CLOSING)]
-        oldest = min(waiting, key=lambda other: other._since(), default=None)
-        if oldest is None or oldest._since() > self.loop.time() - _IDLE_SECONDS:
-            return False
-        oldest._is_closing = True
-        oldest.transport.close()
-        return True
 
     # The server's end
 

@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 from dpq_rec import EmbeddingStore, IdentityVocabulary, TableContents, write_artifact
-from service import http_protocol, supervisor, worker
+from service import http_connection, supervisor, worker
 from tests.service.http_requests import JSON, OCTETS, USERS, octets
 
 NUM_WIDE, WIDE_DIM = 40_000, 64
@@ -147,7 +147,7 @@ def test_a_head_that_does_not_arrive_gets_408(serve, sent, more):
     async def scenario(served):
         half = await served.connect(sent)
         first = await half.reply() if sent.startswith(AT_ONCE) else None
-        await served.until(lambda: half.protocol.phase is http_protocol.Phase.HEAD)
+        await served.until(lambda: half.protocol.phase is http_connection.Phase.HEAD)
         served.pass_time(4)
         half.writer.write(more)  # does not give it more time
         await asyncio.sleep(0.01)
@@ -249,7 +249,7 @@ LARGE_REPLIES = {
 def test_a_reply_that_is_not_read_counts_until_it_is_cut_off(serve, wide_store, name):
     async def scenario(served):
         stalled = await served.connect(LARGE_REPLIES[name])
-        await served.until(lambda: stalled.protocol.phase is http_protocol.Phase.WRITE)
+        await served.until(lambda: stalled.protocol.phase is http_connection.Phase.WRITE)
         await asyncio.sleep(0.05)
         counted = served.engine.num_in_flight, b"in_flight_requests 1.0" in served.engine.metrics.render()
         other = await served.connect()
@@ -320,11 +320,11 @@ def test_one_client_that_sends_many_requests_does_not_keep_another_waiting(serve
 @pytest.mark.parametrize("sent", [b"", b"GET"])
 def test_a_connection_too_many_takes_the_place_of_an_idle_one(serve, monkeypatch, sent):
     """Or of one that has begun with a head and does not go on."""
-    monkeypatch.setattr(http_protocol, "_IDLE_SECONDS", 0)
+    monkeypatch.setattr(http_connection, "_IDLE_SECONDS", 0)
 
     async def scenario(served):
         first = await served.connect(sent)
-        await served.until(lambda: (first.protocol.phase is http_protocol.Phase.HEAD) == bool(sent))
+        await served.until(lambda: (first.protocol.phase is http_connection.Phase.HEAD) == bool(sent))
         second = await served.connect(AT_ONCE)
         await second.reply()
         first.protocol._deadline -= 1  # it has been idle for longer
@@ -338,7 +338,7 @@ def test_a_connection_too_many_takes_the_place_of_an_idle_one(serve, monkeypatch
 def test_a_connection_too_many_is_refused_where_none_is_idle(serve, sent):
     async def scenario(served):
         halves = [await served.connect(sent) for _ in range(2)]
-        await served.until(lambda: all(half.protocol.phase is not http_protocol.Phase.IDLE for half in halves))
+        await served.until(lambda: all(half.protocol.phase is not http_connection.Phase.IDLE for half in halves))
         more = await served.connect(LIVEZ)
         refused = await more.reply(), await more.reply()
         halves[0].writer.close()
@@ -427,7 +427,7 @@ def test_a_client_that_sends_no_more_gets_its_replies(serve, kind, num_requests)
 def test_a_client_that_leaves_in_the_middle_is_forgotten(serve, sent):
     async def scenario(served):
         half = await served.connect(sent)
-        await served.until(lambda: half.protocol.phase is not http_protocol.Phase.IDLE)
+        await served.until(lambda: half.protocol.phase is not http_connection.Phase.IDLE)
         half.writer.close()
         await served.until(lambda: not served.connections and not served.server.server_state.tasks)
         return served.engine.num_in_flight, served.engine.metrics.render()
