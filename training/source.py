@@ -1,4 +1,4 @@
-"""The interactions of a run, the same on every rank. In: a RunConfig. Out: Source(interactions, columns, counts)."""
+"""The interactions of a run, the same on every rank. In: a RunConfig. Out: a Source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,71 +32,66 @@ USER, ITEM = IDS
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,242}")  # an artifact takes dots too, torch's ModuleDict none
 
 
-class Source(NamedTuple):
-    """Interactions, and what was counted in them.
+class Source:
+    """The interactions of a run, opened or generated, and what was counted in them; every rank makes it.
+
+    Args:
+        config: of the run.
 
     Attributes:
         interactions: the data.
-        columns: user_id, item_id and each categorical feature -> its vocabulary and how often each row occurs.
+        vocabularies: user_id, item_id and each categorical feature -> the map from its values to rows.
+        row_counts: the same -> how often each row occurs in the training split [V] (int64).
         counts: rows of each split.
-    """
-
-    interactions: Interactions
-    columns: dict[str, ColumnVocabulary]
-    counts: SplitCounts
-
-    @property
-    def vocabularies(self) -> Mapping[str, Vocabulary]:
-        """Column -> the map from its values to rows."""
-        return {name: column.vocabulary for name, column in self.columns.items()}
-
-    @property
-    def num_embeddings(self) -> Mapping[str, int]:
-        """Column -> rows of its table."""
-        return {name: column.num_embeddings for name, column in self.columns.items()}
-
-    def digest(self) -> str:
-        """SHA-256 of the counts of splits and rows and of the vocabularies: the same for the same training rows."""
-        found = hashlib.sha256(repr(self.counts).encode())
-        for name, column in self.columns.items():
-            found.update(f"{name} {column.vocabulary.kind}".encode())
-            for tensor in (column.counts_V, *column.vocabulary.tensors().values()):
-                found.update(np.ascontiguousarray(tensor).data)
-        return found.hexdigest()
-
-
-def open_source(config: RunConfig) -> Source:
-    """Open the data, or generate them, and count; every rank calls it.
 
     Raises:
         ConfigError: the data cannot be read, lack a column, or have no test rows or, unless they train, no validation
             rows; a feature's name can name no table; labels of a split are all the same.
     """
-    data, path, is_dlrm = config.data, Path(config.data.path), config.recipe == "dlrm"
-    if data.path == SYNTHETIC:
-        path = Path(config.run.out) / SYNTHETIC
-        sizes = {name: getattr(data, name) for name in ("num_users", "num_items", "num_interactions", "string_ids")}
-        on_rank_0(lambda: generate(SyntheticConfig(**sizes, with_clicks=is_dlrm, seed=config.run.seed), path))
-    interactions = Interactions.open(path, features=data.features, label=is_dlrm, validation_trains=data.refit)
-    _check_names(interactions.categorical_features)
-    counts = interactions.count_splits()
-    _check_held_out(counts, is_refit=data.refit)
-    if interactions.has_label:
-        on_rank_0(lambda: _check_labels(interactions))
-    interactions = _without_empty(interactions)
-    columns = {}
-    for name in (*IDS, *interactions.categorical_features):
-        policy = data.vocabulary if name in IDS else VocabularyPolicy()
-        columns[name] = _from_rank_0(interactions, name, policy)
-    return Source(interactions, columns, counts)
+
+    def __init__(self, config: RunConfig) -> None:
+        data, path, is_dlrm = config.data, Path(config.data.path), config.recipe == "dlrm"
+        if data.path == SYNTHETIC:
+            path = Path(config.run.out) / SYNTHETIC
+            sizes = {name: getattr(data, name) for name in ("num_users", "num_items", "num_interactions", "string_ids")}
+            on_rank_0(lambda: generate(SyntheticConfig(**sizes, with_clicks=is_dlrm, seed=config.run.seed), path))
+        interactions = Interactions.open(path, features=data.features, label=is_dlrm, validation_trains=data.refit)
+        _check_names(interactions.categorical_features)
+        self.counts = interactions.count_splits()
+        _check_held_out(self.counts, is_refit=data.refit)
+        if interactions.has_label:
+            on_rank_0(lambda: _check_labels(interactions))
+        self.interactions = _without_empty(interactions)
+        self.vocabularies, self.row_counts = dict[str, Vocabulary](), dict[str, NDArray[np.int64]]()
+        for name in (*IDS, *self.interactions.categorical_features):
+            policy = data.vocabulary if name in IDS else VocabularyPolicy()
+            self.vocabularies[name], self.row_counts[name] = _from_rank_0(self.interactions, name, policy)
+
+    @property
+    def num_embeddings(self) -> Mapping[str, int]:
+        """Column -> rows of its table."""
+        return {name: len(counts_V) for name, counts_V in self.row_counts.items()}
+
+    def digest(self) -> str:
+        """SHA-256 of the counts of splits and rows and of the vocabularies: the same for the same training rows."""
+        found = hashlib.sha256(repr(self.counts).encode())
+        for name, vocabulary in self.vocabularies.items():
+            found.update(f"{name} {vocabulary.kind}".encode())
+            for tensor in (self.row_counts[name], *vocabulary.tensors().values()):
+                found.update(np.ascontiguousarray(tensor).data)
+        return found.hexdigest()
 
 
-def distinct_values(source: Source, name: str) -> ColumnVocabulary:
-    """The exact vocabulary of a column: its own where each of its values has a row; every rank calls it."""
-    own = source.columns[name]
-    if len(getattr(own.vocabulary, "rows_U", ())) == own.num_embeddings:
-        return own
-    return _from_rank_0(source.interactions, name, VocabularyPolicy())
+def distinct_values(interactions: Interactions, name: str, own: Vocabulary) -> tuple[Vocabulary, int]:
+    """The exact vocabulary of a column, and how many rows it has; every rank calls it.
+
+    It is the column's own where each of its values has a row there.
+    """
+    rows_U = getattr(own, "rows_U", None)
+    if rows_U is not None and len(rows_U) == int(rows_U.max()) + 1:
+        return own, len(rows_U)
+    exact, counts_V = _from_rank_0(interactions, name, VocabularyPolicy())
+    return exact, len(counts_V)
 
 
 def _check_names(features: Sequence[str]) -> None:
@@ -142,22 +137,22 @@ def _check_labels(interactions: Interactions) -> None:
 
 
 def _from_rank_0(interactions: Interactions, name: str, policy: VocabularyPolicy) -> ColumnVocabulary:
-    """A column's vocabulary: rank 0 reads for all, and sends arrays that may be large as they are."""
+    """A column's vocabulary, and how often each row occurs: rank 0 reads for all, and sends arrays as they are."""
     built: list[ColumnVocabulary] = []
 
     def build() -> tuple[str, int, list[tuple[str, str, tuple[int, ...]]]]:
-        found = build_vocabulary(interactions, name, policy)
-        built.append(found)
-        arrays = found.vocabulary.tensors().items()
-        return found.vocabulary.kind, found.num_embeddings, [(key, each.dtype.str, each.shape) for key, each in arrays]
+        vocabulary, counts_V = build_vocabulary(interactions, name, policy)
+        built.append((vocabulary, counts_V))
+        arrays = vocabulary.tensors().items()
+        return vocabulary.kind, len(counts_V), [(key, each.dtype.str, each.shape) for key, each in arrays]
 
     kind, num_embeddings, described = on_rank_0(build)
     if dist.get_world_size() == 1:
         return built[0]
-    arrays = built[0].vocabulary.tensors() if built else {}
+    arrays = built[0][0].tensors() if built else {}
     received = {key: _broadcast(arrays.get(key), dtype, shape) for key, dtype, shape in described}
-    counts_V = _broadcast(built[0].counts_V if built else None, "<i8", (num_embeddings,))
-    return built[0] if built else ColumnVocabulary(load_vocabulary(kind, num_embeddings, received), counts_V)
+    counts_V = _broadcast(built[0][1] if built else None, "<i8", (num_embeddings,))
+    return built[0] if built else (load_vocabulary(kind, num_embeddings, received), counts_V)
 
 
 def _broadcast(array: NDArray[Any] | None, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -214,7 +214,7 @@ def test_perplexity_is_that_of_a_naive_loop_whatever_the_chunks(task_of, monkeyp
     monkeypatch.setattr(language_model, "_BLOCK_WORDS", block_words)
     task = task_of(init_scale=1.5)
     model = task.model().eval()
-    rows_T = torch.from_numpy(task.text.rows["validation"][:50])
+    rows_T = torch.from_numpy(task.text.splits["validation"][:50])
     assert perplexity(model, rows_T) == pytest.approx(naive_perplexity(model.state_dict(), rows_T), rel=1e-4)
 
 

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from dpq_rec import EmbeddingStore, verify
 from training.__main__ import main
-from training.data.text import Labelled
 from training.distributed import process_group
 from training.models.text_classification import TextClassificationTask
 from training.recipes import RECIPES, with_changes
@@ -60,7 +59,7 @@ def task_of(news):
 
 
 def bags_of(batch):
-    return np.split(batch.bag.rows_T, np.cumsum(batch.bag.lengths)[:-1])
+    return np.split(batch[0].rows_T, np.cumsum(batch[0].lengths)[:-1])
 
 
 def logits_of(weights, vectors_VE, bags):
@@ -80,14 +79,14 @@ def test_steps_are_those_of_plain_torch(task_of):
     batches = task.train_batches(1)
     for _ in range(2):
         batch = next(batches)
-        assert min(batch.bag.lengths) == 0, "an empty document is among them"
+        assert min(batch[0].lengths) == 0, "an empty document is among them"
         optimizer.zero_grad()
         loss = task.loss(model, batch, torch.Generator())
         loss.backward()
         optimizer.step()
         adam.zero_grad()
         logits_BC = logits_of(plain, plain["word.weight"], bags_of(batch))
-        want = -logits_BC.log_softmax(1)[torch.arange(32), torch.from_numpy(batch.classes_B)].mean()
+        want = -logits_BC.log_softmax(1)[torch.arange(32), torch.from_numpy(batch[1])].mean()
         want.backward()
         adam.step()
         assert loss.item() == pytest.approx(want.item(), rel=1e-5)
@@ -98,12 +97,12 @@ def test_steps_are_those_of_plain_torch(task_of):
 def test_an_epoch_holds_every_document_once_but_for_the_rest_in_an_order_of_its_own(task_of):
     task = task_of()
     train = task.documents.splits["train"]
-    everything = sorted(zip(map(tuple, bags_of(train)), train.classes_B.tolist(), strict=True))
+    everything = sorted(zip(map(tuple, bags_of(train)), train[1].tolist(), strict=True))
     orders = []
     for epoch in (1, 1, 2):
         batches = [*task.train_batches(epoch)]
         assert len(batches) == task.num_steps == 630 // 32
-        seen = [each for b in batches for each in zip(map(tuple, bags_of(b)), b.classes_B.tolist(), strict=True)]
+        seen = [each for b in batches for each in zip(map(tuple, bags_of(b)), b[1].tolist(), strict=True)]
         orders.append(seen)
         left = list(everything)
         for each in seen:
@@ -118,11 +117,11 @@ def test_word_dropout_leaves_out_words_of_each_document_alone(task_of):
     for thin, full in zip(bags_of(thinned[0]), bags_of(whole), strict=True):
         rest = list(full)
         assert all(rest.pop(rest.index(row)) == row for row in thin)
-    assert 0.35 < len(thinned[0].bag.rows_T) / len(whole.bag.rows_T) < 0.65
-    assert (thinned[0].bag.rows_T == thinned[1].bag.rows_T).all()
-    assert (thinned[0].classes_B == whole.classes_B).all()
+    assert 0.35 < len(thinned[0][0].rows_T) / len(whole[0].rows_T) < 0.65
+    assert (thinned[0][0].rows_T == thinned[1][0].rows_T).all()
+    assert (thinned[0][1] == whole[1]).all()
     task = task_of(word_dropout=0.5)
-    seen = [sum(len(batch.bag.rows_T) for batch in task.train_batches(epoch)) for epoch in (1, 2)]
+    seen = [sum(len(batch[0].rows_T) for batch in task.train_batches(epoch)) for epoch in (1, 2)]
     assert seen[0] != seen[1]
 
 
@@ -133,10 +132,10 @@ def test_ranks_share_out_the_documents_of_a_step(task_of, monkeypatch):
     for rank in range(4):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
         parts.append(next(task_of(word_dropout=0.3).train_batches(3)))
-    assert [len(part.classes_B) for part in parts] == [8] * 4
+    assert [len(part[1]) for part in parts] == [8] * 4
     for at in range(32):
         part, inside = parts[at % 4], at // 4
-        assert part.classes_B[inside] == whole.classes_B[at]
+        assert part[1][inside] == whole[1][at]
         assert (bags_of(part)[inside] == bags_of(whole)[at]).all()
 
 
@@ -144,10 +143,9 @@ def test_ranks_share_out_the_documents_of_a_step(task_of, monkeypatch):
 def test_a_batch_without_any_word_trains(task_of, kind):
     task = task_of(embedding=kind, **({} if kind == "full" else DPQ))
     model, optimizer = task.distribute(task.model())
-    train = task.documents.splits["train"]
-    empty = train.take(np.flatnonzero(train.bag.lengths == 0)[:2])
-    assert isinstance(empty, Labelled)
-    task.loss(model.train(), empty, torch.Generator()).backward()
+    bag, classes_N = task.documents.splits["train"]
+    empty_B = np.flatnonzero(bag.lengths == 0)[:2]
+    task.loss(model.train(), (bag.take(empty_B), classes_N[empty_B]), torch.Generator()).backward()
     optimizer.step()
     assert all(weight.isfinite().all() for weight in model.parameters())
 
@@ -239,5 +237,5 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_documents(task_of):
     model, batch = task.model().eval(), next(task.train_batches(1))
     vectors_VE = model.word.only_quantizer.decode(model.word.only_quantizer.encode(model.word.query_weights()["word"]))
     logits_BC = logits_of(dict(model.named_parameters()), vectors_VE, bags_of(batch))
-    want = functional.cross_entropy(logits_BC, torch.from_numpy(batch.classes_B))
+    want = functional.cross_entropy(logits_BC, torch.from_numpy(batch[1]))
     assert task.loss(model, batch, torch.Generator()).item() == pytest.approx(want.item(), rel=1e-5)

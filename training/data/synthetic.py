@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -85,6 +85,11 @@ class SyntheticConfig:
         return 2 * min(self.num_held_out_users, self.num_users)
 
     @property
+    def num_covered_items(self) -> int:
+        """Items that are taken at least once."""
+        return min(self.num_items, self.num_interactions - self.num_held_out_rows - self.num_users)
+
+    @property
     def num_clusters(self) -> int:
         """Clusters of items, of sqrt(num_items) * 2 or so items each."""
         return max(1, min(self.num_users, round(self.num_items**0.5 / 2)))
@@ -128,51 +133,45 @@ def generate(config: SyntheticConfig, folder: str | os.PathLike[str]) -> Path:
 
 def _write(config: SyntheticConfig, folder: Path) -> None:
     options = {"use_dictionary": ["user_id", "split"], "compression": "zstd", "row_group_size": _GROUP_ROWS}
-    activity = _Activity.draw(config)
-    blocks_U = (np.cumsum(activity.num_rows_U) - 1) // _BLOCK_ROWS  # of a million rows or so
+    num_rows_U, is_held_out_U = _draw_activity(config)
+    blocks_U = (np.cumsum(num_rows_U) - 1) // _BLOCK_ROWS  # of a million rows or so
     starts = np.flatnonzero(np.diff(blocks_U, prepend=-1))
     for number, (start, stop) in enumerate(itertools.pairwise([*starts, config.num_users])):
-        users_N, items_N, splits_N = _draw_block(config, activity, np.arange(start, stop), number)
+        users_N = np.repeat(np.arange(start, stop), num_rows_U[start:stop])
+        items_N, splits_N = _draw_block(config, users_N, num_rows_U[start:stop], is_held_out_U, number)
         columns = _columns(config, users_N, items_N, splits_N, number)
         with (folder / f"part-{number:05}.parquet").open("wb") as file:  # a path, pyarrow may take for a URI
             pq.write_table(pa.table(columns), file, **options)
 
 
-class _Activity(NamedTuple):
-    """What each user has [U]: rows of all splits (int64), and whether items are held out.
+def _draw_activity(config: SyntheticConfig) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """How many rows each user has of all splits [U] (int64), and whether items of it are held out [U].
 
-    `num_covered` items are taken at least once.
+    Training rows are Pareto-distributed and add up to what is asked; users to hold out are drawn evenly.
     """
-
-    num_rows_U: NDArray[np.int64]
-    is_held_out_U: NDArray[np.bool_]
-    num_covered: int
-
-    @classmethod
-    def draw(cls, config: SyntheticConfig) -> _Activity:
-        """Pareto-distributed training rows that add up to what is asked, and an even draw of users to hold out."""
-        rng = np.random.default_rng([config.seed, 0])
-        num_users = config.num_users
-        is_held_out_U = np.zeros(num_users, np.bool_)
-        is_held_out_U[rng.choice(num_users, config.num_held_out_rows // 2, replace=False)] = True
-        num_train = config.num_interactions - config.num_held_out_rows
-        num_covered = min(config.num_items, num_train - num_users)
-        least_U = np.maximum(_num_covering(config, num_covered, np.arange(num_users)), 1)
-        weights_U = np.minimum(rng.random(num_users) ** (-1 / _PARETO_SHAPE), _MAX_ACTIVITY)
-        share_U = np.cumsum(weights_U)
-        up_to_U = (share_U / share_U[-1] * (num_train - least_U.sum())).astype(np.int64)
-        return cls(least_U + np.diff(up_to_U, prepend=0) + 2 * is_held_out_U, is_held_out_U, num_covered)
+    rng = np.random.default_rng([config.seed, 0])
+    num_users = config.num_users
+    is_held_out_U = np.zeros(num_users, np.bool_)
+    is_held_out_U[rng.choice(num_users, config.num_held_out_rows // 2, replace=False)] = True
+    num_train = config.num_interactions - config.num_held_out_rows
+    least_U = np.maximum(_num_covering(config, np.arange(num_users)), 1)
+    weights_U = np.minimum(rng.random(num_users) ** (-1 / _PARETO_SHAPE), _MAX_ACTIVITY)
+    share_U = np.cumsum(weights_U)
+    up_to_U = (share_U / share_U[-1] * (num_train - least_U.sum())).astype(np.int64)
+    return least_U + np.diff(up_to_U, prepend=0) + 2 * is_held_out_U, is_held_out_U
 
 
 def _draw_block(
-    config: SyntheticConfig, activity: _Activity, block_B: NDArray[np.int64], number: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int8]]:
-    """Numbers of users and items, and splits, of some users' rows: each one's training rows, validation, then test."""
+    config: SyntheticConfig,
+    users_N: NDArray[np.int64],
+    num_rows_B: NDArray[np.int64],
+    is_held_out_U: NDArray[np.bool_],
+    number: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """Numbers of items, and splits, of some users' rows: each one's training rows, validation, then test."""
     rng = np.random.default_rng([config.seed, 1, number])
-    num_rows_B = activity.num_rows_U[block_B]
-    users_N = np.repeat(block_B, num_rows_B)
     place_N = ranges(0, num_rows_B)
-    drawn_N = np.flatnonzero(place_N >= _num_covering(config, activity.num_covered, users_N))
+    drawn_N = np.flatnonzero(place_N >= _num_covering(config, users_N))
     items_N = users_N % config.num_coverers + place_N * config.num_coverers
     items_N[drawn_N] = _draw_items(config, users_N[drawn_N], rng)
     for _ in range(_REDRAWS):
@@ -180,11 +179,11 @@ def _draw_block(
         items_N[again_N] = _draw_items(config, users_N[again_N], rng)
     left_N = np.repeat(num_rows_B, num_rows_B) - place_N
     splits_N = np.where(left_N == 1, TEST, np.where(left_N == 2, VALIDATION, TRAIN)).astype(np.int8)
-    splits_N[~activity.is_held_out_U[users_N]] = TRAIN
+    splits_N[~is_held_out_U[users_N]] = TRAIN
     # What the user has already can only be missed: it trains, and where it was to be held out, nothing is.
     again_N = _repeats(users_N, items_N)
     splits_N[np.isin(users_N, users_N[again_N[splits_N[again_N] != TRAIN]])] = TRAIN
-    return users_N, items_N, splits_N
+    return items_N, splits_N
 
 
 def _columns(
@@ -250,13 +249,14 @@ def _second_tastes(config: SyntheticConfig, users_N: NDArray[np.int64]) -> NDArr
     return _mix(users_N.astype(np.uint64) + np.uint64(1)).astype(np.int64) % config.num_clusters
 
 
-def _num_covering(config: SyntheticConfig, num_covered: int, users_N: NDArray[np.int64]) -> NDArray[np.int64]:
+def _num_covering(config: SyntheticConfig, users_N: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many items users take so that every item is taken.
 
     Coverer u of U takes items u, u + U, ..., which are of its first cluster.
     """
     coverers = config.num_coverers
-    return np.where(users_N < coverers, np.maximum((num_covered - users_N + coverers - 1) // coverers, 0), 0)
+    most_N = (config.num_covered_items - users_N + coverers - 1) // coverers
+    return np.where(users_N < coverers, np.maximum(most_N, 0), 0)
 
 
 def _draw_items(config: SyntheticConfig, users_N: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

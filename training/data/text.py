@@ -1,6 +1,6 @@
-"""Text as rows of words. In: text files, or Parquet files of documents with labels. Out: Text or Documents, by split.
+"""Text as rows of words. In: text files, or Parquet files of documents with labels. Out: a Corpus, by split.
 
-A Text is one stream: every line is a sentence and ends in the word `<eos>`. Documents are bags of words, a word being a
+A text is one stream: every line is a sentence and ends in the word `<eos>`. Documents are bags of words, a word being a
 run of letters and digits in lower case. A word's row is its rank by frequency in the training split. All is held in
 memory, eight bytes a word.
 """
@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,8 @@ from training.data.ragged import Bag
 if TYPE_CHECKING:
     from training.recipes.text_classification import DocumentOptions
 
+T = TypeVar("T")
+Documents: TypeAlias = tuple[Bag, NDArray[np.int64]]  # the rows of their words, and their classes [B]
 _logger = logging.getLogger(__name__)
 END, UNKNOWN = "<eos>", "<unk>"
 _NAMES = {"train": "train", "valid": "validation", "test": "test"}  # what begins a word of a file's name -> its split
@@ -40,65 +42,28 @@ _HELD_OUT = 10  # of so many training documents the last is for validation, wher
 _WANT_SPLIT = "a column split of 0 (train), 1 (validation) and 2 (test), or files with train and test in their names"
 
 
-class Text(NamedTuple):
-    """A text and its words.
+class Corpus(NamedTuple, Generic[T]):
+    """A text, or documents with labels, by split; and their words.
 
     Attributes:
-        rows: "train", "validation" and "test" -> the row of each word, in reading order (int64 [T]).
+        splits: "train", "validation" and "test" -> of a text the row of each word, in reading order (int64 [T]); of B
+            documents a bag of their words' rows, from which words without a row are absent, and their classes (int64
+            [B]).
         words_V: the words of the training split by falling frequency, equal ones in the order of their letters: word v
             has row v.
+        digest: SHA-256 of all of it.
+        labels_C: the labels of the training split, ascending: class c is labels_C[c]. A text has none.
     """
 
-    rows: Mapping[str, NDArray[np.int64]]
+    splits: Mapping[str, T]
     words_V: list[str]
+    digest: str
+    labels_C: Sequence[Any] = ()
 
     @property
     def vocabulary(self) -> StringVocabulary:
         """Word -> row."""
         return StringVocabulary.from_ids(self.words_V)
-
-    def digest(self) -> str:
-        """SHA-256 of words and rows."""
-        return _digest("\n".join(self.words_V), self.rows.values())
-
-
-class Labelled(NamedTuple):
-    """B documents: the rows of their words, and their classes [B] (int64)."""
-
-    bag: Bag
-    classes_B: NDArray[np.int64]
-
-    def take(self, order_N: NDArray[Any]) -> Labelled:
-        """Some documents, in the order given."""
-        return Labelled(self.bag.take(order_N), self.classes_B[order_N])
-
-    def thinned(self, kept_T: NDArray[np.bool_]) -> Labelled:
-        """The same documents with some of their words."""
-        return Labelled(self.bag.keep(kept_T), self.classes_B)
-
-
-class Documents(NamedTuple):
-    """The documents of each split.
-
-    Attributes:
-        splits: "train", "validation" and "test" -> the documents; a word that has no row is absent from its bag.
-        words_V: as in `Text`.
-        labels_C: the labels of the training split, ascending: class c is labels_C[c].
-    """
-
-    splits: Mapping[str, Labelled]
-    words_V: list[str]
-    labels_C: list[Any]
-
-    @property
-    def vocabulary(self) -> StringVocabulary:
-        """Word -> row."""
-        return StringVocabulary.from_ids(self.words_V)
-
-    def digest(self) -> str:
-        """SHA-256 of words, documents and labels."""
-        arrays = [(bag.rows_T, bag.lengths, classes_B) for bag, classes_B in self.splits.values()]
-        return _digest(repr((self.words_V, self.labels_C)), itertools.chain.from_iterable(arrays))
 
 
 def _digest(words: str, arrays: Iterable[NDArray[np.int64]]) -> str:
@@ -114,7 +79,7 @@ def _by_frequency(words: Iterable[str], min_count: int = 1) -> list[str]:
     return sorted((word for word in counts if counts[word] >= min_count), key=lambda word: (-counts[word], word))
 
 
-def read_text(path: Path) -> Text:
+def read_text(path: Path) -> Corpus[NDArray[np.int64]]:
     """Read all splits.
 
     A word that is not in the training split counts as `<unk>` where that is.
@@ -130,7 +95,8 @@ def read_text(path: Path) -> Text:
     files = _files(path)
     words_V = _by_frequency(itertools.chain.from_iterable(_sentences(files["train"])))
     row_of = {word: row for row, word in enumerate(words_V)}
-    return Text({split: _rows(of_split, row_of, split) for split, of_split in files.items()}, words_V)
+    splits = {split: _rows(of_split, row_of, split) for split, of_split in files.items()}
+    return Corpus(splits, words_V, _digest("\n".join(words_V), splits.values()))
 
 
 def split_of_name(name: str) -> str | None:
@@ -200,7 +166,7 @@ def _rows(files: Sequence[Path], row_of: Mapping[str, int], split: str) -> NDArr
     return rows_T
 
 
-def read_documents(options: DocumentOptions) -> Documents:
+def read_documents(options: DocumentOptions) -> Corpus[Documents]:
     """Read all splits.
 
     A column `split` says the split of a row, as in interactions; else the name of the file, or of a folder that it lies
@@ -228,7 +194,9 @@ def read_documents(options: DocumentOptions) -> Documents:
         raise ConfigError(f"--min-count: got {options.min_count}, and no word is in the training texts as often")
     row_of = {word: row for row, word in enumerate(words_V)}
     splits = {split: _labelled(of_split, row_of, labels_C, split) for split, of_split in documents.items()}
-    return Documents(splits, words_V, labels_C)
+    arrays = [(bag.rows_T, bag.lengths, classes_B) for bag, classes_B in splits.values()]
+    digest = _digest(repr((words_V, labels_C)), itertools.chain.from_iterable(arrays))
+    return Corpus(splits, words_V, digest, labels_C)
 
 
 def _read(options: DocumentOptions) -> dict[str, list[tuple[str, Any]]]:
@@ -271,7 +239,7 @@ def tokens(text: str) -> list[str]:
 
 def _labelled(
     documents: Sequence[tuple[str, Any]], row_of: Mapping[str, int], labels_C: Sequence[Any], split: str
-) -> Labelled:
+) -> Documents:
     class_of = {label: number for number, label in enumerate(labels_C)}
     unseen = next((label for _, label in documents if label not in class_of), None)
     if unseen is not None:
@@ -279,4 +247,4 @@ def _labelled(
     rows = [[row_of[word] for word in tokens(text) if word in row_of] for text, _ in documents]
     rows_T = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
     lengths_B = np.fromiter(map(len, rows), np.int64, len(rows))
-    return Labelled(Bag.of(rows_T, lengths_B), np.array([class_of[label] for _, label in documents], np.int64))
+    return Bag.of(rows_T, lengths_B), np.array([class_of[label] for _, label in documents], np.int64)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from training.data.columns import ARROW_TYPES, Values, merge_stream
 from training.data.interactions import TRAIN, Interactions
 
 _Counts: TypeAlias = tuple[Any, NDArray[np.int64]]
+ColumnVocabulary: TypeAlias = tuple[Vocabulary, NDArray[np.int64]]  # and how often each row occurs [V]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,18 +55,6 @@ class VocabularyPolicy:
             raise ConfigError(f"rare_buckets: got {self.rare_buckets}, min_count 1; want min_count of 2 or more")
 
 
-class ColumnVocabulary(NamedTuple):
-    """The vocabulary of a column, and how often each of its rows occurs in the training split [V] (int64)."""
-
-    vocabulary: Vocabulary
-    counts_V: NDArray[np.int64]
-
-    @property
-    def num_embeddings(self) -> int:
-        """V, rows of the table."""
-        return len(self.counts_V)
-
-
 def count_ids(interactions: Interactions, column: str) -> _Counts:
     """The distinct ids of a column in the training split [U] (Arrow) and their counts [U] (int64).
 
@@ -90,10 +79,8 @@ def count_ids(interactions: Interactions, column: str) -> _Counts:
     return ids_U.take(order_U), counts_U[order_U.to_numpy()]
 
 
-def build_vocabulary(
-    interactions: Interactions, column: str, policy: VocabularyPolicy | None = None
-) -> ColumnVocabulary:
-    """The vocabulary of an id or a categorical feature.
+def build_vocabulary(interactions: Interactions, column: str, policy: VocabularyPolicy | None = None) -> ColumnVocabulary:
+    """The vocabulary of an id or a categorical feature, and how often each row occurs in training [V] (int64).
 
     exact: the ids of the training split by falling frequency, then ascending id. Those that occur less than min_count
     times are dealt out in turn to rare_buckets rows after the others, to fewer where there are fewer of them. An id
@@ -108,11 +95,12 @@ def build_vocabulary(
         ConfigError: the training split has no value of the column; modulo for strings.
     """
     policy = policy or VocabularyPolicy()
-    found = _modulo(interactions, column, policy) if policy.num_buckets else _exact(interactions, column, policy)
-    if not found.counts_V.any():
+    build = _modulo if policy.num_buckets else _exact
+    vocabulary, counts_V = build(interactions, column, policy)
+    if not counts_V.any():
         got = f"no value in the training rows among {interactions.num_rows} interactions"
         raise ConfigError(f"{column}: got {got}, want at least one")
-    return found
+    return vocabulary, counts_V
 
 
 def has_values(interactions: Interactions, column: str) -> bool:
@@ -133,8 +121,8 @@ def _exact(interactions: Interactions, column: str, policy: VocabularyPolicy) ->
     order_U = pc.array_sort_indices(ids_U)
     sorted_U, rows_U = ids_U.take(order_U), rows_U[order_U.to_numpy()]
     if interactions.id_kinds[column] == "int64":
-        return ColumnVocabulary(Int64Vocabulary(sorted_U.to_numpy(), rows_U.astype(np.uint32)), counts_V)
-    return ColumnVocabulary(StringVocabulary(_packed(sorted_U), rows_U.astype(np.uint32)), counts_V)
+        return Int64Vocabulary(sorted_U.to_numpy(), rows_U.astype(np.uint32)), counts_V
+    return StringVocabulary(_packed(sorted_U), rows_U.astype(np.uint32)), counts_V
 
 
 def _packed(strings_U: Any) -> PackedStrings:
@@ -154,4 +142,4 @@ def _modulo(interactions: Interactions, column: str, policy: VocabularyPolicy) -
     counts_V = np.zeros(vocabulary.num_embeddings, np.int64)
     for values in _training_values(interactions, column):
         counts_V += np.bincount(values.rows(vocabulary), minlength=len(counts_V))
-    return ColumnVocabulary(vocabulary, counts_V)
+    return vocabulary, counts_V

@@ -1,4 +1,4 @@
-"""Retrieval metrics over all items (contract 2). In: users, their held-out items, and vectors. Out: RetrievalMetrics.
+"""Retrieval metrics over all items (contract 2). In: users, their held-out items, vectors. Out: each user's metrics.
 
 The order of a user's candidates is never made: it is enough to count, for each test item, the candidates that score at
 least as high. Scores exist for a tile of users and items at a time.
@@ -62,30 +62,6 @@ class EvaluatedUsers(NamedTuple):
             self.test_items.take(users_N),
             self.excluded_items.take(users_N),
         )
-
-
-class RetrievalMetrics(NamedTuple):
-    """Each user's metrics.
-
-    Attributes:
-        names: "recall@10", "ndcg@10", ...: the C columns.
-        user_ids_U: (int64, or objects of str).
-        values_UC: (float64).
-    """
-
-    names: tuple[str, ...]
-    user_ids_U: NDArray[Any]
-    values_UC: NDArray[np.float64]
-
-    @property
-    def num_users(self) -> int:
-        """U, to be added up over ranks."""
-        return len(self.user_ids_U)
-
-    @property
-    def sums(self) -> NDArray[np.float64]:
-        """Of each column [C] over users (float64), to be added up over ranks."""
-        return self.values_UC.sum(0)
 
 
 def evaluated_users(
@@ -186,7 +162,7 @@ def evaluate(
     *,
     num_items: int,
     cutoffs: Sequence[int] = (10, 20),
-) -> RetrievalMetrics:
+) -> dict[str, NDArray[np.float64]]:
     """Recall and ndcg of each user, ranking all items by dot product (contract 2).
 
     recall@k is hits / the user's test items; ndcg@k has gains 1 / log2(rank + 1) and divides by the ideal over
@@ -202,17 +178,20 @@ def evaluate(
         item_vectors: of rows of items, 0 to num_items-1.
         num_items: rows of the item table.
         cutoffs: the ks.
+
+    Returns:
+        "recall@10", "ndcg@10", ... -> of each user [U] (float64).
     """
     ranks_UP = _ranks(users, user_vectors, item_vectors, num_items, max(cutoffs))
     gains = 1 / np.log2(np.arange(max(cutoffs)) + 2)
     ideal = np.append(np.nan, np.cumsum(gains))
-    names, columns = [], []
+    found = {}
     for k in cutoffs:
         hits_UP = ranks_UP < k
         dcg_U = np.where(hits_UP, gains[np.minimum(ranks_UP, len(gains) - 1)], 0).sum(1)
-        names += [f"recall@{k}", f"ndcg@{k}"]
-        columns += [hits_UP.sum(1) / users.num_test_items_U, dcg_U / ideal[np.minimum(users.num_test_items_U, k)]]
-    return RetrievalMetrics(tuple(names), users.user_ids_U, np.stack(columns, 1))
+        found[f"recall@{k}"] = hits_UP.sum(1) / users.num_test_items_U
+        found[f"ndcg@{k}"] = dcg_U / ideal[np.minimum(users.num_test_items_U, k)]
+    return found
 
 
 @torch.no_grad()

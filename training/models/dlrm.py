@@ -6,11 +6,12 @@ In: a DLRMConfig. Out: a `Task`: batches, the loss, AUC and normalised entropy.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -90,7 +91,7 @@ class DLRMTask(InteractionTask):
 
     def model(self) -> ClickThrough:
         """See `Task.model`."""
-        return self._around(self.make_tables({name: [name] for name in self.source.columns}))
+        return self._around(self.make_tables({name: [name] for name in self.source.vocabularies}))
 
     def _around(self, tables: nn.Module) -> ClickThrough:
         means_F, deviations_F = (torch.from_numpy(each) for each in self.statistics)
@@ -112,13 +113,16 @@ class DLRMTask(InteractionTask):
 
     def measure(self, folder: Path, split: str) -> dict[str, float]:
         """See `Task.measure`: AUC and normalised entropy."""
-        scored = self.score(folder, split)
-        return click_metrics(scored.logits_N, scored.labels_N)
+        found = self.by_user(folder, split)
+        return click_metrics(torch.from_numpy(found["logits_N"]), torch.from_numpy(found["labels_N"]))
 
     @torch.no_grad()
-    def score(self, folder: Path, split: str) -> ScoredClicks:
-        """What `measure` measures, of each of this rank's examples."""
-        served = self._around(ServedTables(EmbeddingStore.open(folder / "artifact"), list(self.source.columns)))
+    def by_user(self, folder: Path, split: str) -> dict[str, NDArray[Any]]:
+        """See `InteractionTask.by_user`: `logits_N` and `labels_N` (float32) of N examples.
+
+        `user_rows_N` are the rows of their users (int64), -1 where one has none.
+        """
+        served = self._around(ServedTables(EmbeddingStore.open(folder / "artifact"), list(self.source.vocabularies)))
         served.load_state_dict(load_file(folder / "model.safetensors"))
         served.eval()
         batches = eval_batches(
@@ -129,25 +133,17 @@ class DLRMTask(InteractionTask):
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
         )
-        logits, labels, users = [torch.empty(0)], [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
+        logits, labels, users = list[Any](), list[Any](), list[Any]()
         for batch in batches:
             if not batch.num_examples:  # fewer rows left than ranks: TorchRec splits no empty batch
                 continue
-            logits.append(self._logits(served, batch).cpu())
-            labels.append(torch.from_numpy(batch.labels_B))
-            users.append(_user_rows(batch))
-        return ScoredClicks(torch.cat(logits), torch.cat(labels), torch.cat(users))
-
-
-class ScoredClicks(NamedTuple):
-    """N examples: logits and labels (float32), and the row of each one's user (int64), -1 where it has none."""
-
-    logits_N: torch.Tensor
-    labels_N: torch.Tensor
-    user_rows_N: torch.Tensor
-
-
-def _user_rows(batch: Batch) -> torch.Tensor:
-    rows_B = np.full(batch.num_examples, -1)
-    rows_B[batch.bags[USER].lengths > 0] = batch.bags[USER].rows_T
-    return torch.from_numpy(rows_B)
+            logits.append(self._logits(served, batch).cpu().numpy())
+            labels.append(batch.labels_B)
+            rows_B = np.full(batch.num_examples, -1)
+            rows_B[batch.bags[USER].lengths > 0] = batch.bags[USER].rows_T
+            users.append(rows_B)
+        return {
+            "logits_N": np.concatenate([np.empty(0, np.float32), *logits]),
+            "labels_N": np.concatenate([np.empty(0, np.float32), *labels]),
+            "user_rows_N": np.concatenate([np.empty(0, np.int64), *users]),
+        }

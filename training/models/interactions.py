@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -18,7 +22,7 @@ from training.config import EmbeddingOptions, RunConfig
 from training.data.batches import Batch, train_batches
 from training.data.interactions import TEST, VALIDATION
 from training.distributed import shard
-from training.source import ITEM, USER, open_source
+from training.source import ITEM, USER, Source
 from training.task import Task
 
 _logger = logging.getLogger(__name__)
@@ -76,7 +80,7 @@ class InteractionTask(Task):
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.is_refit = config.data.refit
-        self.source = open_source(config)
+        self.source = Source(config)
         self.vocabularies, self.digest = self.source.vocabularies, self.source.digest()
         # Little data would give an epoch of a few steps.
         most = max(1, self.source.counts.train // (_MIN_STEPS * dist.get_world_size()))
@@ -108,6 +112,10 @@ class InteractionTask(Task):
             A module with the interface of TorchRec's EmbeddingBagCollection.
         """
         return make_tables(features, self.source.num_embeddings, self.config.embedding)
+
+    @abstractmethod
+    def by_user(self, folder: Path, split: str) -> dict[str, NDArray[Any]]:
+        """What `measure` measures, of each of this rank's users or examples."""
 
     def distribute(self, model: nn.Module) -> tuple[nn.Module, KeyedOptimizer]:
         """See `Task.distribute`."""

@@ -139,8 +139,8 @@ class LanguageModelTask(Task):
         self.device, self.batch_size = device, config.optimisation.batch_size
         check_shared_out(self.batch_size)
         self.text = read_text(Path(config.data.path))
-        self.vocabularies, self.digest = {WORD: self.text.vocabulary}, self.text.digest()
-        num_words, num_steps = len(self.text.rows["train"]), self.options.num_steps
+        self.vocabularies, self.digest = {WORD: self.text.vocabulary}, self.text.digest
+        num_words, num_steps = len(self.text.splits["train"]), self.options.num_steps
         self.num_steps = (num_words // self.batch_size - 1) // num_steps
         if self.num_steps < 1:
             want = f"{self.batch_size * (num_steps + 1)} or more for {self.batch_size} parts of {num_steps} steps"
@@ -172,7 +172,7 @@ class LanguageModelTask(Task):
     def train_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """See `Task.train_batches`: words_TB in reading order, the same in every epoch, and the words after them."""
         self._state = None
-        rows_T = torch.from_numpy(self.text.rows["train"])
+        rows_T = torch.from_numpy(self.text.splits["train"])
         parts_BT = rows_T[: len(rows_T) // self.batch_size * self.batch_size].view(self.batch_size, -1)
         mine_TB = parts_BT[dist.get_rank() :: dist.get_world_size()].t().contiguous().to(self.device)
         for step in range(self.num_steps):
@@ -192,7 +192,7 @@ class LanguageModelTask(Task):
         store = EmbeddingStore.open(folder / "artifact")
         served = self._around(ServedTable(store.table(WORD)))
         served.load_state_dict(load_file(folder / "model.safetensors"))
-        rows_T = torch.from_numpy(self.text.rows[split]).to(self.device)
+        rows_T = torch.from_numpy(self.text.splits[split]).to(self.device)
         return {"perplexity": perplexity(served.to(self.device).eval(), rows_T)}
 
 

@@ -20,7 +20,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.nn import DPQEmbeddingBag
 from training.data.ragged import Bag
-from training.data.text import Labelled, read_documents
+from training.data.text import Documents, read_documents
 from training.distributed import add_up, check_shared_out, replicate
 from training.evaluation.served import ServedTable
 from training.recipes.text_classification import ClassifierConfig, ClassifierOptions
@@ -75,8 +75,8 @@ class TextClassificationTask(Task):
         self.device, self.seed, self.batch_size = device, config.run.seed, config.optimisation.batch_size
         check_shared_out(self.batch_size)
         self.documents = read_documents(config.data)
-        self.vocabularies, self.digest = {WORD: self.documents.vocabulary}, self.documents.digest()
-        num_documents = len(self.documents.splits["train"].classes_B)
+        self.vocabularies, self.digest = {WORD: self.documents.vocabulary}, self.documents.digest
+        num_documents = len(self.documents.splits["train"][1])
         self.num_steps = num_documents // self.batch_size
         if not self.num_steps:
             raise ConfigError(f"--batch-size: got {self.batch_size}, and {num_documents} training documents; lower it")
@@ -100,21 +100,22 @@ class TextClassificationTask(Task):
         rate = self.optimisation.learning_rate
         return replicate(model, self.device, lambda weights: torch.optim.Adam(weights, rate, fused=True))
 
-    def train_batches(self, epoch: int) -> Iterator[Labelled]:
+    def train_batches(self, epoch: int) -> Iterator[Documents]:
         """See `Task.train_batches`."""
-        train = self.documents.splits["train"]
+        bag, classes_N = self.documents.splits["train"]
         rng = np.random.default_rng([self.seed, epoch])
-        order_N = rng.permutation(len(train.classes_B))
+        order_N = rng.permutation(len(classes_N))
         mine_N = np.arange(dist.get_rank(), self.batch_size, dist.get_world_size())
         for step in range(self.num_steps):
-            documents = train.take(order_N[step * self.batch_size : (step + 1) * self.batch_size])
-            kept_T = rng.random(len(documents.bag.rows_T)) >= self.options.word_dropout
-            yield documents.thinned(kept_T).take(mine_N)
+            of_step = order_N[step * self.batch_size : (step + 1) * self.batch_size]
+            words = bag.take(of_step)
+            kept_T = rng.random(len(words.rows_T)) >= self.options.word_dropout
+            yield words.keep(kept_T).take(mine_N), classes_N[of_step[mine_N]]
 
-    def loss(self, model: nn.Module, batch: Labelled, generator: torch.Generator) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Documents, generator: torch.Generator) -> torch.Tensor:
         """See `Task.loss`: cross-entropy."""
-        classes_B = torch.from_numpy(batch.classes_B).to(self.device)
-        return functional.cross_entropy(self._logits(model, batch.bag), classes_B)
+        bag, classes_B = batch
+        return functional.cross_entropy(self._logits(model, bag), torch.from_numpy(classes_B).to(self.device))
 
     def _logits(self, model: nn.Module, bag: Bag) -> torch.Tensor:
         return model(torch.from_numpy(bag.rows_T).to(self.device), torch.from_numpy(bag.offsets[:-1]).to(self.device))
@@ -125,11 +126,11 @@ class TextClassificationTask(Task):
         store = EmbeddingStore.open(folder / "artifact")
         served = self._around(ServedTable(store.table(WORD))).to(self.device).eval()
         served.load_state_dict(load_file(folder / "model.safetensors"))
-        documents, num_right = self.documents.splits[split], 0
-        mine_N = np.arange(dist.get_rank(), len(documents.classes_B), dist.get_world_size())
+        (bag, classes_N), num_right = self.documents.splits[split], 0
+        mine_N = np.arange(dist.get_rank(), len(classes_N), dist.get_world_size())
         for start in range(0, len(mine_N), _EVAL_DOCUMENTS):
-            bag, classes_B = documents.take(mine_N[start : start + _EVAL_DOCUMENTS])
-            found_B = self._logits(served, bag).argmax(1).cpu().numpy()
-            num_right += int((found_B == classes_B).sum())
+            at_B = mine_N[start : start + _EVAL_DOCUMENTS]
+            found_B = self._logits(served, bag.take(at_B)).argmax(1).cpu().numpy()
+            num_right += int((found_B == classes_N[at_B]).sum())
         (num_right_of_all,) = add_up([num_right])
-        return {"accuracy": num_right_of_all / len(documents.classes_B)}
+        return {"accuracy": num_right_of_all / len(classes_N)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -18,7 +19,6 @@ from dpq_rec import EmbeddingStore
 from training.data.batches import Batch
 from training.data.histories import Histories
 from training.data.ragged import Bag
-from training.evaluation.ranking import RetrievalMetrics
 from training.evaluation.retrieval import Retrieval
 from training.models.interactions import SPLITS, InteractionTask
 from training.recipes.two_tower import TwoTowerConfig, TwoTowerOptions
@@ -217,7 +217,7 @@ class TwoTowerTask(InteractionTask):
         if self.options.history:
             self.histories = Histories(self.source.interactions, self.source.vocabularies)
             self.vocabularies = {ITEM: self.source.vocabularies[ITEM]}
-        self.retrieval = Retrieval(self.source, config.model, self.histories)
+        self.retrieval = Retrieval(self.source.interactions, self.source.vocabularies, config.model, self.histories)
 
     def negatives_of(self, batch_size: int) -> int:
         """See `InteractionTask.negatives_of`."""
@@ -227,7 +227,7 @@ class TwoTowerTask(InteractionTask):
         """See `Task.model`."""
         of_items = [ITEM] if self.options.negatives == "in-batch" else [ITEM, NEGATIVE]
         features = {ITEM: [*of_items, HISTORY]} if self.options.history else {USER: [USER], ITEM: of_items}
-        counts_V = torch.from_numpy(self.source.columns[ITEM].counts_V)
+        counts_V = torch.from_numpy(self.source.row_counts[ITEM])
         return TwoTower(self.options, self.make_tables(features), (counts_V / counts_V.sum()).float(), self.device)
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
@@ -247,6 +247,6 @@ class TwoTowerTask(InteractionTask):
         """See `Task.measure`: recall and ndcg at 10 and 20."""
         return self.retrieval.measure(EmbeddingStore.open(folder / "artifact"), SPLITS[split])
 
-    def by_user(self, folder: Path, split: str) -> RetrievalMetrics:
-        """What `measure` measures, of each of this rank's users."""
+    def by_user(self, folder: Path, split: str) -> dict[str, NDArray[Any]]:
+        """See `InteractionTask.by_user`: `user_ids_U`, and each metric's name -> of each user [U]."""
         return self.retrieval.by_user(EmbeddingStore.open(folder / "artifact"), SPLITS[split])

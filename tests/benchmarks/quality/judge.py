@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from training.checkpoint import METRICS
 from training.config import RunConfig
 from training.distributed import choose_device, process_group
-from training.models.dlrm import DLRMTask
-from training.models.two_tower import TwoTowerTask
+from training.models.interactions import InteractionTask
 from training.recipes import load, with_changes
 from training.task import Task
 from training.trainer import TASKS
@@ -57,14 +54,8 @@ class Judge:
         Retrieval: `user_ids_U`, and an array [U] under each metric's name. Click-through: `user_rows_N`, `logits_N`
         and `labels_N`.
         """
-        arrays: dict[str, NDArray[Any]] = {}
-        if isinstance(self.task, TwoTowerTask):
-            found = self.task.by_user(folder, split)
-            arrays = {"user_ids_U": found.user_ids_U, **dict(zip(found.names, found.values_UC.T, strict=True))}
-        elif isinstance(self.task, DLRMTask):
-            arrays = {name: tensor.numpy() for name, tensor in self.task.score(folder, split)._asdict().items()}
-        if arrays:
-            np.savez_compressed(folder / BY_USER, allow_pickle=False, **arrays)
+        if isinstance(self.task, InteractionTask):
+            np.savez_compressed(folder / BY_USER, allow_pickle=False, **self.task.by_user(folder, split))
 
 
 def config_of(run: Path, data: Path | None = None) -> RunConfig:

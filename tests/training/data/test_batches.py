@@ -127,7 +127,7 @@ def test_batches_hold_what_a_plain_loop_over_rows_finds(
         features = ("age", "word", "price", "coded", "words", "is_new", "numbers")
         interactions = Interactions.open(folder / "data", features=features, label=True)
         assert (interactions.categorical_features, interactions.dense_features) == (CATEGORICAL, DENSE)
-        vocabularies = {name: build_vocabulary(interactions, name).vocabulary for name in interactions.id_kinds}
+        vocabularies = {name: build_vocabulary(interactions, name)[0] for name in interactions.id_kinds}
         seen = {name: {each for row in train for each in values_of(row, name)} for name in vocabularies}
         names = {
             name: dict(zip(vocabulary.rows(list(seen[name])).tolist(), seen[name], strict=True))
@@ -170,7 +170,7 @@ class TestEvalBatches:
         rows = [{"user_id": "u", "item_id": 1, "split": TRAIN, "label": 1.0, "age": row} for row in range(13)]
         write_rows(tmp_path, rows, 4)
         interactions = Interactions.open(tmp_path, features=("age",), label=True)
-        known = {name: build_vocabulary(interactions, name).vocabulary for name in ("user_id", "item_id")}
+        known = {name: build_vocabulary(interactions, name)[0] for name in ("user_id", "item_id")}
         ranks = [
             [
                 batch.dense_BF[:, 0].tolist()
@@ -183,14 +183,14 @@ class TestEvalBatches:
     def test_has_no_batches_of_a_split_without_rows(self, tmp_path):
         write_rows(tmp_path, [{"user_id": "u", "item_id": 1, "split": TRAIN, "label": 1.0}], 4)
         interactions = Interactions.open(tmp_path)
-        known = {name: build_vocabulary(interactions, name).vocabulary for name in ("user_id", "item_id")}
+        known = {name: build_vocabulary(interactions, name)[0] for name in ("user_id", "item_id")}
         assert list(eval_batches(interactions, known, TEST, batch_size=2)) == []
 
 
 def test_batches_without_features_and_label_have_neither(tmp_path):
     write_rows(tmp_path, [{"user_id": "u", "item_id": 1, "split": TRAIN, "label": 1.0}], 4)
     interactions = Interactions.open(tmp_path)
-    known = {name: build_vocabulary(interactions, name).vocabulary for name in ("user_id", "item_id")}
+    known = {name: build_vocabulary(interactions, name)[0] for name in ("user_id", "item_id")}
     (batch,) = train_batches(interactions, known, batch_size=1)
     assert set(batch.bags) == {"user_id", "item_id"}
     assert batch.dense_BF.shape == (1, 0)
@@ -300,4 +300,4 @@ def test_a_file_in_which_a_feature_is_null_throughout_has_the_type_of_the_others
         np.testing.assert_array_equal(found, [np.nan, np.nan, column.to_pylist()[0], np.nan])
     else:
         assert [piece.lengths["x"].tolist() for piece in pieces] == [[0, 0], [1, 0], [0, 0]][: len(pieces)]
-        assert build_vocabulary(interactions, "x").num_embeddings == 1
+        assert len(build_vocabulary(interactions, "x")[1]) == 1

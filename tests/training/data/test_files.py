@@ -191,7 +191,7 @@ class TestPartitions:
                 pq.write_table(pa.table({"text": [f"{label} {split}", "cat"]}), path)
         documents = read_documents(DocumentOptions(path=str(tmp_path), min_count=1))
         assert documents.labels_C == ["art", "pets"]
-        assert documents.splits["test"].classes_B.tolist() == [0, 0, 1, 1]
+        assert documents.splits["test"][1].tolist() == [0, 0, 1, 1]
         assert documents.words_V == ["0", "cat", "art", "pets"]
 
 

@@ -30,7 +30,7 @@ def opened(path, rows, policy=EXACT, **options):
     columns = {"user_id": users, "item_id": [item * 1000 for item in items], "split": np.array(splits, np.int8)}
     pq.write_table(pa.table(columns), path)
     interactions = Interactions.open(path, **options)
-    return interactions, {n: build_vocabulary(interactions, n, policy).vocabulary for n in ("user_id", "item_id")}
+    return interactions, {n: build_vocabulary(interactions, n, policy)[0] for n in ("user_id", "item_id")}
 
 
 def sets_of(rows, vocabularies, splits=(TRAIN,)):

@@ -32,7 +32,7 @@ resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[4]),) * 2)
 if reader == "arrow":
     pq.read_table(folder)
 interactions = Interactions.open(folder, features=["price", "tags"])
-vocabularies = {name: build_vocabulary(interactions, name).vocabulary for name in interactions.id_kinds}
+vocabularies = {name: build_vocabulary(interactions, name)[0] for name in interactions.id_kinds}
 sums = {}
 options = {"rank": rank, "world_size": 2, "window_rows": 1 << 16 if reader == "stream" else 1 << 40}
 for batch in train_batches(interactions, vocabularies, batch_size=1000, **options):

@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 
 def words(text, split):
-    return [text.words_V[row] for row in text.rows[split]]
+    return [text.words_V[row] for row in text.splits[split]]
 
 
 def test_read_text_reads_plain_and_compressed_files_and_ends_every_line(folder):
@@ -64,11 +64,11 @@ def test_other_files_are_ignored_and_named(folder, caplog):
 
 
 def test_digest_tells_texts_apart(folder):
-    before = read_text(folder).digest()
-    assert before == read_text(folder).digest()
+    before = read_text(folder).digest
+    assert before == read_text(folder).digest
     (folder / "a.train.txt").write_text("the cat saw the <unk>\n the dog \n")  # the same words in another order
     assert read_text(folder).words_V == ["the", "<eos>", "<unk>", "cat", "dog", "saw"]
-    assert read_text(folder).digest() != before
+    assert read_text(folder).digest != before
 
 
 def test_read_text_refuses_a_split_without_a_file_or_without_words(folder):
@@ -145,10 +145,10 @@ def test_ptb_has_the_published_sizes():
     if not (DATA / "ptb").exists():
         pytest.skip(f"no {DATA / 'ptb'}: set TEST_DATA_DIR")
     text = read_text(DATA / "ptb")
-    assert {split: len(rows_T) for split, rows_T in text.rows.items()} == {
+    assert {split: len(rows_T) for split, rows_T in text.splits.items()} == {
         "train": 929_589,
         "validation": 73_760,
         "test": 82_430,
     }
     assert len(text.words_V) == 10_000
-    assert (np.diff(np.bincount(text.rows["train"])) <= 0).all()
+    assert (np.diff(np.bincount(text.splits["train"])) <= 0).all()

@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 
 def vocabularies(interactions):
-    return {c: build_vocabulary(interactions, c).vocabulary for c in ("user_id", "item_id")}
+    return {c: build_vocabulary(interactions, c)[0] for c in ("user_id", "item_id")}
 
 
 def numbered(path, num_rows, row_group_size, splits=None):

@@ -62,28 +62,27 @@ class TestExact:
             patch.setattr(files, "_PIECE_ROWS", piece_rows)
             patch.setattr(columns, "_MERGE_ROWS", piece_rows)
             ids_U, counts_U = count_ids(interactions, "item_id")
-            found = build_vocabulary(interactions, "item_id", policy)
+            vocabulary, counts_V = build_vocabulary(interactions, "item_id", policy)
         assert list(zip(ids_U.to_pylist(), counts_U.tolist(), strict=True)) == [
             (each, counter[each]) for each in ordered
         ]
-        assert dict(zip(ordered, found.vocabulary.rows(ordered).tolist(), strict=True)) == expected
-        assert found.num_embeddings == max(expected.values()) + 1
-        counts_V = [0] * found.num_embeddings
+        assert dict(zip(ordered, vocabulary.rows(ordered).tolist(), strict=True)) == expected
+        want_V = [0] * (max(expected.values()) + 1)
         for each, row in expected.items():
-            counts_V[row] += counter[each]
-        assert found.counts_V.tolist() == counts_V
-        found.vocabulary.check(found.num_embeddings)
+            want_V[row] += counter[each]
+        assert counts_V.tolist() == want_V
+        vocabulary.check(len(counts_V))
 
     def test_gives_no_row_to_what_only_other_splits_have(self, tmp_path, kind):
         seen, unseen = {"int64": (3, 4), "string": ("seen", "unseen")}[kind]
         interactions = open_ids(tmp_path / "a.parquet", [seen, unseen, unseen], kind, [TRAIN, TEST, VALIDATION])
         for min_count in (1, 5):
-            vocabulary = build_vocabulary(interactions, "item_id", VocabularyPolicy(min_count=min_count)).vocabulary
+            vocabulary = build_vocabulary(interactions, "item_id", VocabularyPolicy(min_count=min_count))[0]
             assert vocabulary.rows([seen, unseen]).tolist() == [0, MISSING_ROW]
 
     def test_rows_of_values_are_a_lookup_of_each_value(self, tmp_path, kind):
         ids = {"int64": [5, 3, 5, -1], "string": ["b", "a", "b", "ä"]}[kind]
-        vocabulary = build_vocabulary(open_ids(tmp_path / "a.parquet", ids, kind), "item_id").vocabulary
+        vocabulary = build_vocabulary(open_ids(tmp_path / "a.parquet", ids, kind), "item_id")[0]
         asked = [*ids, {"int64": 77, "string": "zz"}[kind], ids[0]]
         values = Values.of(pa.array(asked, {"int64": pa.int64(), "string": pa.large_string()}[kind]))
         assert values.rows(vocabulary).tolist() == [vocabulary.rows([each])[0] for each in asked]
@@ -92,7 +91,7 @@ class TestExact:
 def test_a_feature_has_rows_for_the_values_of_its_lists(tmp_path):
     columns = {"user_id": [1, 2, 3], "item_id": [1, 1, 1], "tags": [["b", "a", "b"], None, ["c", None]]}
     interactions = open_columns(tmp_path / "a.parquet", {**columns, "split": pa.array([0, 0, 2], pa.int8())})
-    assert build_vocabulary(interactions, "tags").vocabulary.rows(["b", "a", "c"]).tolist() == [0, 1, MISSING_ROW]
+    assert build_vocabulary(interactions, "tags")[0].rows(["b", "a", "c"]).tolist() == [0, 1, MISSING_ROW]
 
 
 def test_a_feature_without_a_training_value_is_refused(tmp_path):
@@ -105,9 +104,9 @@ def test_a_feature_without_a_training_value_is_refused(tmp_path):
 class TestModulo:
     def test_puts_ids_in_the_row_of_their_remainder(self, tmp_path):
         interactions = open_ids(tmp_path / "a.parquet", [10, 3, -1, 3, 17], "int64")
-        found = build_vocabulary(interactions, "item_id", VocabularyPolicy(kind="modulo", num_buckets=7))
-        assert found.vocabulary.rows([10, 3, -1, 1_000]).tolist() == [3, 3, 6, 1_000 % 7]
-        assert found.counts_V.tolist() == [0, 0, 0, 4, 0, 0, 1]
+        vocabulary, counts_V = build_vocabulary(interactions, "item_id", VocabularyPolicy(kind="modulo", num_buckets=7))
+        assert vocabulary.rows([10, 3, -1, 1_000]).tolist() == [3, 3, 6, 1_000 % 7]
+        assert counts_V.tolist() == [0, 0, 0, 4, 0, 0, 1]
 
     def test_refuses_strings_with_the_reason(self, tmp_path):
         interactions = open_ids(tmp_path / "a.parquet", ["a"], "string")

@@ -23,7 +23,6 @@ from training.evaluation import ranking as module
 from training.evaluation.ranking import EvaluatedUsers, evaluate, evaluated_users, training_items
 from training.evaluation.retrieval import Retrieval
 from training.recipes.two_tower import TwoTowerOptions
-from training.source import Source
 
 DATA = Path(os.environ.get("TEST_DATA_DIR", Path(__file__).parents[4] / "shared" / "data"))
 
@@ -62,11 +61,16 @@ def open_rows(path, rows, *, strings=False):
 
 
 def vocabularies(interactions):
-    return {c: build_vocabulary(interactions, c).vocabulary for c in ("user_id", "item_id")}
+    return {c: build_vocabulary(interactions, c)[0] for c in ("user_id", "item_id")}
 
 
 def means(found):
-    return dict(zip(found.names, (found.sums / found.num_users).tolist(), strict=True))
+    return {name: values_U.mean() for name, values_U in found.items()}
+
+
+def values(found):
+    """Of each user and metric [U, C]."""
+    return np.stack([*found.values()], 1)
 
 
 def from_table(vectors_VE):
@@ -125,7 +129,7 @@ class TestAgainstSorting:
             )
         assert found.names == tuple(f"{name}@{k}" for k in cutoffs for name in ("recall", "ndcg"))
         assert found.user_ids_U.tolist() == sorted(expected)
-        np.testing.assert_allclose(found.values_UC, [expected[u] for u in sorted(expected)] or found.values_UC)
+        np.testing.assert_allclose(values(found), [expected[u] for u in sorted(expected)] or values(found))
 
     def test_popularity_on_movielens_1m(self):
         path = DATA / "movielens_1m" / "interactions.parquet"
@@ -147,7 +151,7 @@ class TestAgainstSorting:
         rows = list(zip(*(table[name].to_pylist() for name in ("user_id", "item_id", "split")), strict=True))
         rows += [(-1, item, TRAIN) for item in popularity]
         expected = naive_metrics(rows, TEST, lambda user, item: popularity[item], (10, 20))
-        np.testing.assert_allclose(found.values_UC[:150], [expected[user] for user in sorted(expected)])
+        np.testing.assert_allclose(values(found)[:150], [expected[user] for user in sorted(expected)])
         assert means(found)["recall@10"] == pytest.approx(0.03692, abs=1e-5)
 
 
@@ -174,7 +178,7 @@ class TestEvaluate:
             num_items=3,
             cutoffs=(1, 2, 3),
         )
-        assert found.values_UC[:, ::2].tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
+        assert values(found)[:, ::2].tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
 
     def test_gives_log2_gains_over_the_ideal(self):
         items = torch.arange(5, 0, -1.0)[:, None]
@@ -182,13 +186,13 @@ class TestEvaluate:
         found = evaluate(users, lambda rows: torch.ones(len(rows), 1), from_table(items), num_items=5, cutoffs=(2, 4))
         first, second, third = 1, 1 / math.log2(3), 1 / 2
         expected = [1 / 3, first / (first + second), 2 / 3, (first + third) / (first + second + third)]
-        np.testing.assert_allclose(found.values_UC, [expected])
+        np.testing.assert_allclose(values(found), [expected])
 
     def test_ranks_more_test_items_than_the_cutoff(self):
         items = torch.arange(50, 0, -1.0)[:, None]
         users = users_with([list(range(40))], [[]])
         found = evaluate(users, lambda rows: torch.ones(len(rows), 1), from_table(items), num_items=50)
-        np.testing.assert_allclose(found.values_UC, [[10 / 40, 1, 20 / 40, 1]])
+        np.testing.assert_allclose(values(found), [[10 / 40, 1, 20 / 40, 1]])
 
     @pytest.mark.parametrize("broken", ["users", "items", "test item"])
     def test_never_rewards_vectors_that_are_not_numbers(self, broken):
@@ -197,7 +201,7 @@ class TestEvaluate:
         for each in {"users": [users], "items": [items], "test item": [items[7]]}[broken]:
             each[:] = torch.nan
         found = evaluate(users_with([[7], [7]], [[], []]), from_table(users), from_table(items), num_items=100)
-        assert not found.values_UC.any()
+        assert not values(found).any()
 
     def test_calls_for_vectors_equally_often_whatever_the_users(self, monkeypatch):
         monkeypatch.setattr(module, "_CHUNK_ITEMS", 4)
@@ -223,9 +227,8 @@ class TestEvaluate:
         vectors = from_table(torch.randn(num_users, 5)), from_table(torch.randn(num_items, 5))
         whole = evaluate(users, *vectors, num_items=num_items)
         parts = [evaluate(users.take(np.arange(r, num_users, 3)), *vectors, num_items=num_items) for r in range(3)]
-        assert sum(part.num_users for part in parts) == whole.num_users
-        np.testing.assert_allclose(sum(part.sums for part in parts), whole.sums)
-        np.testing.assert_allclose(whole.sums / num_users, list(means(whole).values()))
+        assert sum(map(len, map(values, parts))) == num_users
+        np.testing.assert_allclose(sum(values(part).sum(0) for part in parts), values(whole).sum(0))
 
     def test_of_nobody_has_sums(self):
         found = evaluate(
@@ -234,7 +237,7 @@ class TestEvaluate:
             lambda rows: torch.ones(len(rows), 2),
             num_items=3,
         )
-        assert found.sums.tolist() == [0, 0, 0, 0]
+        assert values(found).sum(0).tolist() == [0, 0, 0, 0]
 
 
 class TestEvaluatedUsers:
@@ -327,14 +330,14 @@ class TestRetrieval:
         rows += [(77, 40, TEST), (77, 41, TEST)]  # a user that is not in training
         interactions = open_rows(tmp_path / "rows.parquet", rows, strings=strings)
         columns = {n: build_vocabulary(interactions, n, POLICIES[policy]) for n in ("user_id", "item_id")}
-        source = Source(interactions, columns, interactions.count_splits())
+        known = {name: vocabulary for name, (vocabulary, _) in columns.items()}
         vectors, tables = [], {}
-        for name, column in columns.items():
-            vectors.append(rng.normal(size=(column.num_embeddings, 3)).astype(np.float32))
-            sizes = {"num_embeddings": column.num_embeddings, "embedding_dim": 3}
-            tables[name] = TableContents(**sizes, vocabulary=column.vocabulary, chunks=[vectors[-1]])
+        for name, (vocabulary, counts_V) in columns.items():
+            vectors.append(rng.normal(size=(len(counts_V), 3)).astype(np.float32))
+            sizes = {"num_embeddings": len(counts_V), "embedding_dim": 3}
+            tables[name] = TableContents(**sizes, vocabulary=vocabulary, chunks=[vectors[-1]])
         store = EmbeddingStore.open(write_artifact(tmp_path / "artifact", tables))
-        rows_of = [columns[name].vocabulary.rows for name in ("user_id", "item_id")]
+        rows_of = [known[name].rows for name in ("user_id", "item_id")]
 
         def row_of(column, each):
             return int(rows_of[column]([f"{each:02}" if strings else each])[0])
@@ -354,9 +357,9 @@ class TestRetrieval:
         for split in (VALIDATION, TEST):
             expected = naive_metrics(rows, split, score, (10, 20), everyone=policy == "modulo")
             with process_group(torch.device("cpu")):
-                histories = Histories(interactions, source.vocabularies) if history else None
+                histories = Histories(interactions, known) if history else None
                 options = TwoTowerOptions(similarity="dot", history=history)
-                found = Retrieval(source, options, histories).measure(store, split)
+                found = Retrieval(interactions, known, options, histories).measure(store, split)
             assert list(found.values()) == pytest.approx(np.mean(list(expected.values()), 0))
 
 
