@@ -22,7 +22,7 @@ from dpq_rec.errors import ConfigError, DamagedArtifactError, DpqRecError
 from dpq_rec.export import ExportConfig, export_table
 from dpq_rec.lookup import EmbeddingStore
 from dpq_rec.publish import publish
-from dpq_rec.report import ReportConfig, num_report_steps, write_report
+from dpq_rec.report import num_report_steps, write_report
 from dpq_rec.report.facts import CodeHistory, RunHistory
 from dpq_rec.table import Table, sizes
 
@@ -206,9 +206,9 @@ def _report(arguments: argparse.Namespace) -> int:
     artifact = open_artifact(arguments.artifact)
     folder = arguments.folder or find_run(artifact)
     run = None if folder is None else read_run(folder, artifact.tables)
-    config = ReportConfig(names=arguments.names, ids=arguments.ids or (), table=arguments.table, run=run)
+    beside = {"names": arguments.names, "ids": arguments.ids or (), "table": arguments.table, "run": run}
     with _progress_bar(num_report_steps(artifact), " rows") as progress:
-        reported = write_report(artifact, arguments.report, config, progress)
+        reported = write_report(artifact, arguments.report, **beside, progress=progress)
     titles = f", titles of {reported.num_titles} of {reported.num_ids} ids" if arguments.names else ""
     print(f"{arguments.report}: {len(artifact.tables)} table(s){titles}")
     if reported.missing:

@@ -25,7 +25,7 @@ from dpq_rec import ConfigError
 from dpq_rec.files import replace_file
 from training.config import RunConfig
 from training.distributed import on_rank_0
-from training.recipes.interactions import SYNTHETIC
+from training.options import SYNTHETIC
 from training.tensorboard import TENSORBOARD
 
 CONFIG, CHECKPOINTS, METRICS, ARTIFACT = "config.json", "checkpoints", "metrics.json", "artifact"

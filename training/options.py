@@ -10,11 +10,13 @@ import dataclasses
 import shlex
 import types
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dpq_rec import ConfigError
 
 T = TypeVar("T")
+SYNTHETIC = "synthetic"  # data that are generated
 
 
 class Options:
@@ -190,3 +192,20 @@ def check_positive(options: Any, *names: str) -> None:
         if value is not None and not 0 < value < float("inf"):
             wanted = "a finite number" if value == float("inf") else "more than 0"
             raise ConfigError(f"--{name.replace('_', '-')}: got {value}, want {wanted}")
+
+
+def check_share(options: Any, *names: str) -> None:
+    """Raises ConfigError for a share to be left out that leaves nothing."""
+    for name in names:
+        if not 0 <= getattr(options, name) < 1:
+            got = f"--{name.replace('_', '-')}: got {getattr(options, name)}"
+            raise ConfigError(f"{got}, want 0 or more and less than 1")
+
+
+def check_path(path: str, *, can_be_generated: bool = False) -> None:
+    """Raises ConfigError for data that are not there."""
+    if not path:
+        raise ConfigError("--data is missing")
+    if not (can_be_generated and path == SYNTHETIC) and not Path(path).exists():
+        reason = ": only interactions can be generated" if path == SYNTHETIC else ""
+        raise ConfigError(f"--data: {path} does not exist{reason}")

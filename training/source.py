@@ -22,7 +22,7 @@ from training.data.interactions import IDS, Interactions, SplitCounts
 from training.data.synthetic import SyntheticConfig, generate
 from training.data.vocabularies import ColumnVocabulary, VocabularyPolicy, build_vocabulary, has_values
 from training.distributed import on_rank_0
-from training.recipes.interactions import SYNTHETIC
+from training.options import SYNTHETIC
 
 if TYPE_CHECKING:
     from training.config import RunConfig

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,25 +13,8 @@ from dpq_rec.artifact import Artifact
 from dpq_rec.errors import ConfigError, UnknownTableError
 from dpq_rec.files import replace_file
 from dpq_rec.report.facts import Id, Progress, RunHistory, measure
-from dpq_rec.report.names import Names, find_names
+from dpq_rec.report.names import Names
 from dpq_rec.report.page import page
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """What a report looks at beside the artifact.
-
-    Attributes:
-        names: a Parquet, CSV or TSV file with titles of a table's ids.
-        ids: whose neighbours are shown, as text; if there are none, telling ones are found.
-        table: whose ids these are; None finds it where it can be told.
-        run: the training run that left the artifact, where it is known.
-    """
-
-    names: Path | None = None
-    ids: Sequence[str] = ()
-    table: str | None = None
-    run: RunHistory | None = None
 
 
 class Reported(NamedTuple):
@@ -58,7 +40,11 @@ def num_report_steps(artifact: Artifact) -> int:
 def write_report(
     artifact: Artifact,
     out: Path,
-    config: ReportConfig | None = None,
+    *,
+    names: Path | None = None,
+    ids: Sequence[str] = (),
+    table: str | None = None,
+    run: RunHistory | None = None,
     progress: Progress = lambda num_rows: None,
 ) -> Reported:
     """Write the page; on any error nothing is left behind.
@@ -66,7 +52,10 @@ def write_report(
     Args:
         artifact: an opened artifact.
         out: the file to make; it must not exist.
-        config: what else is looked at.
+        names: a Parquet, CSV or TSV file with titles of a table's ids.
+        ids: whose neighbours are shown, as text; if there are none, telling ones are found.
+        table: whose ids these are; None finds it where it can be told.
+        run: the training run that left the artifact, where it is known.
         progress: called with the number of rows of each block that was looked at.
 
     Raises:
@@ -75,31 +64,30 @@ def write_report(
         FileExistsError: `out` exists.
         MissingDependencyError: names are Parquet, and pyarrow is not installed.
     """
-    config = config or ReportConfig()
     if out.exists():
         raise FileExistsError(f"{out} exists; name another file, or remove it")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out.parent} is no folder; make it, or name a file elsewhere")
-    if config.table is not None and config.table not in artifact.tables:
-        raise UnknownTableError(config.table, artifact.tables)
-    names = None if config.names is None else find_names(config.names, artifact.tables, config.table)
-    chosen = _chosen_ids(artifact, config, names)
-    order = sorted(artifact.tables, key=lambda name: names is None or name != names.table)  # the one with titles first
+    if table is not None and table not in artifact.tables:
+        raise UnknownTableError(table, artifact.tables)
+    file = None if names is None else Names(names, artifact.tables, table)
+    titled = None if file is None else file.table
+    chosen = _chosen_ids(artifact, ids, table or titled)
+    order = sorted(artifact.tables, key=lambda name: titled is None or name != titled)  # the one with titles first
     tables = [measure(artifact.tables[name], chosen.get(name, ()), progress) for name in order]
-    named = [facts for facts in tables if names is not None and facts.table.name == names.table]
-    shown = {an_id for facts in named for an_id in facts.shown_ids}
-    titles = {} if names is None else names.titles_of(shown)
-    replace_file(out, page(artifact, tables, config.run, names, titles))
+    shown = {an_id for facts in tables if facts.table.name == titled for an_id in facts.shown_ids}
+    titles = {} if file is None else file.titles_of(shown)
+    replace_file(out, page(artifact, tables, run, file, titles))
     return Reported(len(shown), len(titles), [an_id for facts in tables for an_id in facts.missing])
 
 
-def _chosen_ids(artifact: Artifact, config: ReportConfig, names: Names | None) -> dict[str, Sequence[Id]]:
+def _chosen_ids(artifact: Artifact, ids: Sequence[str], name: str | None) -> dict[str, Sequence[Id]]:
     """Table -> ids, of the type that its vocabulary has."""
-    if not config.ids:
+    if not ids:
         return {}
-    only = next(iter(artifact.tables)) if len(artifact.tables) == 1 else None
-    name = config.table or (names.table if names is not None else only)
+    if name is None and len(artifact.tables) == 1:
+        name = next(iter(artifact.tables))
     if name is None:
         listed = ", ".join(artifact.tables)
         raise ConfigError(f"--ids: this artifact has the tables {listed}; say whose ids they are with --table")
-    return {name: artifact.tables[name].ids_of_texts(config.ids)}
+    return {name: artifact.tables[name].ids_of_texts(ids)}

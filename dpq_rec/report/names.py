@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,15 +23,32 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (".parquet", *_DELIMITERS)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Names:
-    """A file of titles, and where the titles of a table's ids are in it."""
+    """A file of titles, and where the titles of a table's ids are in it: `table`, `id_column`, `title_column`.
 
-    path: Path
-    table: str
-    id_column: str
-    title_column: str
-    ids_are_text: bool
+    Args:
+        path: the file.
+        tables: of the artifact, by name.
+        chosen: the table whose ids the file names; None finds it by the file's columns.
+
+    Raises:
+        ConfigError: no such file, another kind of file, or no such columns.
+        MissingDependencyError: a Parquet file, and pyarrow is not installed.
+    """
+
+    def __init__(self, path: Path, tables: Mapping[str, Table], chosen: str | None = None) -> None:
+        if not path.is_file():
+            raise ConfigError(f"--names: {path} is no file; name a {', '.join(_SUFFIXES)} file")
+        if _suffix(path) not in _SUFFIXES:
+            raise ConfigError(f"--names: got {path.name}, want a {', '.join(_SUFFIXES)} file")
+        columns = _parquet_columns(path) if _suffix(path) == ".parquet" else _csv_columns(path)
+        self.path = path
+        self.table, self.id_column = _find_id_column(path, dict(columns), tables, chosen)
+        self.title_column = _find_title_column(path, dict(columns), self.id_column)
+        for wanted in (self.id_column, self.title_column):
+            if (found := sum(name == wanted for name, _ in columns)) > 1:
+                raise ConfigError(f"--names: {path} has {found} columns called {wanted}; rename or drop all but one")
+        self.ids_are_text = tables[self.table].vocabulary.kind == "string"
 
     def titles_of(self, ids: Collection[Id]) -> dict[Id, str]:
         """The titles that the file has for ids; of an id that is there twice, the first.
@@ -82,32 +98,6 @@ class Names:
     def _wrong_ids(self) -> str:
         kind = "strings" if self.ids_are_text else "64-bit integers"
         return f"column {self.id_column!r} cannot be read as {kind}, which table {self.table!r} has for ids"
-
-
-def find_names(path: Path, tables: Mapping[str, Table], chosen: str | None = None) -> Names:
-    """Find the columns of a file of titles.
-
-    Args:
-        path: the file.
-        tables: of the artifact, by name.
-        chosen: the table whose ids the file names; None finds it by the file's columns.
-
-    Raises:
-        ConfigError: no such file, another kind of file, or no such columns.
-        MissingDependencyError: a Parquet file, and pyarrow is not installed.
-    """
-    if not path.is_file():
-        raise ConfigError(f"--names: {path} is no file; name a {', '.join(_SUFFIXES)} file")
-    if _suffix(path) not in _SUFFIXES:
-        raise ConfigError(f"--names: got {path.name}, want a {', '.join(_SUFFIXES)} file")
-    columns = _parquet_columns(path) if _suffix(path) == ".parquet" else _csv_columns(path)
-    table, id_column = _find_id_column(path, dict(columns), tables, chosen)
-    title_column = _find_title_column(path, dict(columns), id_column)
-    for wanted in (id_column, title_column):
-        if (found := sum(name == wanted for name, _ in columns)) > 1:
-            raise ConfigError(f"--names: {path} has {found} columns called {wanted}; rename or drop all but one")
-    ids_are_text = tables[table].vocabulary.kind == "string"
-    return Names(path=path, table=table, id_column=id_column, title_column=title_column, ids_are_text=ids_are_text)
 
 
 def _find_id_column(

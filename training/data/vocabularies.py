@@ -79,7 +79,9 @@ def count_ids(interactions: Interactions, column: str) -> _Counts:
     return ids_U.take(order_U), counts_U[order_U.to_numpy()]
 
 
-def build_vocabulary(interactions: Interactions, column: str, policy: VocabularyPolicy | None = None) -> ColumnVocabulary:
+def build_vocabulary(
+    interactions: Interactions, column: str, policy: VocabularyPolicy | None = None
+) -> ColumnVocabulary:
     """The vocabulary of an id or a categorical feature, and how often each row occurs in training [V] (int64).
 
     exact: the ids of the training split by falling frequency, then ascending id. Those that occur less than min_count

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from dpq_rec import ConfigError
 from training.config import OptimisationOptions
 from training.data.vocabularies import VocabularyPolicy
-from training.options import Options, check_positive
-
-SYNTHETIC = "synthetic"
+from training.options import SYNTHETIC, Options, check_path, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +39,7 @@ class DataOptions(Options):
 
     def __post_init__(self) -> None:
         check_positive(self, "num_users", "num_items", "num_interactions")
-        if not self.path:
-            raise ConfigError("--data is missing")
-        if self.path != SYNTHETIC and not Path(self.path).exists():
-            raise ConfigError(f"--data: {self.path} does not exist")
+        check_path(self.path, can_be_generated=True)
 
     @classmethod
     def useless_flags(cls, values: Mapping[str, Any]) -> dict[str, str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 from dpq_rec import ConfigError, DPQConfig
 from training.config import EmbeddingOptions, OptimisationOptions, RunConfig, RunOptions
-from training.options import Options, check_positive
+from training.options import Options, check_path, check_positive, check_share
 
 LanguageModelConfig: TypeAlias = "RunConfig[TextOptions, LanguageModelOptions, LanguageModelOptimisation]"
 _ONE_SGD = "language-model clips and moves all its weights together, by SGD"
@@ -26,7 +25,7 @@ class TextOptions(Options):
     path: str = field(metadata={"flag": "data"})
 
     def __post_init__(self) -> None:
-        check_text_path(self.path)
+        check_path(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,20 +113,3 @@ def language_model(data: str, out: str) -> LanguageModelConfig:
         optimisation=LanguageModelOptimisation(),
         run=RunOptions(out=out),
     )
-
-
-def check_text_path(path: str) -> None:
-    """Raises ConfigError where no text can be read."""
-    if not path:
-        raise ConfigError("--data is missing")
-    if not Path(path).exists():
-        reason = ": only interactions can be generated" if path == "synthetic" else ""
-        raise ConfigError(f"--data: {path} does not exist{reason}")
-
-
-def check_share(options: Any, *names: str) -> None:
-    """Raises ConfigError for a share to be left out that leaves nothing."""
-    for name in names:
-        if not 0 <= getattr(options, name) < 1:
-            got = f"--{name.replace('_', '-')}: got {getattr(options, name)}"
-            raise ConfigError(f"{got}, want 0 or more and less than 1")

@@ -8,8 +8,7 @@ from typing import ClassVar, TypeAlias
 
 from dpq_rec import ConfigError, DPQConfig
 from training.config import EmbeddingOptions, OptimisationOptions, RunConfig, RunOptions
-from training.options import Options, check_positive
-from training.recipes.language_model import check_share, check_text_path
+from training.options import Options, check_path, check_positive, check_share
 
 ClassifierConfig: TypeAlias = "RunConfig[DocumentOptions, ClassifierOptions, OptimisationOptions]"
 _ONE_ADAM = "text-classification moves all its weights alike, by Adam"
@@ -34,7 +33,7 @@ class DocumentOptions(Options):
     max_words: int = 1_000_000
 
     def __post_init__(self) -> None:
-        check_text_path(self.path)
+        check_path(self.path)
         check_positive(self, "min_count", "max_words")
         if self.text == self.label:
             raise ConfigError(f"--label-column: got {self.label}, which is the text; want another column")

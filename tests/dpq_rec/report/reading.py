@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 
 from dpq_rec import CodeLayout, open_artifact
-from dpq_rec.report import ReportConfig, num_report_steps, write_report
+from dpq_rec.report import num_report_steps, write_report
 from tests.dpq_rec.builders import write_unchecked
 
 LAYOUT = CodeLayout(num_subspaces=4, num_codes=20)  # of most tables that are reported on
@@ -71,7 +71,7 @@ def report(tmp_path, contents, **config):
     path = tmp_path / "artifact"
     artifact = open_artifact(write_unchecked(path, contents if isinstance(contents, dict) else {"t": contents}))
     told = []
-    reported = write_report(artifact, tmp_path / "out.html", ReportConfig(**config), told.append)
+    reported = write_report(artifact, tmp_path / "out.html", **config, progress=told.append)
     assert sum(told) == num_report_steps(artifact)
     return artifact, read_page(tmp_path / "out.html"), reported
 

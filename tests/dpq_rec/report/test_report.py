@@ -20,7 +20,7 @@ from dpq_rec import (
     write_artifact,
 )
 from dpq_rec.cli import read_run
-from dpq_rec.report import ReportConfig, write_report
+from dpq_rec.report import write_report
 from dpq_rec.report.charts import byte_text, percent
 from dpq_rec.report.facts import measure
 from tests.dpq_rec.builders import dense_contents, dpq_contents, overwrite
@@ -304,7 +304,7 @@ def test_report_that_makes_no_sense_is_an_error(tmp_path, config, error, message
     contents = {"a": dpq_contents(3, LAYOUT), "b": dpq_contents(3, LAYOUT)}
     artifact = open_artifact(write_artifact(tmp_path / "artifact", contents))
     with pytest.raises(error, match=message):
-        write_report(artifact, tmp_path / "out.html", ReportConfig(**config))
+        write_report(artifact, tmp_path / "out.html", **config)
     assert [entry.name for entry in tmp_path.iterdir()] == ["artifact"]
 
 

@@ -14,7 +14,7 @@ from dpq_rec import (
     unpack_codes,
     write_artifact,
 )
-from dpq_rec.report import ReportConfig, write_report
+from dpq_rec.report import write_report
 from tests.dpq_rec.builders import dense_contents, dpq_contents
 from tests.dpq_rec.report.reading import LAYOUT, read_page, report, rows_of, table_of
 
@@ -97,6 +97,6 @@ def test_page_takes_the_ids_of_every_kind_of_vocabulary(tmp_path):
     firsts = {}
     for table, an_id in (("modulo", "-1"), ("string", ""), ("identity", "1")):
         out = tmp_path / f"{table}.html"
-        write_report(artifact, out, ReportConfig(ids=(an_id,), table=table))
+        write_report(artifact, out, ids=(an_id,), table=table)
         firsts[table] = rows_of(table_of(read_page(out), table))[0][0]
     assert firsts == {"modulo": "-1", "string": "\u201c\u201d", "identity": "1"}
