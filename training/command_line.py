@@ -11,7 +11,6 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
@@ -95,7 +94,7 @@ def _given_flags(recipe: str, before: Mapping[str, Any] | None, arguments: Seque
         annotation: Any = Annotated[(bool if option.kind is bool else Any, tyro.conf.arg(name=option.flag), *spec)]
         default = typed(option.kind, value_of(start, option), ".".join(option.path))
         is_required = option.flag == "out" or (option.flag == "data" and before is None)
-        field = dataclasses.field() if is_required else dataclasses.field(default_factory=partial(_same, default))
+        field = dataclasses.field() if is_required else dataclasses.field(default_factory=lambda value=default: value)
         groups.setdefault("_".join(option.path[:-1]), (option.group, []))[1].append(
             (option.path[-1], annotation, field)
         )
@@ -113,10 +112,6 @@ def _given_flags(recipe: str, before: Mapping[str, Any] | None, arguments: Seque
     )
     given = [flags[flag] for flag in named if flag in flags]
     return {option.flag: getattr(getattr(parsed, "_".join(option.path[:-1])), option.path[-1]) for option in given}
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _in_one_text(kind: Any) -> PrimitiveConstructorSpec[Any]:

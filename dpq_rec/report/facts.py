@@ -62,12 +62,12 @@ class RunHistory:
     codes: Mapping[str, CodeHistory]
 
 
-class CodeUse(NamedTuple):
+class CodeUse:
     """How many rows have each code, counts_MK (int64), and what follows: see `dpq_rec.code_use`."""
 
-    counts_MK: NDArray[np.int64]
-    perplexity_M: NDArray[np.float64]
-    agreement_M: NDArray[np.float64]
+    def __init__(self, counts_MK: NDArray[np.int64]) -> None:
+        self.counts_MK = counts_MK
+        self.perplexity_M, self.agreement_M = perplexity(counts_MK), chance_of_agreement(counts_MK)
 
     def most_rank(self, embedding_dim: int) -> int:
         """The rank that the codes in use allow.
@@ -172,10 +172,7 @@ def measure(table: Table, ids: Sequence[Id] = (), progress: Progress = lambda nu
         DamagedArtifactError: a row's codes are not what was published.
         IdTypeError: ids of another type than the vocabulary's.
     """
-    code_use = None
-    if table.manifest.has_codes:
-        counts_MK = count_codes(table, progress)
-        code_use = CodeUse(counts_MK, perplexity(counts_MK), chance_of_agreement(counts_MK))
+    code_use = CodeUse(count_codes(table, progress)) if table.manifest.has_codes else None
     if ids:
         chosen = list(zip(ids, table.vocabulary.rows(list(ids)).tolist(), strict=True))
     else:  # of the first rows, which training fills with the most frequent ids

@@ -173,7 +173,7 @@ def _section(facts: TableFacts, run: RunHistory | None, titles: Mapping[Id, str]
     pairs["vocabulary"] = table.vocabulary.kind
     history = None if run is None else run.codes.get(table.name)
     return fill(
-        '<section id="{0}"><h2>{0}</h2>{1}{2}{3}<div class="pair">{4}{5}</div>{6}</section>\n',
+        '<section id="{0}"><h2>{0}</h2>{1}{2}{3}<div class="pair"><div>{4}</div>{5}</div>{6}</section>\n',
         table.name,
         _chips(pairs.items()),
         _bytes(facts),
@@ -227,9 +227,9 @@ def _code_use(facts: TableFacts, use: CodeUse) -> Markup:
 def _rank(facts: TableFacts) -> Markup:
     manifest, found, use = facts.table.manifest, facts.spectrum, facts.code_use
     if found is None:
-        return fill("<div>{}</div>", _titled("Rank", "A decoded number is not finite: no rank."))
+        return _titled("Rank", "A decoded number is not finite: no rank.")
     if not len(found.singular_values_R) or not found.singular_values_R[0]:
-        return fill("<div>{}</div>", _titled("Rank", "There is no row that is not zero: rank 0."))
+        return _titled("Rank", "There is no row that is not zero: rank 0.")
     rows = f"all {found.num_rows:,} rows"
     if found.num_rows != manifest.num_embeddings:
         rows = f"a sample of {found.num_rows:,} of {manifest.num_embeddings:,} rows, spread evenly"
@@ -241,7 +241,7 @@ def _rank(facts: TableFacts) -> Markup:
     if use is not None:
         used, most = int((use.counts_MK > 0).sum()), use.most_rank(manifest.embedding_dim)
         text += f" Theorem 1 asks for K·D ≥ E; the {used:,} codes in use allow a rank of {most:,}."
-    return fill("<div>{}</div>", _titled("Rank", text, charts.spectrum_curve(found)))
+    return _titled("Rank", text, charts.spectrum_curve(found))
 
 
 def _history(history: CodeHistory, best_epoch: int | None) -> Markup:

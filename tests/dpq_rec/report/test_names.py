@@ -16,7 +16,7 @@ from dpq_rec import (
     open_artifact,
     write_artifact,
 )
-from dpq_rec.report.names import find_names
+from dpq_rec.report.names import Names
 from tests.dpq_rec.builders import dense_contents
 
 IDS = [3, -1, 1 << 40]
@@ -51,7 +51,7 @@ def write(path, columns):
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv"])
 def test_titles_are_those_of_the_ids_asked_for(tmp_path, tables, suffix):
-    names = find_names(write(tmp_path / f"items{suffix}", COLUMNS), tables)
+    names = Names(write(tmp_path / f"items{suffix}", COLUMNS), tables)
     assert (names.table, names.id_column, names.title_column) == ("item_id", "item_id", "title")
     assert names.titles_of(IDS) == TITLES
     assert names.titles_of([]) == {}
@@ -65,17 +65,17 @@ def test_a_path_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch, tables, 
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.symlink_to(write(tmp_path / f"items{path.suffix.lower()}", COLUMNS))
-    assert find_names(Path(name), tables).titles_of(IDS) == TITLES
+    assert Names(Path(name), tables).titles_of(IDS) == TITLES
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
 def test_titles_of_string_ids(tmp_path, tables, suffix):
-    names = find_names(write(tmp_path / f"tags{suffix}", {"tag": ["ü", "", "b"], "name": ["U", "none", "B"]}), tables)
+    names = Names(write(tmp_path / f"tags{suffix}", {"tag": ["ü", "", "b"], "name": ["U", "none", "B"]}), tables)
     assert names.titles_of(["a", "", "ü"]) == {"ü": "U", "": "none"}
 
 
 def test_titles_that_are_missing_or_empty_are_none(tmp_path, tables):
-    names = find_names(write(tmp_path / "a.parquet", {"item_id": [3, -1, None], "title": [None, "", "x"]}), tables)
+    names = Names(write(tmp_path / "a.parquet", {"item_id": [3, -1, None], "title": [None, "", "x"]}), tables)
     assert names.titles_of(IDS) == {}
 
 
@@ -86,9 +86,7 @@ def test_titles_that_are_missing_or_empty_are_none(tmp_path, tables):
 )
 def test_parquet_ids_of_other_types_are_read_where_they_are_integers(tmp_path, tables, ids):
     titles = pa.array(["a", "b"]).dictionary_encode()
-    assert find_names(write(tmp_path / "a.parquet", {"item_id": ids, "title": titles}), tables).titles_of(IDS) == {
-        3: "a"
-    }
+    assert Names(write(tmp_path / "a.parquet", {"item_id": ids, "title": titles}), tables).titles_of(IDS) == {3: "a"}
 
 
 @pytest.mark.parametrize(
@@ -101,19 +99,19 @@ def test_parquet_ids_of_other_types_are_read_where_they_are_integers(tmp_path, t
     ],
 )
 def test_the_column_of_titles_is_found(tmp_path, tables, columns, wanted):
-    assert find_names(write(tmp_path / "a.csv", {name: [] for name in columns}), tables).title_column == wanted
+    assert Names(write(tmp_path / "a.csv", {name: [] for name in columns}), tables).title_column == wanted
 
 
 def test_a_column_of_numbers_is_not_taken_for_titles(tmp_path, tables):
     path = write(tmp_path / "a.parquet", {"item_id": [1], "name": [7], "anything": ["x"]})
-    assert find_names(path, tables).title_column == "anything"
+    assert Names(path, tables).title_column == "anything"
 
 
 def test_a_column_id_is_the_chosen_tables(tmp_path, tables):
     path = write(tmp_path / "a.csv", {"id": [1], "title": ["one"]})
-    assert find_names(path, tables, "user_id").table == "user_id"
+    assert Names(path, tables, "user_id").table == "user_id"
     with pytest.raises(ConfigError, match=r"columns id, title, none of them named user_id, item_id, tag; .* --table"):
-        find_names(path, tables)
+        Names(path, tables)
 
 
 def test_a_feature_names_its_table(tmp_path):
@@ -121,7 +119,7 @@ def test_a_feature_names_its_table(tmp_path):
     contents = dense_contents(vectors_VE)
     contents = type(contents)(**{**vars(contents), "features": ("movie",)})
     tables = open_artifact(write_artifact(tmp_path / "a", {"t": contents})).tables
-    assert find_names(write(tmp_path / "a.csv", {"movie": [1], "title": ["one"]}), tables).titles_of([1]) == {1: "one"}
+    assert Names(write(tmp_path / "a.csv", {"movie": [1], "title": ["one"]}), tables).titles_of([1]) == {1: "one"}
 
 
 @pytest.mark.parametrize(
@@ -146,26 +144,26 @@ def test_a_file_that_has_no_titles_is_an_error_that_says_why(tmp_path, tables, n
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"--names: .*{message}"):
-        find_names(tmp_path / name, tables).titles_of(IDS)
+        Names(tmp_path / name, tables).titles_of(IDS)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path, tables, suffix):
     path = write(tmp_path / f"a{suffix}", {"item_id": [3], "title": ["three"]})
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert find_names(path, tables).titles_of(IDS) == {3: "three"}
+    assert Names(path, tables).titles_of(IDS) == {3: "three"}
 
 
 def test_two_parquet_columns_of_one_name_are_an_error(tmp_path, tables):
     arrays = [pa.array([3]), pa.array([4]), pa.array(["x"])]
     pq.write_table(pa.Table.from_arrays(arrays, ["item_id", "item_id", "title"]), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=r"--names: .* has 2 columns called item_id; rename or drop all but one"):
-        find_names(tmp_path / "a.parquet", tables)
+        Names(tmp_path / "a.parquet", tables)
 
 
 @pytest.mark.parametrize("ids", [["x"], [[1]], [1.5]], ids=str)
 def test_parquet_ids_that_are_no_integers_are_an_error(tmp_path, tables, ids):
-    names = find_names(write(tmp_path / "a.parquet", {"item_id": ids, "title": ["a"]}), tables)
+    names = Names(write(tmp_path / "a.parquet", {"item_id": ids, "title": ["a"]}), tables)
     with pytest.raises(
         ConfigError, match="column 'item_id' cannot be read as 64-bit integers, which table 'item_id' has"
     ):
@@ -176,5 +174,5 @@ def test_parquet_without_pyarrow_says_how_to_install_it_and_csv_needs_none(tmp_p
     parquet = write(tmp_path / "a.parquet", COLUMNS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'dpq-rec\[export\]'"):
-        find_names(parquet, tables)
-    assert find_names(write(tmp_path / "a.csv", COLUMNS), tables).titles_of(IDS) == TITLES
+        Names(parquet, tables)
+    assert Names(write(tmp_path / "a.csv", COLUMNS), tables).titles_of(IDS) == TITLES
