@@ -6,11 +6,13 @@ tyro makes flags of the groups of options, and help of their docstrings.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
@@ -94,7 +96,7 @@ def _given_flags(recipe: str, before: Mapping[str, Any] | None, arguments: Seque
         annotation: Any = Annotated[(bool if option.kind is bool else Any, tyro.conf.arg(name=option.flag), *spec)]
         default = typed(option.kind, value_of(start, option), ".".join(option.path))
         is_required = option.flag == "out" or (option.flag == "data" and before is None)
-        field = dataclasses.field() if is_required else dataclasses.field(default_factory=lambda value=default: value)
+        field = dataclasses.field() if is_required else dataclasses.field(default_factory=partial(copy.copy, default))
         groups.setdefault("_".join(option.path[:-1]), (option.group, []))[1].append(
             (option.path[-1], annotation, field)
         )
