@@ -64,7 +64,7 @@ def test_a_column_names_the_split_whatever_the_file_is_called(tmp_path):
     write(tmp_path / "train.parquet", ["x", "y", "z", "w"], [1, 0, 0, 1], split=splits)
     documents = read(tmp_path / "train.parquet")
     assert bags(documents, "train") == [["y"], ["w"]]
-    assert documents.splits["test"].classes_B.tolist() == [1]
+    assert documents.splits["test"][1].tolist() == [1]
 
 
 def test_every_tenth_training_document_is_for_validation_where_nothing_else_is(folder):
@@ -74,7 +74,7 @@ def test_every_tenth_training_document_is_for_validation_where_nothing_else_is(f
     documents = read(folder)
     assert bags(documents, "train") == [[f"w{i}"] for i in range(25) if i not in (9, 19)]
     assert bags(documents, "validation") == [[], []]  # their words are not in the training split
-    assert documents.splits["validation"].classes_B.tolist() == [1, 1]
+    assert documents.splits["validation"][1].tolist() == [1, 1]
 
 
 def test_other_files_are_ignored_and_named(folder, caplog):

@@ -314,4 +314,4 @@ class TestFiles:
             pq.write_table(pa.table({"text": [split, "cat"], "label": [0, 1]}), folder / "part-00000-6f.parquet")
         documents = read_documents(DocumentOptions(path=str(tmp_path), min_count=1))
         assert documents.words_V == ["cat", "train"]
-        assert [len(each.classes_B) for each in documents.splits.values()] == [2, 2, 2]
+        assert [len(classes_N) for _, classes_N in documents.splits.values()] == [2, 2, 2]
