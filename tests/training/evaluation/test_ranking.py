@@ -120,15 +120,16 @@ class TestAgainstSorting:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_CHUNK_ITEMS", chunk_items)
             patch.setattr(module, "_TILE_SCORES", tile_scores)
+            users = evaluated_users(interactions, known, split)
             found = evaluate(
-                evaluated_users(interactions, known, split),
+                users,
                 from_table(torch.from_numpy(user_vectors[count_ids(interactions, "user_id")[0]])),
                 from_table(torch.from_numpy(item_vectors[count_ids(interactions, "item_id")[0].to_numpy() - 10])),
                 num_items=len(known["item_id"].ids_U),
                 cutoffs=cutoffs,
             )
-        assert found.names == tuple(f"{name}@{k}" for k in cutoffs for name in ("recall", "ndcg"))
-        assert found.user_ids_U.tolist() == sorted(expected)
+        assert tuple(found) == tuple(f"{name}@{k}" for k in cutoffs for name in ("recall", "ndcg"))
+        assert users.user_ids_U.tolist() == sorted(expected)
         np.testing.assert_allclose(values(found), [expected[u] for u in sorted(expected)] or values(found))
 
     def test_popularity_on_movielens_1m(self):
@@ -140,14 +141,10 @@ class TestAgainstSorting:
         ids, counts = count_ids(interactions, "item_id")
         popularity = dict(zip(ids.tolist(), counts.tolist(), strict=True))
         table = torch.tensor([[float(popularity[i])] for i in ids.tolist()])
-        found = evaluate(
-            evaluated_users(interactions, known, TEST),
-            lambda rows: torch.ones(len(rows), 1),
-            from_table(table),
-            num_items=3416,
-        )
+        users = evaluated_users(interactions, known, TEST)
+        found = evaluate(users, lambda rows: torch.ones(len(rows), 1), from_table(table), num_items=3416)
         table = pq.read_table(path)
-        table = table.filter(np.isin(table["user_id"], found.user_ids_U[:150]))
+        table = table.filter(np.isin(table["user_id"], users.user_ids_U[:150]))
         rows = list(zip(*(table[name].to_pylist() for name in ("user_id", "item_id", "split")), strict=True))
         rows += [(-1, item, TRAIN) for item in popularity]
         expected = naive_metrics(rows, TEST, lambda user, item: popularity[item], (10, 20))
