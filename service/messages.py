@@ -1,4 +1,4 @@
-"""What an engine is asked, and what the library has no name for in its replies: SearchReply, TableInfo."""
+"""Requests to an engine, and what the library has no name for in its replies: SearchReply, TableInfo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pooling = Literal["none", "sum", "mean"]
 
 
 class TableRequest(NamedTuple):
-    """What is asked of one table.
+    """A lookup in one table.
 
     Attributes:
         table: its name.
@@ -36,7 +36,7 @@ class TableRequest(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchRequest:
-    """What is searched for in one table.
+    """A search in one table.
 
     Attributes:
         table: its name.

@@ -84,13 +84,13 @@ def lookup_integers(
     return out_NE, (rows_N == MISSING_ROW).nonzero()[0].astype(np.uint32) if num_missing else _NO_POSITIONS
 
 
-def lookup_bytes(asked: bytes, known: _native.Integers, stored: Vectors, *, form: str) -> tuple[bytes, int]:
+def lookup_bytes(ids: bytes, known: _native.Integers, stored: Vectors, *, form: str) -> tuple[bytes, int]:
     """`lookup_integers` or, with the form "codes", `find_integer_rows` and `copy_codes`, from bytes to bytes.
 
     The numbers are as this machine has them.
 
     Args:
-        asked: what is looked for (int64).
+        ids: what is looked for (int64).
         known: of `ids.sorted_integers`.
         stored: the vectors of all rows; coded where codes are wanted.
         form: "float32", "float16" or "codes".
@@ -104,13 +104,13 @@ def lookup_bytes(asked: bytes, known: _native.Integers, stored: Vectors, *, form
     """
     if form not in _NUMBER_BYTES:
         raise ConfigError(f"form: got {form!r}, want {', '.join(_NUMBER_BYTES)}")
-    arguments = known, _native_of(stored), asked, _NUMBER_BYTES[form]
+    arguments = known, _native_of(stored), ids, _NUMBER_BYTES[form]
     try:
         reply, num_missing, *bad_at = _native.lookup_bytes(*arguments)
     except (TypeError, ValueError) as error:
         raise argument_error(error, _native.lookup_bytes, *arguments) from error
     if max(bad_at) >= 0:
-        ids_N, bad_id_at, at = np.frombuffer(asked, np.int64), bad_at[0], max(bad_at[1:])
+        ids_N, bad_id_at, at = np.frombuffer(ids, np.int64), bad_at[0], max(bad_at[1:])
         _check_found(ids_N, bad_id_at)
         row_1 = find_integer_rows(ids_N[at : at + 1], known)
         check_damage(stored, row_1, [min(position, 0) for position in bad_at[1:]])

@@ -96,8 +96,8 @@ class HttpBinaryReader(_HttpReader):
     id_types = ()
 
     def lookup(self, table: str, ids: Sequence[Any], dtype: str, missing: str) -> Answer:
-        octets = "application/octet-stream"
-        headers, content = {"Content-Type": octets, "Accept": octets}, np.array(ids, "<i8").tobytes()
+        binary = "application/octet-stream"
+        headers, content = {"Content-Type": binary, "Accept": binary}, np.array(ids, "<i8").tobytes()
         reply = self._post(f"/v1/tables/{table}/lookup", dtype, missing, content=content, headers=headers)
         num_rows, dim = int(reply.headers["X-Num-Rows"]), int(reply.headers["X-Dim"])
         element = np.dtype(reply.headers["X-Dtype"]).newbyteorder("<")

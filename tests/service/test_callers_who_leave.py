@@ -1,4 +1,4 @@
-"""What a caller asked for and no longer waits for is not done, and counts as left."""
+"""Callers who leave: what nobody waits for any more is not done, and counts as left."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from service import worker
 from service.http_app import create_app
 from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
-from tests.service.http_requests import ITEMS, JSON, OCTETS, octets
+from tests.service.http_requests import BINARY, ITEMS, JSON, id_bytes
 
 SEARCH = "/v1/tables/item_id/search"
 
@@ -170,7 +170,7 @@ def test_a_grpc_search_under_way_ends_where_its_caller_leaves(talk, make_engine,
 
 
 LARGE = {
-    "bytes": (ITEMS, octets(range(60_000)), OCTETS, "/v1/tables/{table}/lookup"),
+    "bytes": (ITEMS, id_bytes(range(60_000)), BINARY, "/v1/tables/{table}/lookup"),
     "JSON": (ITEMS, b'{"ids": [%b]}' % b",".join([b"1"] * 60_000), JSON, "/v1/tables/{table}/lookup"),
     "several tables": (
         "/v1/lookup", b'{"tables": {"item_id": {"ids": [%b]}}}' % b",".join([b"1"] * 60_000), JSON, "/v1/lookup"

@@ -9,14 +9,14 @@ from service.engine import TableRequest, largest_reply_bytes
 from service.errors import InvalidRequestError, NotReadyError, OverloadedError, TooManyIdsError
 
 
-def asked(table="item_id", ids=(), **others):
+def table_request(table="item_id", ids=(), **others):
     return TableRequest(table=table, ids=np.array(ids, np.int64), **others)
 
 
 def test_engine_lookup_gives_each_table_its_vectors_and_the_version(make_engine, references):
     ids = [*references["item_id"].ids[[3, -1, 3]], 10**12]
     engine = make_engine()
-    items, users = engine.lookup([asked(ids=ids), asked("user_id", [39, 40])])
+    items, users = engine.lookup([table_request(ids=ids), table_request("user_id", [39, 40])])
     vectors, missing = references["item_id"].lookup(ids)
     np.testing.assert_array_equal(items.vectors, vectors)
     assert (engine.version, items.missing.tolist(), users.missing.tolist()) == ("test-1", missing, [1])
@@ -25,7 +25,7 @@ def test_engine_lookup_gives_each_table_its_vectors_and_the_version(make_engine,
 def test_engine_lookup_casts_after_pooling(make_engine, references):
     ids = references["item_id"].ids[:50]
     bags = np.array([50])
-    request = asked(ids=ids, dtype="float16", pooling="sum", bag_lengths_B=bags)
+    request = table_request(ids=ids, dtype="float16", pooling="sum", bag_lengths_B=bags)
     pooled = np.zeros(24, np.float32)
     for vector in references["item_id"].vectors[:50]:
         pooled += vector
@@ -35,12 +35,12 @@ def test_engine_lookup_casts_after_pooling(make_engine, references):
 
 def test_engine_lookup_refuses_an_unknown_table(make_engine):
     with pytest.raises(UnknownTableError, match="it has: item_id, user_id"):
-        make_engine().lookup([asked("usr")])
+        make_engine().lookup([table_request("usr")])
 
 
 def test_engine_lookup_refuses_unknown_ids_when_asked_to(make_engine):
     with pytest.raises(UnknownIdsError, match="99"):
-        make_engine().lookup([asked("user_id", [1, 99], missing="error")])
+        make_engine().lookup([table_request("user_id", [1, 99], missing="error")])
 
 
 def test_engine_lookup_refuses_strings_before_numpy_sees_them(make_engine):
@@ -51,20 +51,20 @@ def test_engine_lookup_refuses_strings_before_numpy_sees_them(make_engine):
 
 def test_engine_lookup_takes_as_many_ids_as_allowed_and_no_more(make_engine):
     engine = make_engine(max_ids=4)
-    engine.lookup([asked(ids=[1, 2]), asked("user_id", [1, 2])])
+    engine.lookup([table_request(ids=[1, 2]), table_request("user_id", [1, 2])])
     with pytest.raises(TooManyIdsError, match="ids: got 5, want at most 4"):
-        engine.lookup([asked(ids=[1, 2]), asked("user_id", [1, 2, 3])])
+        engine.lookup([table_request(ids=[1, 2]), table_request("user_id", [1, 2, 3])])
 
 
 def test_engine_lookup_limits_empty_bags(make_engine):
-    bags = asked(pooling="sum", bag_lengths_B=np.zeros(3, np.int64))
+    bags = table_request(pooling="sum", bag_lengths_B=np.zeros(3, np.int64))
     with pytest.raises(TooManyIdsError, match="rows of the reply: got 6, want at most 4"):
         make_engine(max_ids=4).lookup([bags, bags])
 
 
 def test_engine_lookup_limits_empty_requests(make_engine):
     with pytest.raises(TooManyIdsError, match="requests: got 5, want at most 4"):
-        make_engine(max_ids=4).lookup([asked()] * 5)
+        make_engine(max_ids=4).lookup([table_request()] * 5)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_engine_lookup_limits_empty_requests(make_engine):
 )
 def test_engine_lookup_refuses_bags_that_do_not_fit(make_engine, others):
     with pytest.raises(InvalidRequestError, match=r"bag_lengths"):
-        make_engine().lookup([asked(ids=[1, 2], **others)])
+        make_engine().lookup([table_request(ids=[1, 2], **others)])
 
 
 def test_engine_slot_refuses_one_too_many_and_is_free_afterwards(make_engine):

@@ -161,9 +161,9 @@ def test_lookup_of_no_string_ids_gives_no_vectors(lookup, make_engine, string_st
 
 
 def test_list_tables_says_which_have_string_ids(talk, make_engine, string_store):
-    asked = pb.ListTablesRequest()
+    request = pb.ListTablesRequest()
     reply = talk(
-        lambda channel: pb_grpc.EmbeddingServiceStub(channel).ListTables(asked), make_engine(store=string_store)
+        lambda channel: pb_grpc.EmbeddingServiceStub(channel).ListTables(request), make_engine(store=string_store)
     )
     assert [(table.name, table.vocabulary) for table in reply.tables] == [("name", "string"), ("user_id", "identity")]
 
@@ -353,12 +353,12 @@ def test_stop_does_not_wait_for_a_caller_that_watches_health(make_engine):
 
 def test_reflection_lists_the_service_and_holds_its_contract(talk):
     async def use(channel):
-        asked = [
+        requests = [
             reflection_pb2.ServerReflectionRequest(list_services=""),
             reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE),
         ]
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        return [reply async for reply in stub.ServerReflectionInfo(iter(asked))]
+        return [reply async for reply in stub.ServerReflectionInfo(iter(requests))]
 
     listed, described = talk(use)
     assert {SERVICE, "grpc.health.v1.Health"} <= {s.name for s in listed.list_services_response.service}

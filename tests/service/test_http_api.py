@@ -9,18 +9,18 @@ import pytest
 
 from service import http_schema
 from service.http_app import create_app
-from tests.service.http_requests import ARROW, CODES, ITEMS, JSON, NAMES, OCTETS, USERS, octets
+from tests.service.http_requests import ARROW, BINARY, CODES, ITEMS, JSON, NAMES, USERS, id_bytes
 
 # Lookups
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("reply", [JSON, OCTETS])
-@pytest.mark.parametrize("body", [JSON, OCTETS])
+@pytest.mark.parametrize("reply", [JSON, BINARY])
+@pytest.mark.parametrize("body", [JSON, BINARY])
 @pytest.mark.parametrize("num_ids", [1, 3, 400])
 def test_lookup_gives_the_vectors_of_the_reference(call, references, dtype, reply, body, num_ids):
     ids = np.concatenate([references["item_id"].ids[:num_ids], [10**15]])[::-1]
-    sent = {"json": {"ids": ids.tolist()}} if body == JSON else {"content": octets(ids)}
+    sent = {"json": {"ids": ids.tolist()}} if body == JSON else {"content": id_bytes(ids)}
     answer = call("POST", f"{ITEMS}?dtype={dtype}", headers={"Content-Type": body, "Accept": reply}, **sent)
     vectors, missing = references["item_id"].lookup(ids, dtype)
     assert (answer.status_code, answer.headers["content-type"]) == (200, reply)
@@ -48,7 +48,7 @@ def test_lookup_replies_in_json_when_any_type_is_accepted(call, accept):
     assert answer.headers["content-type"] == JSON
 
 
-@pytest.mark.parametrize("sent", [{"json": {"ids": []}}, {"content": b"", "headers": {"Content-Type": OCTETS}}])
+@pytest.mark.parametrize("sent", [{"json": {"ids": []}}, {"content": b"", "headers": {"Content-Type": BINARY}}])
 def test_lookup_of_no_ids_gives_no_vectors(call, sent):
     found = call("POST", ITEMS, **sent).json()
     assert (found["vectors"], found["missing"], found["dim"]) == ([], [], 24)
@@ -62,7 +62,7 @@ def test_lookup_takes_string_ids(call, make_engine, string_store):
 
 
 def test_lookup_replies_in_bytes_to_string_ids(call, make_engine, string_store):
-    answer = call("POST", NAMES, make_engine(store=string_store), json={"ids": ["ü", "b"]}, headers={"Accept": OCTETS})
+    answer = call("POST", NAMES, make_engine(store=string_store), json={"ids": ["ü", "b"]}, headers={"Accept": BINARY})
     assert answer.content == np.array([2, -1, 0, 0], "<f4").tobytes() + np.array([1], "<u4").tobytes()
 
 
@@ -102,8 +102,8 @@ def test_tables_lists_what_is_served(call):
 
 def test_lookup_takes_as_many_uuids_as_ids_are_allowed(call, make_engine, string_store):
     engine = make_engine(store=string_store)
-    asked = [str(uuid.UUID(int=i)) for i in range(engine.settings.max_ids)]
-    answer = call("POST", NAMES, engine, json={"ids": asked}, headers={"Accept": OCTETS})
+    texts = [str(uuid.UUID(int=i)) for i in range(engine.settings.max_ids)]
+    answer = call("POST", NAMES, engine, json={"ids": texts}, headers={"Accept": BINARY})
     assert (answer.status_code, answer.headers["X-Num-Missing"]) == (200, str(engine.settings.max_ids))
 
 
@@ -115,7 +115,7 @@ def test_tables_says_which_have_string_ids(call, make_engine, string_store):
 
 def test_lookup_takes_as_many_ids_and_bytes_as_allowed(call, make_engine):
     engine = make_engine(max_ids=300, max_body_bytes=2400)
-    answer = call("POST", ITEMS, engine, content=octets(range(300)), headers={"Content-Type": OCTETS})
+    answer = call("POST", ITEMS, engine, content=id_bytes(range(300)), headers={"Content-Type": BINARY})
     assert answer.status_code == 200
 
 
@@ -205,11 +205,11 @@ def test_openapi_is_of_the_version_that_the_bundled_page_reads(call):
 def test_openapi_describes_bodies_and_replies_of_lookup(make_engine):
     paths = create_app(make_engine()).openapi()["paths"]
     operation = paths["/v1/tables/{table}/lookup"]["post"]
-    assert set(operation["requestBody"]["content"]) == {JSON, OCTETS}
+    assert set(operation["requestBody"]["content"]) == {JSON, BINARY}
     schema = operation["requestBody"]["content"][JSON]["schema"]
     assert schema["required"] == ["ids"]
     assert [kind["items"]["type"] for kind in schema["properties"]["ids"]["anyOf"]] == ["integer", "string"]
-    assert set(operation["responses"]["200"]["content"]) == {JSON, OCTETS, CODES, ARROW}
+    assert set(operation["responses"]["200"]["content"]) == {JSON, BINARY, CODES, ARROW}
     assert {"X-Num-Rows", "X-Dim", "X-Dtype", "X-Row-Bytes", "X-Num-Missing", "X-Version"} == set(
         operation["responses"]["200"]["headers"]
     )
@@ -293,10 +293,10 @@ QUERIES = {
 
 
 @pytest.mark.parametrize(("path", "query", "said"), QUERIES.values(), ids=QUERIES)
-@pytest.mark.parametrize("given", [JSON, OCTETS])
+@pytest.mark.parametrize("given", [JSON, BINARY])
 def test_a_parameter_that_is_not_known_or_not_alone_is_refused(call, path, query, said, given):
     method = "POST" if path.endswith(("lookup", "search")) else "GET"
-    answer = call(method, f"{path}?{query}", content=octets([1]), headers={"Content-Type": given})
+    answer = call(method, f"{path}?{query}", content=id_bytes([1]), headers={"Content-Type": given})
     assert (answer.status_code, answer.json()["error_type"]) == (422, "invalid_request")
     assert said in answer.json()["error"]
 

@@ -7,14 +7,14 @@ import httpx
 import pytest
 
 from service.http_app import create_app
-from tests.service.http_requests import ITEMS, JSON, NAMES, OCTETS, USERS, octets
+from tests.service.http_requests import BINARY, ITEMS, JSON, NAMES, USERS, id_bytes
 
 # Method, path, request, status, error_type, what the text says.
 ERRORS = {
     "broken JSON": ("POST", ITEMS, {"content": b"{", "headers": {"Content-Type": JSON}}, 400, "malformed", "no JSON"),
     "no body": ("POST", ITEMS, {"headers": {"Content-Type": JSON}}, 400, "malformed", "no JSON"),
     "broken id": (
-        "POST", ITEMS, {"content": b"1234567", "headers": {"Content-Type": OCTETS}}, 400, "malformed", "multiple of 8"
+        "POST", ITEMS, {"content": b"1234567", "headers": {"Content-Type": BINARY}}, 400, "malformed", "multiple of 8"
     ),
     "broken JSON of tables": (
         "POST", "/v1/lookup", {"content": b"[", "headers": {"Content-Type": JSON}}, 400, "malformed", "no JSON"
@@ -31,11 +31,12 @@ ERRORS = {
         "POST", ITEMS, {"json": {"ids": [1]}, "headers": {"Accept": "text/html"}}, 406, "not_acceptable", "text/html"
     ),
     "Accept of several": (
-        "POST", "/v1/lookup", {"json": {"tables": {}}, "headers": {"Accept": OCTETS}}, 406, "not_acceptable", OCTETS
+        "POST", "/v1/lookup", {"json": {"tables": {}}, "headers": {"Accept": BINARY}}, 406, "not_acceptable", BINARY
     ),
     "too many ids": ("POST", ITEMS, {"json": {"ids": list(range(301))}}, 413, "too_many_ids", "301, want at most 300"),
     "too many ids as bytes": (
-        "POST", ITEMS, {"content": octets(range(301)), "headers": {"Content-Type": OCTETS}}, 413, "too_many_ids", "301"
+        "POST", ITEMS, {"content": id_bytes(range(301)), "headers": {"Content-Type": BINARY}},
+        413, "too_many_ids", "301",
     ),
     "too many ids of several": (
         "POST", "/v1/lookup", {"json": {"tables": {"item_id": {"ids": [1] * 200}, "user_id": {"ids": [1] * 101}}}},
@@ -49,7 +50,7 @@ ERRORS = {
     ),
     "content type": ("POST", ITEMS, {"data": {"ids": "1"}}, 415, "unsupported_media_type", "x-www-form-urlencoded"),
     "gzip": (
-        "POST", ITEMS, {"content": bytes(8), "headers": {"Content-Type": OCTETS, "Content-Encoding": "gzip"}},
+        "POST", ITEMS, {"content": bytes(8), "headers": {"Content-Type": BINARY, "Content-Encoding": "gzip"}},
         415, "unsupported_media_type", "got 'gzip', want identity",
     ),
     "gzip of several": (
@@ -58,8 +59,8 @@ ERRORS = {
     ),
     "no content type": ("POST", ITEMS, {"content": b"{}"}, 415, "unsupported_media_type", "got none"),
     "bytes for several": (
-        "POST", "/v1/lookup", {"content": b"", "headers": {"Content-Type": OCTETS}},
-        415, "unsupported_media_type", OCTETS,
+        "POST", "/v1/lookup", {"content": b"", "headers": {"Content-Type": BINARY}},
+        415, "unsupported_media_type", BINARY,
     ),
     "float": ("POST", ITEMS, {"json": {"ids": [1.5]}}, 422, "invalid_request", "ids[0]: got a float"),
     "boolean": ("POST", ITEMS, {"json": {"ids": [1, True]}}, 422, "invalid_request", "ids[1]: got a boolean"),
@@ -92,7 +93,7 @@ def test_lookup_error_is_the_contracts_and_is_documented(
 
 STRING_ERRORS = {
     "bytes": (
-        NAMES, {"content": b"12345678", "headers": {"Content-Type": OCTETS}}, 415, "unsupported_media_type", "string"
+        NAMES, {"content": b"12345678", "headers": {"Content-Type": BINARY}}, 415, "unsupported_media_type", "string"
     ),
     "integers": (NAMES, {"json": {"ids": [7]}}, 422, "wrong_id_type", "got integers, table 'name' wants strings"),
     "integers of several": (

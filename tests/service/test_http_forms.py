@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dpq_rec import CodeLayout, EmbeddingStore, IdentityVocabulary, TableContents, pack_codes, write_artifact
 from dpq_rec.codes import cut_into_tiers
 from dpq_rec.wire import PackedRows, Values
-from tests.service.http_requests import ARROW, CODES, ITEMS, JSON, NAMES, OCTETS, USERS, octets
+from tests.service.http_requests import ARROW, BINARY, CODES, ITEMS, JSON, NAMES, USERS, id_bytes
 
 TIERED = "/v1/tables/tiered/lookup"
 
@@ -58,8 +58,8 @@ def test_codes_and_values_give_the_vectors_of_the_store(call, make_engine, store
     known = store.tables[table].vocabulary.ids_of_rows(0, 30).ids_N
     ids = np.concatenate([known[::-1], np.full(num_unknown, -(10**15)), known[:2]])
     engine = make_engine(store=store)
-    headers = {"Content-Type": OCTETS, "Accept": CODES}
-    answer = call("POST", f"/v1/tables/{table}/lookup", engine, content=octets(ids), headers=headers)
+    headers = {"Content-Type": BINARY, "Accept": CODES}
+    answer = call("POST", f"/v1/tables/{table}/lookup", engine, content=id_bytes(ids), headers=headers)
     values = call("GET", f"/v1/tables/{table}/values", engine)
     assert (answer.status_code, answer.headers["content-type"], values.status_code) == (200, CODES, 200)
     assert answer.headers["X-Version"] == values.headers["X-Version"] == store.version
@@ -94,8 +94,8 @@ def read(answer):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_arrow_has_a_column_of_ids_and_one_of_vectors_with_null_for_unknown_ids(call, store, dtype, references):
     ids = [*references["item_id"].ids[:4].tolist(), 10**15]
-    headers = {"Content-Type": OCTETS, "Accept": ARROW}
-    answer = call("POST", f"{ITEMS}?dtype={dtype}", content=octets(ids), headers=headers)
+    headers = {"Content-Type": BINARY, "Accept": ARROW}
+    answer = call("POST", f"{ITEMS}?dtype={dtype}", content=id_bytes(ids), headers=headers)
     table = read(answer)
     element = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
     assert table.schema.equals(pa.schema([("id", pa.int64()), ("vector", pa.list_(element, 24))]))
@@ -156,8 +156,8 @@ def test_bags_are_pooled_in_every_form_as_a_loop_pools_them(call, store, referen
     as_json = call("POST", path, json=bags).json()
     found = np.array(as_json["vectors"], np.float64).astype(dtype).reshape(wanted.shape)
     assert (found.tobytes(), as_json["missing"]) == (wanted.astype(dtype).tobytes(), missing)
-    content = octets(ids) + np.array(lengths, "<u4").tobytes()
-    headers = {"Content-Type": OCTETS, "Accept": OCTETS}
+    content = id_bytes(ids) + np.array(lengths, "<u4").tobytes()
+    headers = {"Content-Type": BINARY, "Accept": BINARY}
     as_bytes = call("POST", f"{path}&num_bags={len(lengths)}", content=content, headers=headers)
     assert as_bytes.content == wanted.astype(dtype).tobytes() + np.array(missing, "<u4").tobytes()
     assert (as_bytes.headers["X-Num-Rows"], as_bytes.headers["X-Dtype"]) == (str(len(lengths)), dtype)
@@ -203,18 +203,18 @@ ERRORS = {
     "too many bags": (
         f"{ITEMS}?pooling=sum", {"json": {"ids": [], "bag_lengths": [0] * 301}}, 413, "rows of the reply: got 301"
     ),
-    "octets without num_bags": (
-        f"{ITEMS}?pooling=sum", {"content": b"", "headers": {"Content-Type": OCTETS}}, 422, "num_bags: got none"
+    "bytes without num_bags": (
+        f"{ITEMS}?pooling=sum", {"content": b"", "headers": {"Content-Type": BINARY}}, 422, "num_bags: got none"
     ),
     "JSON with num_bags": (f"{ITEMS}?pooling=sum&num_bags=1", {"json": BAGS}, 422, "num_bags: got 1"),
     "num_bags without pooling": (
-        f"{ITEMS}?num_bags=1", {"content": b"", "headers": {"Content-Type": OCTETS}}, 422, "num_bags: got 1"
+        f"{ITEMS}?num_bags=1", {"content": b"", "headers": {"Content-Type": BINARY}}, 422, "num_bags: got 1"
     ),
     "num_bags that is no count": (
-        f"{ITEMS}?pooling=sum&num_bags=-1", {"content": b"", "headers": {"Content-Type": OCTETS}}, 422, "num_bags"
+        f"{ITEMS}?pooling=sum&num_bags=-1", {"content": b"", "headers": {"Content-Type": BINARY}}, 422, "num_bags"
     ),
     "too few bytes for the bags": (
-        f"{ITEMS}?pooling=sum&num_bags=3", {"content": b"12345678", "headers": {"Content-Type": OCTETS}}, 400, "got 8"
+        f"{ITEMS}?pooling=sum&num_bags=3", {"content": b"12345678", "headers": {"Content-Type": BINARY}}, 400, "got 8"
     ),
     "another pooling": (f"{ITEMS}?pooling=max", {"json": BAGS}, 422, "pooling: got 'max'"),
 }  # fmt: skip

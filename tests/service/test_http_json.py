@@ -10,7 +10,7 @@ from service import http_bodies
 from service.http_bodies import lookup_to_json, lookups_to_json
 from service.messages import TableRequest
 from tests.dpq_rec.builders import dpq_contents
-from tests.service.http_requests import ITEMS, OCTETS, octets
+from tests.service.http_requests import BINARY, ITEMS, id_bytes
 
 UNKNOWN = 10**15
 
@@ -43,7 +43,7 @@ def test_lookup_gives_the_bytes_of_orjson(call, references, table, dtype, missin
     ids = some_ids(references, table, num_ids)
     ids = ids[ids != UNKNOWN] if missing == "error" else ids
     path = f"/v1/tables/{table}/lookup?dtype={dtype}&missing={missing}"
-    for sent in ({"json": {"ids": ids.tolist()}}, {"content": octets(ids), "headers": {"Content-Type": OCTETS}}):
+    for sent in ({"json": {"ids": ids.tolist()}}, {"content": id_bytes(ids), "headers": {"Content-Type": BINARY}}):
         answer = call("POST", path, **sent)
         assert answer.content == written(table, "test-1", references[table].lookup(ids, dtype))
 
@@ -55,18 +55,18 @@ def test_lookup_of_no_ids_gives_the_bytes_of_orjson(call):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_lookup_tables_gives_the_bytes_of_orjson(call, references, dtype):
-    asked = {table: some_ids(references, table, 5) for table in ("user_id", "item_id")}
-    body = {"tables": {table: {"ids": ids.tolist()} for table, ids in asked.items()}}
+    ids_of = {table: some_ids(references, table, 5) for table in ("user_id", "item_id")}
+    body = {"tables": {table: {"ids": ids.tolist()} for table, ids in ids_of.items()}}
     answer = call("POST", f"/v1/lookup?dtype={dtype}", json=body)
-    replies = {table: written(table, "test-1", references[table].lookup(ids, dtype)) for table, ids in asked.items()}
+    replies = {table: written(table, "test-1", references[table].lookup(ids, dtype)) for table, ids in ids_of.items()}
     wanted = {"version": "test-1", "tables": {table: orjson.Fragment(reply) for table, reply in replies.items()}}
     assert answer.content == orjson.dumps(wanted)
 
 
 @pytest.mark.parametrize("path", [ITEMS, "/v1/lookup"])
 def test_lookup_of_unknown_ids_is_refused_if_so_asked(call, references, path):
-    asked = {"ids": [int(references["item_id"].ids[0]), UNKNOWN]}
-    answer = call("POST", f"{path}?missing=error", json=asked if path == ITEMS else {"tables": {"item_id": asked}})
+    lookup = {"ids": [int(references["item_id"].ids[0]), UNKNOWN]}
+    answer = call("POST", f"{path}?missing=error", json=lookup if path == ITEMS else {"tables": {"item_id": lookup}})
     assert (answer.status_code, answer.json()["error_type"]) == (404, "unknown_ids")
 
 

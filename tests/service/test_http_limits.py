@@ -12,24 +12,24 @@ import uvloop
 
 from dpq_rec import EmbeddingStore, IdentityVocabulary, TableContents, write_artifact
 from service import http_connection, supervisor, worker
-from tests.service.http_requests import JSON, OCTETS, USERS, octets
+from tests.service.http_requests import BINARY, JSON, USERS, id_bytes
 
 NUM_WIDE, WIDE_DIM = 40_000, 64
 WIDE = "/v1/tables/wide/lookup"
-LARGE = octets(range(NUM_WIDE))  # 10 MB of vectors, more than sockets hold
+LARGE = id_bytes(range(NUM_WIDE))  # 10 MB of vectors, more than sockets hold
 
 
-ONE = octets([1])
+ONE = id_bytes([1])
 
 
-def request(path=USERS, body=ONE, given=OCTETS, accept="*/*", method="POST", length=None, headers=()):
+def request(path=USERS, body=ONE, given=BINARY, accept="*/*", method="POST", length=None, headers=()):
     lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Type: {given}", f"Accept: {accept}"]
     lines += [f"Content-Length: {len(body) if length is None else length}", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
-AT_ONCE = request(accept=OCTETS)
+AT_ONCE = request(accept=BINARY)
 SEARCH = request("/v1/tables/user_id/search", b'{"ids": [1]}', JSON)
 TABLES = request("/v1/lookup", b'{"tables": {"user_id": {"ids": [1]}}}', JSON)
 KINDS = {"at once": AT_ONCE, "ASGI": request(f"{USERS}?missing=error", accept="*/*"), "search": SEARCH, "livez": LIVEZ}
@@ -237,11 +237,11 @@ def test_bodies_that_do_not_arrive_keep_nobody_waiting(serve):
 # Replies that are not read
 
 LARGE_REPLIES = {
-    "bytes": request(WIDE, LARGE, accept=OCTETS),
+    "bytes": request(WIDE, LARGE, accept=BINARY),
     "JSON": request(WIDE, LARGE, accept=JSON),
     "Arrow": request(WIDE, LARGE, accept="application/vnd.apache.arrow.stream"),
     "tables": request("/v1/lookup", b'{"tables": {"wide": {"ids": %b}}}' % str([*range(20_000)]).encode(), JSON),
-    "at once": request(WIDE, octets(range(500)), accept=OCTETS) * 200,
+    "at once": request(WIDE, id_bytes(range(500)), accept=BINARY) * 200,
 }
 
 
@@ -285,21 +285,21 @@ def test_a_reply_that_is_read_slowly_is_sent_whole_if_it_is_read_at_all(serve, w
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_stops_while_requests_wait(serve, kind):
     """And all are answered, in order, when the client reads."""
-    asked = KINDS[kind] + b"POST /v1/tables/usr/lookup HTTP/1.1\r\nHost: x\r\n\r\n"
-    num_asked = 250_000 // len(asked)
+    sent = KINDS[kind] + b"POST /v1/tables/usr/lookup HTTP/1.1\r\nHost: x\r\n\r\n"
+    num_sent = 250_000 // len(sent)
 
     async def scenario(served):
         eager = await served.connect(small=True)
-        eager.writer.write(asked * num_asked)
+        eager.writer.write(sent * num_sent)
         await served.until(lambda: eager.protocol.is_write_paused and eager.protocol.is_read_paused)
         await asyncio.sleep(0.05)
         num_waiting = len(eager.protocol._buffer)
-        replies = [await eager.reply() for _ in range(2 * num_asked)]
+        replies = [await eager.reply() for _ in range(2 * num_sent)]
         return num_waiting, [status for status, _, _ in replies]
 
     num_waiting, statuses = serve(scenario)
     assert num_waiting < 1 << 19
-    assert statuses == [200, 404] * num_asked
+    assert statuses == [200, 404] * num_sent
 
 
 def test_one_client_that_sends_many_requests_does_not_keep_another_waiting(serve):
@@ -454,12 +454,12 @@ def test_a_long_body_that_is_refused_does_not_lose_its_reply(serve):
     assert b"connection: close" in head
 
 
-CHUNKED = request(body=b"", accept=OCTETS).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+CHUNKED = request(body=b"", accept=BINARY).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
 
 
 @pytest.mark.parametrize("cuts", [*itertools.combinations(range(0, 60, 13), 2)])
 def test_a_chunked_body_may_be_cut_anywhere(serve, cuts):
-    body = b"8;x=y\r\n" + octets([1]) + b"\r\n0010\r\n" + octets([2, 3]) + b"\r\n0\r\nT: u\r\n\r\n"
+    body = b"8;x=y\r\n" + id_bytes([1]) + b"\r\n0010\r\n" + id_bytes([2, 3]) + b"\r\n0\r\nT: u\r\n\r\n"
 
     async def scenario(served):
         one = await served.connect(CHUNKED)
@@ -474,7 +474,7 @@ def test_a_chunked_body_may_be_cut_anywhere(serve, cuts):
 
 
 def test_a_body_in_many_small_chunks_is_read(serve):
-    body = b"".join(b"1\r\n%c\r\n" % byte for byte in octets(range(1000))) + b"0\r\n\r\n"
+    body = b"".join(b"1\r\n%c\r\n" % byte for byte in id_bytes(range(1000))) + b"0\r\n\r\n"
 
     async def scenario(served):
         one = await served.connect(CHUNKED + body)

@@ -13,10 +13,10 @@ from uvicorn.server import ServerState
 
 from service import http_protocol, worker
 from service.http_protocol import HttpProtocol
-from tests.service.http_requests import CODES, ITEMS, JSON, OCTETS, USERS, octets
+from tests.service.http_requests import BINARY, CODES, ITEMS, JSON, USERS, id_bytes
 
 
-def request(path=ITEMS, body=b"", given=OCTETS, accept=OCTETS, method="POST", version="1.1", headers=()):
+def request(path=ITEMS, body=b"", given=BINARY, accept=BINARY, method="POST", version="1.1", headers=()):
     lines = [f"{method} {path} HTTP/{version}", "Host: x", f"Content-Type: {given}", f"Accept: {accept}"]
     lines += [f"Content-Length: {len(body)}", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
@@ -115,14 +115,14 @@ def replies(written):
     return found
 
 
-KNOWN = octets([39, 0, 99])
+KNOWN = id_bytes([39, 0, 99])
 WHOLE = {  # answered at once
-    "octets": request(USERS, KNOWN),
+    "bytes": request(USERS, KNOWN),
     "float16": request(f"{USERS}?dtype=float16&missing=zeros", KNOWN),
     "codes": request(ITEMS, KNOWN, accept=CODES),
     "no ids": request(USERS),
     "JSON": request(USERS, b'{"ids": [1]}', JSON, JSON),
-    "JSON to octets": request(USERS, b'{"ids": [1, 99]}', JSON, OCTETS),
+    "JSON to bytes": request(USERS, b'{"ids": [1, 99]}', JSON, BINARY),
     "bags": request(f"{USERS}?pooling=sum&num_bags=1", KNOWN + b"\3\0\0\0"),
     "escaped path": request("/v1/tables/user%5Fid/lookup", KNOWN),
 }
@@ -136,7 +136,7 @@ REFUSED = {  # likewise
     "another type of reply": request(USERS, KNOWN, accept="text/plain"),
     "a body that is encoded": request(USERS, KNOWN, headers=["Content-Encoding: gzip"]),
     "num_bags without pooling": request(f"{USERS}?num_bags=1", KNOWN),
-    "too many ids": request(USERS, octets([1] * 301)),
+    "too many ids": request(USERS, id_bytes([1] * 301)),
 }
 OTHERS = {  # left to ASGI
     "GET": b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -145,10 +145,10 @@ OTHERS = {  # left to ASGI
     "unknown parameter": request(f"{USERS}?type=x", KNOWN),
     "parameter twice": request(f"{USERS}?dtype=float32&dtype=float32", KNOWN),
     "too many bytes": request(USERS, bytes(2**22 + 8)),
-    "large": request(USERS, octets(range(50_000))),
+    "large": request(USERS, id_bytes(range(50_000))),
     "chunked": request(USERS, b"", headers=["Transfer-Encoding: chunked"]).replace(b"Content-Length: 0\r\n", b"")
     + b"8\r\n"
-    + octets([1])
+    + id_bytes([1])
     + b"\r\n0\r\n\r\n",
     "close": request(USERS, KNOWN, headers=["Connection: close"]),
     "close, no ids": request(USERS, headers=["Connection: close"]),
@@ -183,7 +183,7 @@ def test_what_is_not_answered_at_once_is_answered_by_asgi(exchange, at_once, nam
 def test_what_nobody_expected_is_a_500_and_logged(exchange, make_engine, monkeypatch, at_once, caplog):
     engine = make_engine()
     monkeypatch.setattr(engine, "lookup_bytes", lambda *found: 1 / 0)
-    written, is_closed = exchange([WHOLE["octets"], OTHERS["GET"]], engine)
+    written, is_closed = exchange([WHOLE["bytes"], OTHERS["GET"]], engine)
     assert [status.split()[1] for status, _, _ in replies(written)] == [b"500", b"200"]
     assert (at_once, is_closed) == ([True], False)
     assert "ZeroDivisionError" in caplog.text
@@ -215,10 +215,10 @@ def test_an_application_that_fails_is_a_500(exchange):
 @pytest.mark.parametrize("name", ["close", "close, no ids", "HTTP/1.0", "too many bytes"])
 def test_a_connection_that_is_to_close_is_closed(exchange, name):
     assert exchange([OTHERS[name]])[1]
-    assert not exchange([WHOLE["octets"]])[1]
+    assert not exchange([WHOLE["bytes"]])[1]
 
 
-STREAM = b"".join([*WHOLE.values(), REFUSED["broken id"], OTHERS["GET"], request(USERS, WHOLE["octets"])])
+STREAM = b"".join([*WHOLE.values(), REFUSED["broken id"], OTHERS["GET"], request(USERS, WHOLE["bytes"])])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -235,7 +235,7 @@ def test_replies_do_not_depend_on_how_a_stream_is_cut(exchange, cuts):
 
 @pytest.mark.parametrize("path", [USERS, "/v1/tables/usr/lookup"])
 def test_a_body_that_looks_like_a_request_is_not_taken_for_one(exchange, at_once, path):
-    inner, fill = WHOLE["octets"], b" " * (-len(WHOLE["octets"]) % 8)
+    inner, fill = WHOLE["bytes"], b" " * (-len(WHOLE["bytes"]) % 8)
     outer = request(path, inner + fill)
     written, _ = exchange([outer[: outer.index(inner)], inner, fill])
     assert at_once == [True]
@@ -253,14 +253,14 @@ def test_a_reply_waits_for_the_one_before_it(exchange, make_engine, monkeypatch)
     engine, go_on = make_engine(max_ids=60_000), threading.Event()
     lookup_bytes = engine.lookup_bytes
 
-    def slow(table, asked, *others):
-        assert len(asked) < 80 or go_on.wait(10)
-        return lookup_bytes(table, asked, *others)
+    def slow(table, content, *others):
+        assert len(content) < 80 or go_on.wait(10)
+        return lookup_bytes(table, content, *others)
 
     monkeypatch.setattr(engine, "lookup_bytes", slow)
     seen = []
     written, _ = exchange(
-        [OTHERS["large"], WHOLE["octets"]], engine, lambda protocol: seen.append(0) or (len(seen) == 2 and go_on.set())
+        [OTHERS["large"], WHOLE["bytes"]], engine, lambda protocol: seen.append(0) or (len(seen) == 2 and go_on.set())
     )
     assert [len(body) for _, _, body in replies(written)] == [50_000 * 4 + (50_000 - 40) * 4, 3 * 4 + 4]
 
@@ -273,25 +273,25 @@ WORK = {  # a body, and whether it may be answered on the event loop: 4 KB of JS
     "few ids, in pieces": (request(USERS, SHORT, JSON, JSON), True),
     "many ids": (request(USERS, LONG, JSON, JSON), False),
     "many ids, of codes": (request(ITEMS, LONG, JSON, JSON), False),
-    "many ids, to bytes": (request(ITEMS, LONG, JSON, OCTETS), False),
+    "many ids, to bytes": (request(ITEMS, LONG, JSON, BINARY), False),
     "many ids, in bags": (
         request(f"{USERS}?pooling=sum", LONG[:-1] + b', "bag_lengths": [2000]}', JSON, JSON), False,
     ),
     "many ids, of several": (request("/v1/lookup", b'{"tables": {"item_id": %b}}' % LONG, JSON, JSON), False),
     "many spaces": (request(USERS, SPACES, JSON, JSON), False),
-    "many ids, in bytes": (request(ITEMS, octets([1] * 2000), OCTETS, JSON), False),
+    "many ids, in bytes": (request(ITEMS, id_bytes([1] * 2000), BINARY, JSON), False),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WORK)
 def test_what_a_reply_takes_decides_where_it_is_made(exchange, make_engine, monkeypatch, name):
-    asked, is_small = WORK[name]
+    sent, is_small = WORK[name]
     engine, threads = make_engine(), set()
     looked_up = engine.metrics.looked_up
     monkeypatch.setattr(
         engine.metrics, "looked_up", lambda *found: (threads.add(threading.current_thread()), looked_up(*found))
     )
-    written, _ = exchange([asked[:50], asked[50:]] if "pieces" in name else [asked], engine)
+    written, _ = exchange([sent[:50], sent[50:]] if "pieces" in name else [sent], engine)
     assert replies(written)[0][0] == b"HTTP/1.1 200 OK"
     assert (threads == {threading.main_thread()}) == is_small
 
@@ -300,14 +300,14 @@ def test_what_a_reply_takes_decides_where_it_is_made(exchange, make_engine, monk
 def test_limits_hold_for_what_is_answered_at_once(exchange, make_engine, limits, status):
     engine = make_engine(**limits)
     with engine.slot() if "max_in_flight" in limits else contextlib.nullcontext():
-        written, _ = exchange([WHOLE["octets"]], engine)
+        written, _ = exchange([WHOLE["bytes"]], engine)
     assert replies(written)[0][0].split()[1] == status
 
 
 def test_an_engine_that_stops_answers_503(exchange, make_engine):
     engine = make_engine()
     engine.stop()
-    assert replies(exchange([WHOLE["octets"]], engine)[0])[0][0].startswith(b"HTTP/1.1 503")
+    assert replies(exchange([WHOLE["bytes"]], engine)[0])[0][0].startswith(b"HTTP/1.1 503")
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_a_key_is_asked_for(exchange, make_engine, headers, status, path):
     assert replies(written)[0][0].split()[1] == status
 
 
-@pytest.mark.parametrize("name", ["octets", "unknown id"])
+@pytest.mark.parametrize("name", ["bytes", "unknown id"])
 def test_a_client_that_does_not_read_is_answered_when_it_does(exchange, name):
     seen = []
 
@@ -349,15 +349,15 @@ def test_a_client_that_does_not_read_is_answered_when_it_does(exchange, name):
         seen.append(len(replies(bytes(protocol.transport.written))))
         protocol.pause_writing() if len(seen) == 1 else protocol.resume_writing()
 
-    asked = (WHOLE | REFUSED)[name]
-    written, _ = exchange([asked, asked], between=pause_then_resume)
+    sent = (WHOLE | REFUSED)[name]
+    written, _ = exchange([sent, sent], between=pause_then_resume)
     assert seen[1] == seen[0]
     assert len(replies(written)) == 2
 
 
 def test_requests_answered_at_once_are_counted(exchange, make_engine):
     engine = make_engine()
-    exchange([WHOLE["octets"], WHOLE["octets"]], engine)
+    exchange([WHOLE["bytes"], WHOLE["bytes"]], engine)
     lines = engine.metrics.render().decode().splitlines()
     labels = 'api="http",code="200",method="POST /v1/tables/{table}/lookup"'
     assert {f"dpq_requests_total{{{labels}}} 2.0", 'dpq_ids_total{table="user_id"} 6.0',
@@ -370,7 +370,7 @@ def test_server_answers_a_raw_request_with_date_and_length(server, references):
     ids = references["item_id"].ids[:5]
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         for _ in range(3):
-            connection.sendall(request(body=octets(ids)))
+            connection.sendall(request(body=id_bytes(ids)))
             head = b""
             while b"\r\n\r\n" not in head:
                 head += connection.recv(1 << 16)

@@ -13,7 +13,7 @@ from service.proto.dpq.v1 import embedding_pb2 as pb
 from service.proto.dpq.v1 import embedding_pb2_grpc as pb_grpc
 from tests.dpq_rec.builders import dense_contents, write_unchecked
 from tests.service.conftest import NAMES
-from tests.service.http_requests import JSON, OCTETS
+from tests.service.http_requests import BINARY, JSON
 
 ITEMS, STRINGS = "/v1/tables/item_id/search", "/v1/tables/name/search"
 
@@ -70,13 +70,13 @@ def test_http_finds_the_best_of_ids_and_reports_unknown_ones(call, references):
 
 def test_grpc_finds_what_http_finds(call, search, references):
     queries_QE = np.random.default_rng(0).standard_normal((2, 24)).astype(np.float32)
-    for fields, asked in (
+    for fields, body in (
         ({"queries": queries_QE.ravel().tolist()}, {"queries": queries_QE.tolist()}),
         ({"ids": [10**15, *references["item_id"].ids[:2].tolist()]},) * 2,
         ({"queries": queries_QE.ravel().tolist(), "k": 3, "similarity": pb.COSINE},
          {"queries": queries_QE.tolist(), "k": 3, "similarity": "cosine"}),
     ):  # fmt: skip
-        reply, found = search(table="item_id", **fields), call("POST", ITEMS, json=asked).json()
+        reply, found = search(table="item_id", **fields), call("POST", ITEMS, json=body).json()
         assert (reply.version, list(reply.missing)) == (found["version"], found["missing"])
         assert [list(each.ids) for each in reply.neighbours] == found["ids"]
         got = [list(each.scores) for each in reply.neighbours]
@@ -101,11 +101,11 @@ def test_http_gives_ids_as_strings_where_asked(call, make_engine, tmp_path):
         chunks=[np.array([[3], [2], [1]], np.float32)],
     )
     engine = make_engine(store=EmbeddingStore.open(write_artifact(tmp_path / "a", {"item_id": contents})))
-    asked = {"ids": [ids[0], 7], "k": 3}
-    as_strings = call("POST", f"{ITEMS}?ids=string", engine, json=asked).json()
+    body = {"ids": [ids[0], 7], "k": 3}
+    as_strings = call("POST", f"{ITEMS}?ids=string", engine, json=body).json()
     http_schema.SearchReply.model_validate(as_strings)
-    as_numbers = call("POST", f"{ITEMS}?ids=number", engine, json=asked).json()
-    assert as_numbers == call("POST", ITEMS, engine, json=asked).json()
+    as_numbers = call("POST", f"{ITEMS}?ids=number", engine, json=body).json()
+    assert as_numbers == call("POST", ITEMS, engine, json=body).json()
     assert as_numbers == {**as_strings, "ids": [ids, []]}
     assert as_strings["ids"] == [[str(an_id) for an_id in ids], []]
 
@@ -153,8 +153,8 @@ def test_http_refuses_what_makes_no_sense(call, body, status, message):
 
 def test_http_refuses_other_bodies_replies_and_tables(call):
     assert call("POST", ITEMS, content=b"{", headers={"Content-Type": JSON}).status_code == 400
-    assert call("POST", ITEMS, content=bytes(8), headers={"Content-Type": OCTETS}).status_code == 415
-    assert call("POST", ITEMS, json={"ids": [1]}, headers={"Accept": OCTETS}).status_code == 406
+    assert call("POST", ITEMS, content=bytes(8), headers={"Content-Type": BINARY}).status_code == 415
+    assert call("POST", ITEMS, json={"ids": [1]}, headers={"Accept": BINARY}).status_code == 406
     assert call("POST", "/v1/tables/other/search", json={"ids": [1]}).status_code == 404
 
 

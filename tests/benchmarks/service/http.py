@@ -36,8 +36,8 @@ LOOKUP = f"/v1/tables/{TABLE}/lookup"
 _NUM_BODIES = 512  # that take turns
 
 
-def octets_of(ids_NI: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """A body of octets for each row of ids."""
+def binary_of(ids_NI: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """A body of bytes for each row of ids."""
     return np.ascontiguousarray(ids_NI.astype("<i8")).view(np.uint8)
 
 
@@ -54,7 +54,7 @@ def measure(
     """Settings and figures of one kind of ids; `server` is a port and a process."""
     generator = np.random.default_rng()
     ids_NI = draw_ids(popularity, ids_V, _NUM_BODIES * config.num_ids, generator).reshape(_NUM_BODIES, config.num_ids)
-    octets, text = octets_of(ids_NI), json_of(ids_NI[:64])
+    binary, text = binary_of(ids_NI), json_of(ids_NI[:64])
     num_bytes = {
         "float32": 4 * config.num_ids * config.embedding_dim,
         "float16": 2 * config.num_ids * config.embedding_dim,
@@ -62,20 +62,20 @@ def measure(
     }
     paths = {"float32": LOOKUP, "float16": f"{LOOKUP}?dtype=float16", "codes": LOOKUP}
 
-    def asked(path: str, accept: str, bodies_NB: NDArray[np.uint8], given: str) -> Callable[[], Figures]:
+    def load(path: str, accept: str, bodies_NB: NDArray[np.uint8], given: str) -> Callable[[], Figures]:
         requests = Requests(path, {"Content-Type": given, "Accept": accept}, bodies_NB)
         return functools.partial(_figures, server, requests, config)
 
     contenders, baselines = {}, {}
     for form, path in paths.items():
         constant = f"constant {num_bytes[form]:,} bytes"
-        contenders[constant] = asked(f"/constant/{num_bytes[form]}", BINARY, octets, BINARY)
-        contenders[form] = asked(path, CODES if form == "codes" else BINARY, octets, BINARY)
+        contenders[constant] = load(f"/constant/{num_bytes[form]}", BINARY, binary, BINARY)
+        contenders[form] = load(path, CODES if form == "codes" else BINARY, binary, BINARY)
         baselines[form] = constant
-    contenders["arrow"] = asked(LOOKUP, ARROW, octets, BINARY)
-    contenders["FastAPI, jsonable_encoder"] = asked(f"/default/encoder/{TABLE}", JSON, text, JSON)
-    contenders["FastAPI, response_model"] = asked(f"/default/{TABLE}", JSON, text, JSON)
-    contenders["JSON"] = asked(LOOKUP, JSON, text, JSON)
+    contenders["arrow"] = load(LOOKUP, ARROW, binary, BINARY)
+    contenders["FastAPI, jsonable_encoder"] = load(f"/default/encoder/{TABLE}", JSON, text, JSON)
+    contenders["FastAPI, response_model"] = load(f"/default/{TABLE}", JSON, text, JSON)
+    contenders["JSON"] = load(LOOKUP, JSON, text, JSON)
     baselines |= {"JSON": "FastAPI, jsonable_encoder", "arrow": "float32"}
     baselines |= {"FastAPI, response_model": "FastAPI, jsonable_encoder"}
     rounds = take_turns(contenders, config.num_rounds, f"{popularity} ids")

@@ -53,9 +53,9 @@ def draw(kind: str, ids_V: NDArray[np.int64], num_ids: int, generator: np.random
 def http_request(ids_N: NDArray[np.int64]) -> bytes:
     """A lookup, bytes in and bytes out, as it goes over the wire."""
     body = ids_N.astype("<i8").tobytes()
-    octets = "application/octet-stream"
+    binary = "application/octet-stream"
     head = (
-        f"POST /v1/tables/{TABLE}/lookup HTTP/1.1\r\nHost: localhost\r\nContent-Type: {octets}\r\nAccept: {octets}\r\n"
+        f"POST /v1/tables/{TABLE}/lookup HTTP/1.1\r\nHost: localhost\r\nContent-Type: {binary}\r\nAccept: {binary}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body

@@ -28,7 +28,7 @@ from service.http_bodies import BINARY
 from service.supervisor import bind
 from tests.benchmarks.record import append, line_of
 from tests.benchmarks.rounds import POPULARITIES, Popularity, draw_rows
-from tests.benchmarks.service.http import LOOKUP, octets_of
+from tests.benchmarks.service.http import LOOKUP, binary_of
 from tests.benchmarks.service.processes import Measured, Requests, processor_seconds, run_wrk, running_server
 from tests.benchmarks.service.setting import (
     TABLE,
@@ -107,9 +107,9 @@ def clock(ask: Callable[[NDArray[np.int64]], object], draw: Callable[[], NDArray
     """Calls a second of one client, for a second."""
     taken, calls, end = 0.0, 0, time.perf_counter() + _CLIENT_SECONDS
     while time.perf_counter() < end:
-        asked = draw()
+        rows_N = draw()
         started = time.perf_counter()
-        ask(asked)
+        ask(rows_N)
         taken += time.perf_counter() - started
         calls += 1
     return {"per_second": calls / taken}
@@ -127,10 +127,10 @@ def measure(
     draw = functools.partial(draw_rows, popularity, len(ids_V), config.num_ids, generator)
     rows_RN = np.stack([draw() for _ in range(_NUM_BODIES if popularity == "uniform" else 1)])
     keys = [_RANDOM_KEY] * config.num_ids if popularity == "uniform" else [_key(row) for row in rows_RN[0].tolist()]
-    octets = octets_of(ids_V[rows_RN])
+    binary = binary_of(ids_V[rows_RN])
 
-    def asked(path: str, accept: str) -> Callable[[], Figures]:
-        requests = Requests(path, {"Content-Type": BINARY, "Accept": accept}, octets)
+    def load(path: str, accept: str) -> Callable[[], Figures]:
+        requests = Requests(path, {"Content-Type": BINARY, "Accept": accept}, binary)
         return lambda: run_wrk(*server, requests, config)._asdict()
 
     with redis.Redis(port=redis_server[0]) as theirs, CodesClient(f"http://127.0.0.1:{server[0]}") as ours:
@@ -141,9 +141,9 @@ def measure(
 
         contenders = {
             "redis": lambda: run_redis_benchmark(redis_server, keys, config),
-            "float32": asked(LOOKUP, BINARY),
-            "float16": asked(f"{LOOKUP}?dtype=float16", BINARY),
-            "codes": asked(LOOKUP, CODES),
+            "float32": load(LOOKUP, BINARY),
+            "float16": load(f"{LOOKUP}?dtype=float16", BINARY),
+            "codes": load(LOOKUP, CODES),
             "redis-py": lambda: clock(mget, draw),
             "client of codes": lambda: clock(lambda rows_N: ours.lookup(TABLE, ids_V[rows_N]), draw),
         }

@@ -25,7 +25,7 @@ from tests.benchmarks.service.setting import TABLE, BenchConfig, make_artifact, 
 PACKAGES = ("dpq-rec", "numpy", "fastapi", "uvicorn", "grpcio")
 _SMALL_ROWS = 1_000
 _NUM_LOOKUPS = 200
-_OCTETS = "application/octet-stream"
+_BINARY = "application/octet-stream"
 
 
 def measure(config: BenchConfig, num_rounds: int) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def measure(config: BenchConfig, num_rounds: int) -> dict[str, Any]:
 def _look_up(server: Running, ids_V: NDArray[np.int64]) -> None:
     """Random lookups, so that workers hold what they hold in service."""
     url = f"http://127.0.0.1:{server.http_port}/v1/tables/{TABLE}/lookup"
-    generator, headers = np.random.default_rng(0), {"Content-Type": _OCTETS, "Accept": _OCTETS}
+    generator, headers = np.random.default_rng(0), {"Content-Type": _BINARY, "Accept": _BINARY}
     # Each over a connection of its own: the workers take them in turn.
     with httpx.Client(headers=headers, limits=httpx.Limits(max_keepalive_connections=0)) as client:
         for _ in range(_NUM_LOOKUPS):

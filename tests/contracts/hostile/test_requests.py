@@ -13,7 +13,7 @@ import pytest
 
 from dpq_rec import IdentityVocabulary, TableContents, write_artifact
 from tests.service.conftest import Server
-from tests.service.http_requests import JSON, OCTETS
+from tests.service.http_requests import BINARY, JSON
 
 LOOKUP = "/v1/tables/t/lookup"
 NUM_ROWS = 300
@@ -62,8 +62,8 @@ def replies_of(file):
     return found
 
 
-def head(*headers, method="POST", path=LOOKUP, version="HTTP/1.1", given=OCTETS, length=32):
-    lines = [f"{method} {path} {version}", "Host: x", f"Content-Type: {given}", f"Accept: {OCTETS}"]
+def head(*headers, method="POST", path=LOOKUP, version="HTTP/1.1", given=BINARY, length=32):
+    lines = [f"{method} {path} {version}", "Host: x", f"Content-Type: {given}", f"Accept: {BINARY}"]
     lines += [] if length is None else [f"Content-Length: {length}"]
     return "\r\n".join([*lines, *headers]).encode("latin-1") + b"\r\n\r\n"
 
@@ -252,7 +252,7 @@ ENCODINGS = [
 ]
 TEXT = b'{"ids": [7]}'
 BODIES = {
-    "bytes": (LOOKUP, OCTETS, BODY),
+    "bytes": (LOOKUP, BINARY, BODY),
     "JSON": (LOOKUP, JSON, TEXT),
     "tables": ("/v1/lookup", JSON, b'{"tables": {"t": {"ids": [7]}}}'),
     "search": ("/v1/tables/t/search", JSON, TEXT),
@@ -267,7 +267,7 @@ def test_server_refuses_a_body_that_is_encoded(server, name, encoding, in_pieces
     body = gzip.compress(text, mtime=0)
     body += bytes(-len(body) % 8)
     sent = head(f"Content-Encoding: {encoding}", path=path, given=given, length=len(body)).replace(
-        f"Accept: {OCTETS}".encode(), b"Accept: */*"
+        f"Accept: {BINARY}".encode(), b"Accept: */*"
     )
     found = ask(server, *([sent, body] if in_pieces else [sent + body]))
     assert [status for status, _ in found] == [415, 200]
@@ -283,5 +283,5 @@ def test_server_refuses_a_body_that_is_encoded_in_the_second_of_two_headers(serv
 def test_server_reads_a_body_that_says_identity(server, name):
     path, given, text = BODIES[name]
     sent = head("Content-Encoding: Identity", path=path, given=given, length=len(text))
-    found = ask(server, sent.replace(f"Accept: {OCTETS}".encode(), b"Accept: */*") + text)
+    found = ask(server, sent.replace(f"Accept: {BINARY}".encode(), b"Accept: */*") + text)
     assert [status for status, _ in found] == [200, 200]

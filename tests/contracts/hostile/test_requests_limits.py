@@ -15,7 +15,7 @@ from tests.service.conftest import Server
 
 DIM, NUM_IDS, LIMIT, MOST_CONNECTIONS = 128, 65_536, 2, 350
 LOOKUP = b"POST /v1/tables/t/lookup HTTP/1.1\r\nHost: x\r\nAccept: %b\r\nContent-Type: application/octet-stream\r\n"
-OCTETS, JSON, ARROW = b"application/octet-stream", b"application/json", b"application/vnd.apache.arrow.stream"
+BINARY, JSON, ARROW = b"application/octet-stream", b"application/json", b"application/vnd.apache.arrow.stream"
 GET_LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 MB = 1 << 20
 
@@ -36,7 +36,7 @@ def connect(server):
     return socket.create_connection((host, int(port)), timeout=10)
 
 
-def lookup(num_ids, accept=OCTETS):
+def lookup(num_ids, accept=BINARY):
     body = bytes(8 * num_ids)
     return LOOKUP % accept + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
@@ -65,7 +65,7 @@ def is_well(server, lookups=True):
     return statuses == [200] * len(statuses)
 
 
-@pytest.mark.parametrize(("accept", "most"), [(OCTETS, 400 * MB), (ARROW, 600 * MB)], ids=["bytes", "Arrow"])
+@pytest.mark.parametrize(("accept", "most"), [(BINARY, 400 * MB), (ARROW, 600 * MB)], ids=["bytes", "Arrow"])
 def test_callers_who_do_not_read_are_no_more_than_the_limit(server, accept, most):
     """Of 30 callers that read 12 bytes of 32 MB, as many as are allowed get a reply; the others may come back."""
     growth = Growth(server)
@@ -84,12 +84,12 @@ def test_callers_who_do_not_read_are_no_more_than_the_limit(server, accept, most
         assert time.monotonic() < end
 
 
-@pytest.mark.parametrize("asked", [lookup(1), GET_LIVEZ, lookup(1).replace(b"tables/t", b"tables/u")])
-def test_requests_whose_replies_are_not_read_are_not_read_either(server, asked):
+@pytest.mark.parametrize("sent", [lookup(1), GET_LIVEZ, lookup(1).replace(b"tables/t", b"tables/u")])
+def test_requests_whose_replies_are_not_read_are_not_read_either(server, sent):
     growth = Growth(server)
     with connect(server) as caller:
         caller.settimeout(0.5)
-        num_sent, data = 0, asked * (MB // len(asked))
+        num_sent, data = 0, sent * (MB // len(sent))
         with contextlib.suppress(TimeoutError):
             while num_sent < 100 * MB:
                 num_sent += caller.send(data)
@@ -101,8 +101,8 @@ def test_requests_whose_replies_are_not_read_are_not_read_either(server, asked):
 HALVES = {
     "heads": b"GET /livez HTTP/1.1\r\nHost: x\r\nX: ",
     "bodies": lookup(2)[:-8],
-    "chunks": LOOKUP % OCTETS + b"Transfer-Encoding: chunked\r\n\r\n10\r\n" + bytes(8),
-    "bodies that wait for a 100": LOOKUP % OCTETS + b"Content-Length: 8\r\nExpect: 100-continue\r\n\r\n",
+    "chunks": LOOKUP % BINARY + b"Transfer-Encoding: chunked\r\n\r\n10\r\n" + bytes(8),
+    "bodies that wait for a 100": LOOKUP % BINARY + b"Content-Length: 8\r\nExpect: 100-continue\r\n\r\n",
     "upgrades": GET_LIVEZ[:-2] + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\nPRI * HT",
     "nothing": b"",
 }
@@ -131,9 +131,9 @@ ENDLESS = {
     "a header": GET_LIVEZ[:-2] + b"X: ",
     "headers": GET_LIVEZ[:-2],
     "a path": b"GET /",
-    "an extension": LOOKUP % OCTETS + b"Transfer-Encoding: chunked\r\n\r\n8;",
-    "a body": LOOKUP % OCTETS + b"Content-Length: 1000000000\r\n\r\n",
-    "chunks": LOOKUP % OCTETS + b"Transfer-Encoding: chunked\r\n\r\n",
+    "an extension": LOOKUP % BINARY + b"Transfer-Encoding: chunked\r\n\r\n8;",
+    "a body": LOOKUP % BINARY + b"Content-Length: 1000000000\r\n\r\n",
+    "chunks": LOOKUP % BINARY + b"Transfer-Encoding: chunked\r\n\r\n",
 }
 PIECES = {"headers": b"X: y\r\n", "chunks": b"4\r\nxxxx\r\n"}
 
@@ -149,13 +149,13 @@ def test_what_has_no_end_is_refused_early(server, name):
 
 def test_a_length_without_a_body_is_refused_before_it_arrives(server):
     with connect(server) as caller:
-        caller.sendall(LOOKUP % OCTETS + b"Content-Length: 1000000000\r\n\r\n")
+        caller.sendall(LOOKUP % BINARY + b"Content-Length: 1000000000\r\n\r\n")
         assert caller.recv(12) == b"HTTP/1.1 413"
 
 
 def test_a_body_that_says_it_is_empty_is_not_looked_up_as_more(server):
     with connect(server) as caller:
-        caller.sendall(LOOKUP % OCTETS + b"Content-Length: 0\r\n\r\n" + struct.pack("<q", 0) + GET_LIVEZ)
+        caller.sendall(LOOKUP % BINARY + b"Content-Length: 0\r\n\r\n" + struct.pack("<q", 0) + GET_LIVEZ)
         data = b""
         while piece := caller.recv(1 << 16):
             data += piece

@@ -81,16 +81,16 @@ def scan_top(packed, scores, most, scales, first_row, rows, best):
     return kernels.scan_top(packed, scores, LAYOUT, most, scales_V=scales, first_row=first_row, before=before)
 
 
-def find_integer_rows(asked, known, rows, tree):
-    return lookup.find_integer_rows(asked, sorted_integers(known, rows, tree))
+def find_integer_rows(wanted_ids, known, rows, tree):
+    return lookup.find_integer_rows(wanted_ids, sorted_integers(known, rows, tree))
 
 
-def lookup_integers(asked, known, rows, dense, dtype, num_threads):
-    return lookup.lookup_integers(asked, sorted_integers(known, rows), dense, dtype=dtype, num_threads=num_threads)
+def lookup_integers(wanted_ids, known, rows, dense, dtype, num_threads):
+    return lookup.lookup_integers(wanted_ids, sorted_integers(known, rows), dense, dtype=dtype, num_threads=num_threads)
 
 
-def lookup_bytes(asked, form, of):
-    return lookup.lookup_bytes(asked, sorted_integers(KNOWN, PLACES), of, form=form)
+def lookup_bytes(content, form, of):
+    return lookup.lookup_bytes(content, sorted_integers(KNOWN, PLACES), of, form=form)
 
 
 def decode_to_json(of, ends, rows):

@@ -18,9 +18,9 @@ KINDS = ["spread", "clustered", "consecutive", "geometric"]
 ids = st.one_of(st.integers(-40, 40), st.integers(INT64_MIN, INT64_MAX), st.sampled_from([INT64_MIN, INT64_MAX]))
 
 
-def find_integer_rows(asked_N, *known):
+def find_integer_rows(wanted_N, *known):
     """Of ids, rows and perhaps a tree."""
-    return lookup.find_integer_rows(asked_N, sorted_integers(*known))
+    return lookup.find_integer_rows(wanted_N, sorted_integers(*known))
 
 
 def sorted_ids(kind, num_ids, seed=0):
@@ -47,19 +47,19 @@ def around(ids_U):
     return np.concatenate([ids_U, ids_U - 1, ids_U + 1, [0, INT64_MIN, INT64_MAX]])
 
 
-def assert_equals_the_reference(asked_N, ids_U, tree_T):
+def assert_equals_the_reference(wanted_N, ids_U, tree_T):
     rows_U = rows_of(ids_U)
-    found_N = find_integer_rows(asked_N, ids_U, rows_U, tree_T)
+    found_N = find_integer_rows(wanted_N, ids_U, rows_U, tree_T)
     assert found_N.dtype == np.int64
-    assert found_N.tolist() == references.find_integer_rows(asked_N, ids_U, rows_U).tolist()
+    assert found_N.tolist() == references.find_integer_rows(wanted_N, ids_U, rows_U).tolist()
 
 
 @pytest.mark.parametrize("has_tree", [True, False])
 @given(st.lists(ids, unique=True, max_size=700), st.lists(ids, max_size=300))
-def test_find_integer_rows_equals_the_reference(has_tree, known, asked):
+def test_find_integer_rows_equals_the_reference(has_tree, known, wanted_ids):
     ids_U = np.array(sorted(known), np.int64)
-    asked_N = np.concatenate([np.array(asked, np.int64), around(ids_U)])
-    assert_equals_the_reference(asked_N, ids_U, build_tree(ids_U) if has_tree else None)
+    wanted_N = np.concatenate([np.array(wanted_ids, np.int64), around(ids_U)])
+    assert_equals_the_reference(wanted_N, ids_U, build_tree(ids_U) if has_tree else None)
 
 
 @pytest.mark.parametrize("has_tree", [True, False])
@@ -67,16 +67,16 @@ def test_find_integer_rows_equals_the_reference(has_tree, known, asked):
 @pytest.mark.parametrize("num_ids", LENGTHS)
 def test_find_integer_rows_equals_the_reference_in_lists_of_any_length(num_ids, kind, has_tree):
     ids_U = sorted_ids(kind, num_ids)
-    asked_N = np.random.default_rng(1).permutation(around(ids_U))
-    assert_equals_the_reference(asked_N, ids_U, build_tree(ids_U) if has_tree else None)
+    wanted_N = np.random.default_rng(1).permutation(around(ids_U))
+    assert_equals_the_reference(wanted_N, ids_U, build_tree(ids_U) if has_tree else None)
 
 
 @pytest.mark.parametrize("num_asked", [0, 1, 127, 128, 129, 256, 1000])
 @pytest.mark.parametrize("has_tree", [True, False])
 def test_find_integer_rows_finds_any_number_of_ids(num_asked, has_tree):
     ids_U = sorted_ids("spread", 3000)
-    asked_N = np.random.default_rng(2).choice(around(ids_U), num_asked)
-    assert_equals_the_reference(asked_N, ids_U, build_tree(ids_U) if has_tree else None)
+    wanted_N = np.random.default_rng(2).choice(around(ids_U), num_asked)
+    assert_equals_the_reference(wanted_N, ids_U, build_tree(ids_U) if has_tree else None)
 
 
 def test_find_integer_rows_finds_nothing_in_an_empty_list():
@@ -100,9 +100,9 @@ def test_find_integer_rows_answers_rightly_or_refuses_whatever_the_tree_is(data)
     ids_U = sorted_ids(data.draw(st.sampled_from(KINDS)), num_ids)
     num_bytes = 8 * num_tree_keys(num_ids)
     tree_T = np.frombuffer(data.draw(st.binary(min_size=num_bytes, max_size=num_bytes)), np.int64)
-    for asked in data.draw(st.lists(st.sampled_from(around(ids_U).tolist()), min_size=1, max_size=50)):
+    for an_id in data.draw(st.lists(st.sampled_from(around(ids_U).tolist()), min_size=1, max_size=50)):
         try:
-            assert_equals_the_reference(np.array([asked]), ids_U, tree_T)
+            assert_equals_the_reference(np.array([an_id]), ids_U, tree_T)
         except DamagedArtifactError:
             continue
 
@@ -112,9 +112,9 @@ def test_find_integer_rows_refuses_every_id_that_a_damaged_tree_hides():
     generator = np.random.default_rng(3)
     for _ in range(20):
         tree_T = generator.integers(INT64_MIN, INT64_MAX, num_tree_keys(4097)) >> generator.integers(0, 60)
-        for asked in generator.choice(ids_U, 50):
+        for an_id in generator.choice(ids_U, 50):
             try:
-                assert_equals_the_reference(np.array([asked]), ids_U, tree_T)
+                assert_equals_the_reference(np.array([an_id]), ids_U, tree_T)
             except DamagedArtifactError:
                 refused += 1
     assert refused > 500
@@ -132,13 +132,13 @@ def test_find_integer_rows_reads_nothing_outside_the_list_whatever_the_ids_are()
     generator = np.random.default_rng(4)
     ids_U = generator.integers(-50, 50, 1000)
     tree_T = generator.integers(-50, 50, num_tree_keys(1000))
-    for asked in range(-60, 60):
+    for an_id in range(-60, 60):
         for tree in (None, tree_T):
             try:
-                found = find_integer_rows(np.array([asked]), ids_U, np.arange(1000, dtype=np.uint32), tree)[0]
+                found = find_integer_rows(np.array([an_id]), ids_U, np.arange(1000, dtype=np.uint32), tree)[0]
             except DamagedArtifactError:
                 continue
-            assert found == MISSING_ROW or ids_U[found] == asked
+            assert found == MISSING_ROW or ids_U[found] == an_id
 
 
 # The tree, the ids and the rows end where readable memory ends: to read beyond one of them is to crash.
@@ -160,14 +160,14 @@ for num_ids in (17, 40, 255, 257, 273, 4_097, 5_000, 65_537):
         ids = at_the_end(generator.integers(-bound, bound, num_ids))
         tree = at_the_end(generator.integers(-bound, bound, num_tree_keys(num_ids)))
         tree[generator.random(len(tree)) < 0.5] = lowest
-        for asked in (lowest, -bound, -1, 0, bound // 2, bound - 1, highest):
+        for an_id in (lowest, -bound, -1, 0, bound // 2, bound - 1, highest):
             try:
-                found = find_integer_rows(np.array([asked]), sorted_integers(ids, rows, tree))[0]
+                found = find_integer_rows(np.array([an_id]), sorted_integers(ids, rows, tree))[0]
             except DamagedArtifactError:
                 refused += 1
             else:
                 answered += 1
-                assert found == MISSING_ROW or ids[found] == asked
+                assert found == MISSING_ROW or ids[found] == an_id
 print("answered", answered, "refused", refused)
 """
 
