@@ -1,26 +1,35 @@
 """Embedding tables tens of times smaller, by differentiable product quantization (DPQ; Chen, Li and Sun, 2020).
 
-Read the modules in this order and you have read DPQ:
+A row of a table becomes D codes, each of which picks one of K values that all rows share; its vector is these values
+side by side. With residual levels, each adds a vector like that. Where to find what:
 
-1. `config`         what can be chosen: K codes in each of D subspaces, and how the choice of a code is trained
-2. `nn.quantizer`   queries -> codes -> vectors, and how gradients pass (the paper's equations)
-3. `nn.tables`      rows -> vectors; on it `nn.embedding` and `nn.collection` stand in for torch's and TorchRec's
-4. `nn.freeze`      every row's query is encoded once; codes and values are all that remain
-5. `codes`          codes <-> bytes, and tiers: rows that have fewer codes than others
-6. `vocabulary`     ids -> rows (`ids` takes them from lists and arrays of any library; `strings` holds many in two
-                    arrays)
-7. `artifact`       the folder that is published (`manifest` says what may be in it, `tensorfile` is one of its files,
-                    `files` lets it appear whole, `publish` copies it into a store)
-8. `kernels`        the loops that must be fast (`kernels.ids` indexes ids, `kernels.lookup` goes from ids to vectors)
-9. `table`          ids -> rows -> codes -> vectors, from the mapped artifact (`search`: back to the nearest ids)
-10. `lookup`        `EmbeddingStore`: the tables of an artifact by their name
-11. `wire`          lookups as bytes that travel, for a `client` that holds the values (`http_reply` reads what a server
-                    says)
-12. `code_use`      how rows use their codes; `report` shows it, and more, as a page
-13. `export`, `cli`, `errors`
+Lookups:
 
-Importing this package needs numpy alone. `dpq_rec.nn` imports torch; nothing else does, but for `bench`, which
-compares with it where it is installed.
+    lookup        begin here: `EmbeddingStore` opens an artifact and looks ids up in its tables, by name
+    table         `Table`, one table: ids -> rows -> codes -> vectors
+    vocabulary    ids -> rows; `ids` reads lists and arrays of any library, `strings` packs many strings into two arrays
+    codes         `CodeLayout`: codes <-> bytes; and tiers, which are rows with fewer codes than those before them
+    kernels       the C++ loops: codes -> vectors; `kernels.ids` indexes ids, `kernels.lookup` goes from ids to vectors
+    search        a query -> the nearest ids
+    artifact      the published folder: written, opened, verified (`manifest`: its JSON; `tensorfile`: its tensors;
+                  `files`: atomic writes); `publish` copies it into a store
+    wire          the binary format of lookups; `client` asks a server for it, `http_reply` parses the replies
+
+Training (`dpq_rec.nn`):
+
+    config        `DPQConfig`: K, D, levels, and how codes are trained
+    nn.embedding  in place of torch's modules; `nn.collection`: of TorchRec's; `nn.replace` puts them into a model
+    nn.tables     what these have in common: rows -> queries, which are the weights that train -> vectors
+    nn.quantizer  queries -> codes -> vectors and codebook loss: a loop over `nn.level`, whose gradients `nn.estimators`
+                  define; `nn.codebook`: k-means, running means (EMA) and dead-code revival
+    nn.warm_up    lets a model train before its tables are quantized; then `nn.start` places keys and values by k-means
+    nn.freeze     encodes every row's query once; codes and values go into an artifact
+
+Tools: `cli`, `report` (an artifact as a web page), `code_use`, `export` (Parquet), `sizing` (K and D for a ratio); and
+`errors`. Beside this package stand `training`, whose loop is `training.trainer`, and `service`, where
+`service.http_lookup` and `service.grpc_api` answer lookups by `service.engine`.
+
+Importing this package needs numpy alone. `dpq_rec.nn` imports torch; nothing else does.
 """
 
 from dpq_rec.artifact import Artifact, TableContents, open_artifact, verify, write_artifact
