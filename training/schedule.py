@@ -15,7 +15,7 @@ from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
 from dpq_rec.nn import Quantizer, start, warm_up
-from dpq_rec.nn.find import find_tables
+from dpq_rec.nn.model import find_tables
 from dpq_rec.nn.shards import shards_of
 from training.config import RunConfig
 

@@ -17,7 +17,7 @@ from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
 from dpq_rec.nn import freeze
-from dpq_rec.nn.find import TrainedTable, find_tables
+from dpq_rec.nn.model import TrainedTable, find_tables
 from dpq_rec.vocabulary import Vocabulary
 
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from dpq_rec import ConfigError, EmbeddingStore
 from dpq_rec.files import replace_file
-from dpq_rec.nn.find import check_tables
 from dpq_rec.nn.finite import Numbers, check_finite
+from dpq_rec.nn.model import check_tables
 from training.checkpoint import (
     ARTIFACT,
     CHECKPOINTS,

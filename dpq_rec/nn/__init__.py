@@ -1,7 +1,7 @@
 """Training side of DPQ: the only place that imports torch and torchrec.
 
 `quantizer` loops over the `level`s of a `codebook`, and `estimators` let gradients pass; `tables` look rows up, for
-`embedding` and `collection`; then `replace`, `warm_up` and `freeze`, which `find` the tables of a model.
+`embedding` and `collection`; `model` finds the tables of a model and warms them up, for `replace` and `freeze`.
 `shards`, `tracing` and `recompute` are for what is done to a model: sharding, graph capture, checkpointing.
 """
 
@@ -18,11 +18,10 @@ except ImportError as error:
 
 from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection
 from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag, TiedLinear
-from dpq_rec.nn.find import subspace_constraints
 from dpq_rec.nn.freeze import freeze
+from dpq_rec.nn.model import start, subspace_constraints, warm_up
 from dpq_rec.nn.quantizer import Quantized, Quantizer
 from dpq_rec.nn.replace import replace_embeddings
-from dpq_rec.nn.warm_up import start, warm_up
 
 __all__ = [
     "DPQEmbedding",

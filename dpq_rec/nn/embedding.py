@@ -22,7 +22,7 @@ from dpq_rec.nn.collectives import world_size
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.recompute import FirstRuns
 from dpq_rec.nn.shards import is_under_fsdp
-from dpq_rec.nn.tables import Distinct, DPQTables, Vectors
+from dpq_rec.nn.tables import DPQTables, Vectors
 from dpq_rec.nn.tracing import leaf, node_of, refuse_scripting, refused_elsewhere
 
 Mode = Literal["sum", "mean", "max"]
@@ -165,6 +165,10 @@ class _OneTable(_DecodedWeight, DPQTables):
         if self.padding_idx is not None and self.padding_idx >= num_embeddings:
             self.padding_idx = None
 
+    def name_of(self, table: str, path: str) -> str:
+        """Its own name, or else its path; see `DPQTables.name_of`."""
+        return self.name or path or table
+
     def _label(self, table: str) -> str:
         return super()._label(self.name or table)
 
@@ -220,13 +224,13 @@ class DPQEmbedding(_OneTable, nn.Embedding):  # type: ignore[override]
         self.keeps_padding, self._padding_runs = True, FirstRuns()
         self.register_buffer("padding_is_kept", torch.ones((), dtype=torch.bool, device=self.device))
 
-    def _quantize(self, name: str, queries_NQ: torch.Tensor, distinct: Distinct) -> torch.Tensor:
+    def _quantize(
+        self, name: str, queries_NQ: torch.Tensor, rows_N: torch.Tensor, counts_N: torch.Tensor
+    ) -> torch.Tensor:
         if self.padding_idx is None or not (self.training and self.keeps_padding):
-            return super()._quantize(name, queries_NQ, distinct)
-        rows_N, counts_N, at_T = distinct
+            return super()._quantize(name, queries_NQ, rows_N, counts_N)
         learns_N = rows_N.ne(self.padding_idx)
-        learned = Distinct(rows_N[learns_N], counts_N[learns_N], at_T)
-        vectors_NE = super()._quantize(name, queries_NQ[learns_N], learned)
+        vectors_NE = super()._quantize(name, queries_NQ[learns_N], rows_N[learns_N], counts_N[learns_N])
         quantizer, fixed_PE = self.quantizer(name), queries_NQ[~learns_N].detach()  # one or none
         if len(fixed_PE) and not quantizer.is_warming_up:
             fixed_PE = quantizer.decode(quantizer.encode(fixed_PE, rows_N=rows_N[~learns_N])).detach()

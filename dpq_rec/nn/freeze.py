@@ -24,7 +24,7 @@ from dpq_rec.artifact import TableContents, write_artifact
 from dpq_rec.codes import CodeLayout, Tier, pack_codes, unpack_codes
 from dpq_rec.errors import ConfigError, DpqRecError
 from dpq_rec.nn.collectives import rank, world_size
-from dpq_rec.nn.find import TrainedTable, check_tables, find_tables
+from dpq_rec.nn.model import TrainedTable, check_tables, find_tables
 from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.shards import Shard, check_cuts, device_of, shards_of, whole_weights
 from dpq_rec.vocabulary import IdentityVocabulary, Int64Vocabulary, Vocabulary

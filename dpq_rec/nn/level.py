@@ -77,11 +77,11 @@ class Level:
         # its weights, which it cannot while numpy looks at them.
         if quantizer._is_fsdp_managed_module or (quantizer.training and quantizer.first_runs is not None):
             values_DKS, keys_DKX = values_DKS.clone(), keys_DKX.clone()
-        return Codebook(values_DKS, keys_DKX)
+        return values_DKS, keys_DKX
 
     def choose(self, rest_NDS: torch.Tensor, counts_N: torch.Tensor | None, codebook: Codebook) -> Choice:
         """Choose codes (DPQ paper, eq. 1); the batch's own statistics count where `counts_N` is given."""
-        queries_NDX, keys_DKX = rest_NDS, codebook.keys_DKX
+        queries_NDX, (values_DKS, keys_DKX) = rest_NDS, codebook
         if self.config.resolved_metric == "cosine":
             queries_NDX, keys_DKX = directions(queries_NDX), directions(keys_DKX)
         scale_K, shift_K = keys_DKX.new_ones(self.config.num_codes), keys_DKX.new_zeros(self.config.num_codes)
@@ -91,7 +91,7 @@ class Level:
                 scale_K, shift_K = self.quantizer.score_norms[self.index](queries_NDX, keys_DKX, counts_N)
         euclidean = self.config.resolved_metric == "euclidean"
         codes_ND = encode(queries_NDX, keys_DKX, scale_K, shift_K, euclidean=euclidean)
-        return Choice(queries_NDX, keys_DKX, codebook.values_DKS, scale_K, shift_K, codes_ND, euclidean)
+        return Choice(queries_NDX, keys_DKX, values_DKS, scale_K, shift_K, codes_ND, euclidean)
 
     @torch.no_grad()
     def revive(self, rest_NDS: torch.Tensor) -> None:
@@ -196,18 +196,12 @@ def _encode_chunk(
     return (normalised_NDK == normalised_NDK.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
 
 
-class Moments(NamedTuple):
-    """Mean and variance of each code's score over all occurrences on all ranks, and their number."""
-
-    mean_K: torch.Tensor
-    var_K: torch.Tensor
-    num_occurrences: torch.Tensor
-
-
 def score_moments(
     queries_NDS: torch.Tensor, keys_DKS: torch.Tensor, counts_N: torch.Tensor, *, euclidean: bool
-) -> Moments:
-    """Moments of every code's score, pooled over the subspaces, differentiable.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean [K] and variance [K] of every code's score over the occurrences on all ranks, and the number of these.
+
+    They are pooled over the subspaces, and differentiable.
 
     A score is a polynomial of its query, so they follow from the moments of the queries: N x D x K scores need not
     exist for them, and ranks exchange D x S x S numbers.
@@ -239,7 +233,7 @@ def score_moments(
         mean_DK, var_DK = torch.einsum("dks,ds->dk", keys_DKS, mean_DS), spread_DK
     mean_K = mean_DK.mean(0)
     var_K = (var_DK.clamp(min=0) + (mean_DK - mean_K).square()).mean(0)
-    return Moments(mean_K, var_K, first[-1].detach())
+    return mean_K, var_K, first[-1].detach()
 
 
 def _central_moments(queries_NDS: torch.Tensor, mean_DS: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
@@ -306,18 +300,17 @@ class ScoreNorm(nn.Module):
         mean_K: torch.Tensor = self.mean_K
         var_K: torch.Tensor = self.var_K
         if self.training and counts_N is not None:
-            moments = score_moments(queries_NDS, keys_DKS, counts_N, euclidean=self.euclidean)
+            mean_K, var_K, num_occurrences = score_moments(queries_NDS, keys_DKS, counts_N, euclidean=self.euclidean)
             if not recomputing():
-                self._follow(moments)
-            mean_K, var_K, _ = moments
+                self._follow(mean_K, var_K, num_occurrences)
         scale_K = torch.rsqrt(var_K + self.epsilon)
         return scale_K, -mean_K * scale_K
 
     @torch.no_grad()
-    def _follow(self, moments: Moments) -> None:
+    def _follow(self, mean_K: torch.Tensor, var_K: torch.Tensor, num_occurrences: torch.Tensor) -> None:
         """A plain average over the first batches, so that the start leaves no trace; then exponential."""
-        has_rows = (moments.num_occurrences > 0).to(self.num_batches.dtype)
+        has_rows = (num_occurrences > 0).to(self.num_batches.dtype)
         self.num_batches.add_(has_rows)
         step = has_rows * torch.clamp(1 / self.num_batches.clamp(min=1), min=self.momentum)
-        self.mean_K.lerp_(moments.mean_K, step)
-        self.var_K.lerp_(moments.var_K, step)
+        self.mean_K.lerp_(mean_K, step)
+        self.var_K.lerp_(var_K, step)

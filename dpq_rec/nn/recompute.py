@@ -6,26 +6,20 @@ once, and the second run must find the keys and values of the first.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from dpq_rec.errors import ConfigError
 
+Codebook = tuple[torch.Tensor, torch.Tensor]  # a level's values_DKS and keys_DKX; D subspaces, which may share both
 _MOST_KEPT = 32  # first runs; one that no second follows, as under no_grad in training mode, is dropped in time
 
 
 def recomputing() -> bool:
     """Whether this is a second run: a forward inside a backward pass."""
     return torch._C._current_graph_task_id() != -1
-
-
-class Codebook(NamedTuple):
-    """What a level compares queries with, and emits; D subspaces, which may share both."""
-
-    values_DKS: torch.Tensor
-    keys_DKX: torch.Tensor
 
 
 class FirstRun:
@@ -41,15 +35,15 @@ class FirstRun:
     def codebook(self, level: int, now: Codebook) -> Codebook:
         """The level's codebook: in a second run that of the first, with gradients that go to the one there is now."""
         if not recomputing():
-            self.codebooks.append(Codebook(now.values_DKS.detach(), now.keys_DKX.detach()))
+            self.codebooks.append((now[0].detach(), now[1].detach()))
             return now
-        # The difference is exactly zero.
         first = zip(self.codebooks[level], now, strict=True)
-        return Codebook(*(contents + (tensor - tensor.detach()) for contents, tensor in first))
+        values_DKS, keys_DKX = (contents + (tensor - tensor.detach()) for contents, tensor in first)  # adds zeros
+        return values_DKS, keys_DKX
 
     def fixed(self, now: torch.Tensor) -> torch.Tensor:
         """What has no gradients; in a second run that of the first."""
-        return self.codebook(0, Codebook(now, now)).values_DKS
+        return self.codebook(0, (now, now))[0]
 
 
 class FirstRuns:

@@ -25,10 +25,9 @@ from dpq_rec.config import DPQConfig
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn.collection import DPQEmbeddingBagCollection, DPQEmbeddingCollection, without_small
 from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag, TiedLinear
-from dpq_rec.nn.find import STAYS_PLAIN, modules_with_tables
+from dpq_rec.nn.model import STAYS_PLAIN, modules_with_tables, start
 from dpq_rec.nn.shards import is_under_fsdp, modules_of
 from dpq_rec.nn.tables import DPQTables
-from dpq_rec.nn.warm_up import start
 
 _NOT_KEPT = {  # settings of torch's modules, and why a DPQ table does not have them
     "max_norm": "vectors are sums of values that rows share, and cannot be shortened one by one",

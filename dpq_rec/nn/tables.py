@@ -10,7 +10,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -26,14 +26,6 @@ from dpq_rec.nn.shards import check_cuts, configs_of, modules_of, weights_of
 from dpq_rec.nn.tracing import refuse_scripting
 
 Vectors = tuple[torch.Tensor, torch.Tensor]  # of distinct rows [N, E], and where among them is each row asked for [T]
-
-
-class Distinct(NamedTuple):
-    """The rows that a table is asked for, each once."""
-
-    rows_N: torch.Tensor  # ascending
-    counts_N: torch.Tensor  # occurrences of each
-    at_T: torch.Tensor  # position in rows_N of each occurrence
 
 
 class _Unscripted(nn.ModuleDict):
@@ -161,17 +153,19 @@ class DPQTables(nn.Module):
             self._cuts_checked = True
         distinct = {table.name: _distinct(rows[table.name], table, share) for table in self.quantized_tables}
         self._check_dtypes()
-        queries = self._look_up_queries({name: rows_N for name, (rows_N, _, _) in distinct.items()})
+        distinct_rows = {name: rows_N for name, (rows_N, _, _) in distinct.items()}
+        queries = self._look_up_queries(distinct_rows)
         if self.training:  # all tables together, with one sum over ranks, before any statistic takes them in
             numbers = [
-                training_inputs(self.quantizer(name), queries_NQ, distinct[name].rows_N, self._label(name))
+                training_inputs(self.quantizer(name), queries_NQ, distinct_rows[name], self._label(name))
                 for name, queries_NQ in queries.items()
             ]
             check_finite(list(itertools.chain.from_iterable(numbers)))
-        return {
-            name: (self._quantize(name, queries_NQ, distinct[name]), distinct[name].at_T)
-            for name, queries_NQ in queries.items()
-        }
+        found: dict[str, Vectors] = {}
+        for name, queries_NQ in queries.items():
+            rows_N, counts_N, at_T = distinct[name]
+            found[name] = self._quantize(name, queries_NQ, rows_N, counts_N), at_T
+        return found
 
     def _check_dtypes(self) -> None:
         for collection in self.queries.values():
@@ -181,6 +175,10 @@ class DPQTables(nn.Module):
                 check_dtype(f"table {', '.join(map(repr, weights))}", "queries", dtype)
         for name in self.quantizers:
             check_dtype(self._label(name), "keys and values", self.quantizer(name).values_MKS.dtype, torch.float32)
+
+    def name_of(self, table: str, path: str) -> str:
+        """The table's name in the artifact, of a module that stands at a path in its model."""
+        return table
 
     def _label(self, table: str) -> str:
         """How messages begin, by the name that the table has for its user."""
@@ -201,7 +199,10 @@ class DPQTables(nn.Module):
             raise ConfigError(f"forward: got queries on meta, which hold no numbers: {remedy}")
         return found
 
-    def _quantize(self, name: str, queries_NQ: torch.Tensor, distinct: Distinct) -> torch.Tensor:
+    def _quantize(
+        self, name: str, queries_NQ: torch.Tensor, rows_N: torch.Tensor, counts_N: torch.Tensor
+    ) -> torch.Tensor:
+        """Vectors [N, E] of distinct rows, ascending, that occur counts_N times."""
         quantizer = self.quantizer(name)
         if quantizer.is_warming_up:
             vectors_NE = queries_NQ
@@ -209,9 +210,9 @@ class DPQTables(nn.Module):
             none_of_each = [weight[:0].sum() for weight in quantizer.parameters() if weight.requires_grad]
             codebook_loss = sum(none_of_each, queries_NQ.new_zeros(()))
         else:
-            counts_N = distinct.counts_N.to(queries_NQ.dtype)
+            counts_N = counts_N.to(queries_NQ.dtype)
             with torch.autocast(queries_NQ.device.type, enabled=False):  # half precision would choose other codes
-                _, vectors_NE, codebook_loss = quantizer(queries_NQ, counts_N, distinct.rows_N, is_checked=True)
+                _, vectors_NE, codebook_loss = quantizer(queries_NQ, counts_N, rows_N, is_checked=True)
         if not self.training:
             return vectors_NE
         self.codebook_losses[name] = codebook_loss.detach()
@@ -255,9 +256,12 @@ def _query_config(table: BaseEmbeddingConfig, query_dim: int) -> EmbeddingConfig
     )
 
 
-def _distinct(rows_T: torch.Tensor, table: BaseEmbeddingConfig, share: float) -> Distinct:
+def _distinct(
+    rows_T: torch.Tensor, table: BaseEmbeddingConfig, share: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each row once, ascending [N]; the occurrences of each [N]; the position among them of each occurrence [T]."""
     rows_N, at_T, counts_N = torch.unique(rows_T, return_inverse=True, return_counts=True)
     if len(rows_N) and not (int(rows_N[0]) >= 0 and int(rows_N[-1]) < table.num_embeddings):  # unique sorts
         got = f"ids from {int(rows_N[0])} to {int(rows_N[-1])}"
         raise IndexError(f"table {table.name!r}: got {got}, want 0 to {table.num_embeddings - 1}")
-    return Distinct(rows_N, counts_N if share == 1 else counts_N * share, at_T)
+    return rows_N, counts_N if share == 1 else counts_N * share, at_T

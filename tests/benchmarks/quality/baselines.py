@@ -23,7 +23,7 @@ from torch.nn import functional
 from torchrec import EmbeddingBagCollection, EmbeddingCollection, KeyedJaggedTensor, KeyedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 
-from dpq_rec.nn.find import TrainedTable, find_tables
+from dpq_rec.nn.model import TrainedTable, find_tables
 from dpq_rec.nn.shards import rows_of
 from dpq_rec.vocabulary import Vocabulary
 from tests.benchmarks.quality.compositions import Composition, Hashing, LowDim, QuotientRemainder, TensorTrain

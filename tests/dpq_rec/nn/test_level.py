@@ -40,20 +40,20 @@ def test_scores_are_the_dot_products_of_the_paper():
 def test_score_moments_equal_mean_and_variance_over_all_occurrences(euclidean):
     queries, keys, counts = some()
     every_score_K = naive_scores(queries.repeat_interleave(counts, 0), keys, euclidean=euclidean).flatten(0, 1)
-    moments = score_moments(queries, keys, counts.double(), euclidean=euclidean)
-    torch.testing.assert_close(moments.mean_K, every_score_K.mean(0))
-    torch.testing.assert_close(moments.var_K, every_score_K.var(0, unbiased=False))
-    assert moments.num_occurrences == counts.sum()
+    mean_K, var_K, num_occurrences = score_moments(queries, keys, counts.double(), euclidean=euclidean)
+    torch.testing.assert_close(mean_K, every_score_K.mean(0))
+    torch.testing.assert_close(var_K, every_score_K.var(0, unbiased=False))
+    assert num_occurrences == counts.sum()
 
 
 @EUCLIDEAN
 def test_score_moments_have_the_gradients_of_mean_and_variance(euclidean):
     queries, keys, counts = some()
     queries.requires_grad_(), keys.requires_grad_()
-    moments = score_moments(queries, keys, counts.double(), euclidean=euclidean)
+    mean_K, var_K, _ = score_moments(queries, keys, counts.double(), euclidean=euclidean)
     every_score_K = naive_scores(queries.repeat_interleave(counts, 0), keys, euclidean=euclidean).flatten(0, 1)
     weights = torch.arange(1.0, 6.0, dtype=torch.float64)
-    ours = torch.autograd.grad((moments.mean_K * weights).sum() + (moments.var_K * weights).sum(), (queries, keys))
+    ours = torch.autograd.grad((mean_K * weights).sum() + (var_K * weights).sum(), (queries, keys))
     naive = (every_score_K.mean(0) * weights).sum() + (every_score_K.var(0, unbiased=False) * weights).sum()
     for got, want in zip(ours, torch.autograd.grad(naive, (queries, keys)), strict=True):
         torch.testing.assert_close(got, want)
@@ -62,9 +62,9 @@ def test_score_moments_have_the_gradients_of_mean_and_variance(euclidean):
 @EUCLIDEAN
 def test_score_moments_of_no_rows_are_finite(euclidean):
     queries, keys, counts = some(num_rows=0)
-    moments = score_moments(queries, keys, counts.double(), euclidean=euclidean)
-    assert torch.isfinite(moments.mean_K).all()
-    assert moments.num_occurrences == 0
+    mean_K, _, num_occurrences = score_moments(queries, keys, counts.double(), euclidean=euclidean)
+    assert torch.isfinite(mean_K).all()
+    assert num_occurrences == 0
 
 
 @EUCLIDEAN
@@ -118,7 +118,7 @@ def test_score_norm_averages_its_first_batches_plainly():
     for seed in range(4):
         queries, keys, counts = some(50, seed=seed)
         norm(queries, keys, counts.double())
-        means.append(score_moments(queries, keys, counts.double(), euclidean=False).mean_K)
+        means.append(score_moments(queries, keys, counts.double(), euclidean=False)[0])
     torch.testing.assert_close(norm.mean_K, torch.stack(means).mean(0))
 
 

@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from dpq_rec import EmbeddingStore, Int64Vocabulary
 from dpq_rec.errors import ConfigError
 from dpq_rec.nn import freeze, replace_embeddings, start, warm_up
-from dpq_rec.nn.find import find_tables
+from dpq_rec.nn.model import find_tables
 from tests.dpq_rec.nn.modules import NUM_IDS, config
 
 pytestmark = pytest.mark.usefixtures("one_rank")

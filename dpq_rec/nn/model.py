@@ -1,4 +1,7 @@
-"""The tables of a model. In: a model, sharded or not. Out: TrainedTable by name.
+"""The tables of a model: find, check, warm up, start. In: a model, sharded or not. Out: TrainedTable by name.
+
+In its warm-up a model hands out queries as vectors. Modules, shards and the state of fused optimizers stay as they are,
+so that what is learned goes on in quantized training: `start` then places keys and values by the queries.
 
 A collection's table has the name of its config; a module of one table has its own, or its path in the model, in which
 wrappers (torch.compile, DistributedDataParallel, FSDP, checkpoint_wrapper, AveragedModel ...) do not count.
@@ -10,7 +13,9 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple, TypeGuard
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -18,10 +23,21 @@ from torch.optim.swa_utils import AveragedModel
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from dpq_rec.errors import ConfigError
-from dpq_rec.nn.embedding import DPQEmbedding, DPQEmbeddingBag
+from dpq_rec.nn.collectives import world_size
 from dpq_rec.nn.finite import QUERY_DTYPES, Numbers, check_dtype, check_finite, frozen_inputs, largest_query
 from dpq_rec.nn.quantizer import Quantizer
-from dpq_rec.nn.shards import COLLECTIONS, configs_of, device_of, dtype_of, is_pooled, shards_of, weights_of
+from dpq_rec.nn.shards import (
+    COLLECTIONS,
+    check_cuts,
+    configs_of,
+    device_of,
+    dtype_of,
+    is_pooled,
+    is_under_fsdp,
+    rows_of,
+    shards_of,
+    weights_of,
+)
 from dpq_rec.nn.tables import DPQTables
 
 STAYS_PLAIN = "dpq_stays_plain"  # set on a stock module that counts among the tables, though too small to be quantized
@@ -163,9 +179,8 @@ def _tables_of(module: nn.Module, path: str) -> dict[str, TrainedTable]:
         return {path or "table": table}
     dpq = module if isinstance(module, DPQTables) else None
     configs, weights = (dpq.quantized_tables, dpq.query_weights()) if dpq else (configs_of(module), weights_of(module))
-    own_name = (module.name or path) if isinstance(module, DPQEmbedding | DPQEmbeddingBag) else ""
     return {
-        own_name or config.name: TrainedTable(
+        config.name if dpq is None else dpq.name_of(config.name, path): TrainedTable(
             config.num_embeddings,
             config.embedding_dim,
             tuple(config.feature_names),
@@ -176,6 +191,79 @@ def _tables_of(module: nn.Module, path: str) -> dict[str, TrainedTable]:
         )
         for config in configs
     }
+
+
+def warm_up(model: nn.Module, *, enabled: bool = True) -> None:
+    """Let every DPQ table of a model hand out queries themselves, in training and in eval mode, or quantize again.
+
+    In its warm-up a table trains as a plain one of its queries would. Keys and values get gradients of zero, so that
+    DistributedDataParallel finds all its parameters. A model in its warm-up cannot be frozen. No state_dict holds the
+    switch: whoever goes on from a checkpoint sets it again.
+
+    Args:
+        model: plain, or wrapped in DistributedModelParallel or DistributedDataParallel.
+        enabled: False quantizes again.
+
+    Raises:
+        ConfigError: the model holds no DPQ module, or a table whose queries are not as wide as its vectors.
+    """
+    quantizers = []
+    for name, table in quantized_tables(model, "warm_up").items():
+        assert table.quantizer is not None, "the others were left out"
+        quantizers.append(table.quantizer)
+        if enabled and table.quantizer.query_dim != table.embedding_dim:
+            got = f"queries of width {table.quantizer.query_dim} and vectors of {table.embedding_dim}"
+            raise ConfigError(f"table {name!r}: got {got}, of which no one is the other; leave out key_dim")
+    for quantizer in quantizers:
+        quantizer.is_warming_up = enabled
+
+
+@torch.no_grad()
+def start(model: nn.Module, *, num_samples: int = 1 << 16, seed: int = 0) -> None:
+    """Place the keys and values of every DPQ table by k-means of a sample of its queries (`Quantizer.start`).
+
+    Every rank calls it. The rows of the sample depend on the seed alone, not on the sharding; afterwards all ranks hold
+    the same keys, values and statistics, bit for bit.
+
+    Args:
+        model: plain, or wrapped in DistributedModelParallel.
+        num_samples: rows a table, at most.
+        seed: of sample and clustering.
+
+    Raises:
+        ConfigError: the model holds no DPQ module, or column shards that cut through a subspace; or a query that is not
+            finite, or too large to be compared, sampled or not: no table has been started then.
+        MissingDependencyError: faiss is not installed.
+    """
+    if num_samples < 1:
+        raise ConfigError(f"num_samples: got {num_samples}, want 1 or more")
+    if any(is_under_fsdp(module) for _, module in modules_with_tables(model)):
+        raise ConfigError("start: got tables under FSDP, whose weights are in pieces; call start before it is wrapped")
+    found = quantized_tables(model, "start")
+    check_tables(found, in_training=True)
+    for name, table in found.items():
+        assert table.quantizer is not None, "the others were left out"
+        check_cuts(name, table.weight_VQ, table.quantizer.config)
+        rows_N = _sample(table, num_samples, seed)
+        queries_NQ = rows_of(table.weight_VQ, rows_N)
+        if len(queries_NQ):
+            table.quantizer.start(queries_NQ, rows_N.to(queries_NQ.device), seed=seed)
+        if world_size() > 1:
+            for tensor in (*table.quantizer.parameters(), *table.quantizer.buffers()):
+                dist.broadcast(tensor.data, 0)
+    if world_size() > 1:
+        dist.barrier()  # gives gloo's threads time to let go of the broadcasts: see `freeze`
+
+
+def _sample(table: TrainedTable, num_samples: int, seed: int) -> torch.Tensor:
+    """Distinct rows [N] (int64), ascending, never the padding row."""
+    padding = table.padding_idx
+    num_rows = table.num_embeddings - (padding is not None)
+    rows_N = np.random.default_rng(seed).choice(num_rows, min(num_samples, num_rows), replace=False, shuffle=False)
+    rows_N.sort()
+    if padding is not None:
+        rows_N += rows_N >= padding
+    return torch.from_numpy(rows_N)
 
 
 def subspace_constraints(model: nn.Module, num_shards: int) -> dict[str, ParameterConstraints]:
