@@ -2,7 +2,7 @@
 
     ids -> rows -> codes -> vectors
 
-`lookup` goes all the way; `rows`, `decode` and `pool` go a part of it. Names, dtypes and errors are those of
+`lookup` and `lookup_bags` go all the way; `rows` and `decode` go a part of it. Names, dtypes and errors are those of
 `dpq_rec.EmbeddingStore`, which finds a table by its name.
 """
 

@@ -1,5 +1,5 @@
 // Rows to pooled bags: each vector is added to its bag's as it is decoded, and is nowhere in between. Its plain twin is
-// decode_bags in reference.py, which the tests hold it to bit for bit.
+// decode_bags in tests/references.py, which the tests hold it to bit for bit.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

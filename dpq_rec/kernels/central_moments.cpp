@@ -1,5 +1,5 @@
 // Moments of queries about their mean, from which those of all scores follow (nn/level.py), and the way back.
-// Their plain twins are central_moments and central_moments_gradient in reference.py.
+// Their plain twins are central_moments and central_moments_gradient in tests/references.py.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

@@ -1,4 +1,4 @@
-// Rows to vectors. Its plain twin is decode in reference.py, which the tests hold it to bit for bit.
+// Rows to vectors. Its plain twin is decode in tests/references.py, which the tests hold it to bit for bit.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

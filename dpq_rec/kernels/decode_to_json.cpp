@@ -1,6 +1,6 @@
 // Rows to the JSON of their vectors. A vector's text is that of its groups, side by side, and there are only as many
 // different ones as there are values: they are written beforehand, and copied here. Its plain twin is decode_to_json in
-// reference.py, which the tests hold it to.
+// tests/references.py, which the tests hold it to.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

@@ -1,4 +1,4 @@
-// Integers to rows. Its plain twin is find_integer_rows in reference.py, which the tests hold it to.
+// Integers to rows. Its plain twin is find_integer_rows in tests/references.py, which the tests hold it to.
 // What the tree says is checked against the ids themselves.
 
 #include "find_integers.h"

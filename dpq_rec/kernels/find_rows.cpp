@@ -1,4 +1,4 @@
-// Strings to rows. Its plain twin is find_rows in reference.py, which the tests hold it to.
+// Strings to rows. Its plain twin is find_rows in tests/references.py, which the tests hold it to.
 // Offsets and slots come from a file, and each is checked as it is read.
 
 #include <nanobind/nanobind.h>

@@ -1,5 +1,5 @@
 // Ids to vectors or to packed codes, in one go: a row's codes are on their way from memory while the next ids are
-// searched. Its plain twin is find_integer_rows and decode, or copy_codes, of reference.py.
+// searched. Its plain twin is find_integer_rows and decode, or copy_codes, of tests/references.py.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

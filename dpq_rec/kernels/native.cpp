@@ -1,5 +1,5 @@
-// Queries to codes, and the module of all hot loops. Each has a plain numpy twin in reference.py, which the tests hold it
-// to. What is exported to Python looks at its arguments; the loops beneath trust them.
+// Queries to codes, and the module of all hot loops. Each has a plain numpy twin in tests/references.py, which the tests
+// hold it to. What is exported to Python looks at its arguments; the loops beneath trust them.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

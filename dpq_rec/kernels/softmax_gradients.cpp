@@ -1,4 +1,4 @@
-// The backward pass of a choice by softmax (DPQ-SX). Its plain twin is softmax_gradients in reference.py.
+// The backward pass of a choice by softmax (DPQ-SX). Its plain twin is softmax_gradients in tests/references.py.
 //
 // Scores and weights exist for one query and subspace at a time, in the first-level cache, rather than as N x D x K
 // numbers in memory: those, not the arithmetic, set the time of a step.

@@ -1,4 +1,4 @@
-// Two threads answer a lookup of 16,384 ids in 0.28 ms, one in 0.45.
+// Two threads answer a lookup of 16,384 ids in 0.28 ms, one in 0.45 (the README's run of 2026-11-30).
 //
 // The threads are made when they are first asked for, in the process that asks: a fork copies none of them, so that the
 // child makes its own. They are shared by all who ask; who finds them busy does the work himself.
