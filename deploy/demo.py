@@ -97,7 +97,7 @@ def main() -> None:
     seconds["verify"] = step("Verify every byte", "dpq-rec", "verify", artifact)
 
     store = EmbeddingStore.open(artifact)
-    known = store.tables["item_id"].vocabulary.ids_of_rows(0, 2).ids_N.tolist()
+    known = store.tables["item_id"].vocabulary.ids_of_rows(0, 2)[0].tolist()
     ids = [*known, -1]
     want = store.lookup("item_id", ids).vectors
     with serving(artifact) as (http_address, grpc_address):

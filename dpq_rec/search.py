@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dpq_rec import kernels
 from dpq_rec.errors import ConfigError, DamagedArtifactError
 from dpq_rec.ids import plain_array
-from dpq_rec.kernels import Best
+from dpq_rec.kernels import NO_ROWS, Best
 
 if TYPE_CHECKING:
     from dpq_rec.table import Table
@@ -105,7 +105,7 @@ def _best_by_codes(
     scales_V: NDArray[np.float32] | None,
     check: Callable[[], None],
 ) -> Best:
-    scores_MK, best = _score_table(table, query_E), Best.none()
+    scores_MK, best = _score_table(table, query_E), NO_ROWS
     for tier, of_tier_VW in zip(table.tiers, table.packed, strict=True):
         for start in range(0, tier.num_rows, _BLOCK_ROWS):
             check()
@@ -143,7 +143,7 @@ def _best_of_vectors(
     check: Callable[[], None],
 ) -> Best:
     """A dense table is read in pieces; those of its rows that are good enough are sorted."""
-    best, vectors_VE = Best.none(), table.tensors["vectors"]
+    best, vectors_VE = NO_ROWS, table.tensors["vectors"]
     for rows_N in _blocks(*vectors_VE.shape):
         check()
         here = slice(rows_N[0], rows_N[-1] + 1)
@@ -152,12 +152,12 @@ def _best_of_vectors(
             if scales_V is not None:
                 scores_N = scores_N * scales_V[here]
         _check_scores(table.name, np.abs(scores_N).max(), "vectors", vectors_VE[here], int(rows_N[0]))
-        rows_N, scores_N = np.concatenate([best.rows_T, rows_N]), np.concatenate([best.scores_T, scores_N])
+        rows_N, scores_N = np.concatenate([best[0], rows_N]), np.concatenate([best[1], scores_N])
         if len(rows_N) > most:  # all that are as good as the worst of the best, so that lower rows win a tie
             enough_N = scores_N >= np.partition(scores_N, len(scores_N) - most)[len(scores_N) - most]
             rows_N, scores_N = rows_N[enough_N], scores_N[enough_N]
         order_T = np.lexsort((rows_N, -scores_N))[:most]
-        best = Best(rows_N[order_T], scores_N[order_T])
+        best = rows_N[order_T], scores_N[order_T]
     return best
 
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,15 +45,9 @@ from dpq_rec.strings import LazyStrings, PackedStrings
 if TYPE_CHECKING:
     from dpq_rec.kernels import _native
 
+RowIds = tuple[NDArray[Any] | LazyStrings, NDArray[np.int64]]
 _SCAN_ROWS = 1 << 22  # ids looked through at a time by ids_of_rows and check
 _MOST_ROWS = 1 << 32  # that uint32 can name
-
-
-class RowIds(NamedTuple):
-    """Ids [N] (strings are made on demand) and the row of each [N] (int64), rows ascending."""
-
-    ids_N: NDArray[Any] | LazyStrings
-    rows_N: NDArray[np.int64]
 
 
 class Vocabulary(PickledByPath):
@@ -71,7 +65,7 @@ class Vocabulary(PickledByPath):
         raise NotImplementedError
 
     def ids_of_rows(self, start: int, stop: int) -> RowIds:
-        """The ids that live in rows start to stop-1."""
+        """The ids [N] in rows start to stop-1 (strings are made on demand), and the row of each (int64), ascending."""
         raise NotImplementedError
 
     def indexed(self) -> Vocabulary:
@@ -107,7 +101,7 @@ class IdentityVocabulary(Vocabulary):
     def ids_of_rows(self, start: int, stop: int) -> RowIds:
         """See `Vocabulary.ids_of_rows`."""
         rows_N = np.arange(start, stop)
-        return RowIds(rows_N, rows_N)
+        return rows_N, rows_N
 
     def check(self, num_embeddings: int) -> None:
         """See `Vocabulary.check`."""
@@ -171,7 +165,7 @@ class _ListVocabulary(Vocabulary):
             rows.append(piece_N[here_P])
         entries_N, rows_N = np.concatenate(entries), np.concatenate(rows)
         order_N = np.argsort(rows_N, kind="stable")
-        return RowIds(self._ids_at(entries_N[order_N]), rows_N[order_N])
+        return self._ids_at(entries_N[order_N]), rows_N[order_N]
 
     def _ids_at(self, entries_N: NDArray[np.int64]) -> NDArray[Any] | LazyStrings:
         raise NotImplementedError

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dpq_rec.codes import CodeLayout, unpack_codes
-from dpq_rec.kernels import Best, Coded, SoftmaxGradients, Vectors
+from dpq_rec.kernels import NO_ROWS, Best, Coded, Vectors
 from dpq_rec.kernels.lookup import JsonTexts
 
 
@@ -117,7 +117,7 @@ def softmax_gradients(
     gradients_NDS: NDArray[np.float32],
     *,
     euclidean: bool,
-) -> SoftmaxGradients:
+) -> tuple[NDArray[np.float32], ...]:
     """Gradients of the mixture of values by the softmax of the scores."""
     scale_K, shift_K = affine
     differences_NDKX = keys_DKX - queries_NDX[:, :, None]
@@ -134,7 +134,7 @@ def softmax_gradients(
     by_queries_NDKX = (
         -2 * differences_NDKX if euclidean else np.broadcast_to(queries_NDX[:, :, None], differences_NDKX.shape)
     )
-    return SoftmaxGradients(
+    return (
         np.einsum("ndk,ndkx->ndx", of_scores_NDK, by_keys_NDKX),
         np.einsum("ndk,ndkx->dkx", of_scores_NDK, by_queries_NDKX),
         np.einsum("ndk,nds->dks", weights_NDK, gradients_NDS),
@@ -184,20 +184,19 @@ def scan_top(
     *,
     scales_V: NDArray[np.float32] | None = None,
     first_row: int = 0,
-    before: Best | None = None,
+    before: Best = NO_ROWS,
 ) -> Best:
     """Sorted by falling score, then by row."""
-    before = before or Best.none()
     codes_VM = unpack_codes(packed_VW, layout)
     scores_V = scores_MK[0, codes_VM[:, 0]]
     for m in range(1, layout.codes_per_row):
         scores_V = scores_V + scores_MK[m, codes_VM[:, m]]
     if scales_V is not None:
         scores_V = scores_V * scales_V
-    rows = np.concatenate([before.rows_T, first_row + np.arange(len(packed_VW))])
-    scores = np.concatenate([before.scores_T, scores_V])
+    rows = np.concatenate([before[0], first_row + np.arange(len(packed_VW))])
+    scores = np.concatenate([before[1], scores_V])
     order_T = np.lexsort((rows, -scores))[:most]
-    return Best(rows[order_T], scores[order_T])
+    return rows[order_T], scores[order_T]
 
 
 def find_integer_rows(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -84,6 +84,8 @@ class Coded(HasNative):
 
 
 Vectors = Coded | NDArray[np.float32]  # of all rows of a table: as codes, or as they are [V, E]
+Best = tuple[NDArray[np.int64], NDArray[np.float32]]  # T rows and their scores, the best first; of equal ones the lower
+NO_ROWS: Best = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
 def decode(
@@ -230,16 +232,6 @@ def encode(
     return codes_ND
 
 
-class SoftmaxGradients(NamedTuple):
-    """Gradients of a mixture of values, by what it is made of (float32); X is the width of a key."""
-
-    queries_NDX: NDArray[np.float32]
-    keys_DKX: NDArray[np.float32]
-    values_DKS: NDArray[np.float32]
-    scale_K: NDArray[np.float32]
-    shift_K: NDArray[np.float32]
-
-
 def softmax_gradients(
     queries_NDX: NDArray[np.float32],
     keys_DKX: NDArray[np.float32],
@@ -248,7 +240,7 @@ def softmax_gradients(
     gradients_NDS: NDArray[np.float32],
     *,
     euclidean: bool,
-) -> SoftmaxGradients:
+) -> tuple[NDArray[np.float32], ...]:
     """Gradients of sum over k of w[k] * value[k], where w is the softmax of scale[k] * score[k] + shift[k].
 
     Args:
@@ -258,6 +250,9 @@ def softmax_gradients(
         affine: scale_K and shift_K (float32).
         gradients_NDS: the loss's gradient by the mixture (float32), contiguous.
         euclidean: the score is minus the squared distance rather than the dot product.
+
+    Returns:
+        by queries [N, D, X], keys [D, K, X], values [D, K, S], scale [K] and shift [K] (float32).
     """
     keys_DXP, values_DSP = _in_lanes("keys", keys_DKX), _in_lanes("values", values_DKS)
     num_codes = keys_DKX.shape[1]
@@ -267,7 +262,7 @@ def softmax_gradients(
     by_query, by_key, by_value, by_scale, by_shift = map(np.zeros_like, inputs)
     outputs = (by_query, by_key, by_value, by_scale, by_shift)
     call(_native.softmax_gradients, *inputs, gradients_NDS, *outputs, euclidean)
-    return SoftmaxGradients(
+    return (
         by_query,
         by_key[:, :, :num_codes].transpose(0, 2, 1),
         by_value[:, :, :num_codes].transpose(0, 2, 1),
@@ -335,23 +330,6 @@ def _affine_in_lanes(
     return scale_P, shift_P
 
 
-class Best(NamedTuple):
-    """The T best rows of a scan, the best first; of equal scores the lower row.
-
-    Attributes:
-        rows_T: int64.
-        scores_T: float32.
-    """
-
-    rows_T: NDArray[np.int64]
-    scores_T: NDArray[np.float32]
-
-    @classmethod
-    def none(cls) -> Best:
-        """Of no rows."""
-        return cls(np.empty(0, np.int64), np.empty(0, np.float32))
-
-
 def scan_top(
     packed_VW: NDArray[np.uint8],
     scores_MK: NDArray[np.float32],
@@ -360,7 +338,7 @@ def scan_top(
     *,
     scales_V: NDArray[np.float32] | None = None,
     first_row: int = 0,
-    before: Best | None = None,
+    before: Best = NO_ROWS,
 ) -> Best:
     """The rows with the highest scores: the sum of the scores of a row's codes in their order, times its scale.
 
@@ -382,10 +360,10 @@ def scan_top(
     check_array("scores", scores_MK, np.float32, layout.codes_per_row, layout.num_codes)
     if not isinstance(most, int) or most < 0:
         raise ConfigError(f"most: got {most!r}, want 0 or more")
-    before = before or Best.none()
-    check_array("before", before.rows_T, np.int64, None)
-    check_array("before", before.scores_T, np.float32, len(before.rows_T))
-    rows_B, scores_B = before.rows_T[:most], before.scores_T[:most]
+    rows_B, scores_B = before
+    check_array("before", rows_B, np.int64, None)
+    check_array("before", scores_B, np.float32, len(rows_B))
+    rows_B, scores_B = rows_B[:most], scores_B[:most]
     most = min(most, len(rows_B) + len(packed_VW))
     rows_T, scores_T = np.empty(most, np.int64), np.empty(most, np.float32)
     rows_T[: len(rows_B)], scores_T[: len(rows_B)] = rows_B, scores_B
@@ -396,4 +374,4 @@ def scan_top(
     if bad_row_at >= 0:
         row = first_row + bad_row_at
         raise DamagedArtifactError(f"row {row} holds a code of {layout.num_codes} or more, or values that are none")
-    return Best(rows_T[:num_found], scores_T[:num_found])
+    return rows_T[:num_found], scores_T[:num_found]

@@ -101,7 +101,7 @@ def _write(
         for name, table in found.items():
             if (row := table.padding_idx) is None:
                 continue
-            for id_ in contents[name].vocabulary.ids_of_rows(row, row + 1).ids_N[:1]:
+            for id_ in contents[name].vocabulary.ids_of_rows(row, row + 1)[0][:1]:
                 raise ConfigError(
                     f"vocabularies: got one for table {name!r} in which id {id_} lives in row {row}, the padding row, "
                     "for which the model returns zeros; leave that id out"

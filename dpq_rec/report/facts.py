@@ -176,8 +176,8 @@ def measure(table: Table, ids: Sequence[Id] = (), progress: Progress = lambda nu
     if ids:
         chosen = list(zip(ids, table.vocabulary.rows(list(ids)).tolist(), strict=True))
     else:  # of the first rows, which training fills with the most frequent ids
-        first = table.vocabulary.ids_of_rows(0, min(CANDIDATES, table.manifest.num_embeddings))
-        rows_N = telling_rows(table, np.unique(first.rows_N), NUM_CHOSEN)
+        _, rows_N = table.vocabulary.ids_of_rows(0, min(CANDIDATES, table.manifest.num_embeddings))
+        rows_N = telling_rows(table, np.unique(rows_N), NUM_CHOSEN)
         chosen = [(an_id, row) for row in rows_N.tolist() for an_id in _ids_of_row(table, row)[:1]]
     found = [(an_id, row) for an_id, row in chosen if row != MISSING_ROW]
     return TableFacts(
@@ -207,7 +207,8 @@ def _neighbourhoods(table: Table, chosen: Sequence[tuple[Id, int]], progress: Pr
 
 
 def _ids_of_row(table: Table, row: int) -> list[Id]:
-    return list(table.vocabulary.ids_of_rows(row, row + 1).ids_N.tolist())
+    ids_N, _ = table.vocabulary.ids_of_rows(row, row + 1)
+    return list(ids_N.tolist())
 
 
 def _codes_of_row(table: Table, row: int) -> NDArray[np.uint16] | None:

@@ -34,7 +34,7 @@ def uses(store, name, wanted_ids, query_QE):
     yield lambda: store.lookup_bytes(name, np.arange(num_rows).tobytes())
     yield lambda: store.search(name, query_QE, 5)
     yield lambda: store.search(name, query_QE, 5, similarity="cosine")
-    yield lambda: store.tables[name].vocabulary.ids_of_rows(0, num_rows).ids_N[:]
+    yield lambda: store.tables[name].vocabulary.ids_of_rows(0, num_rows)[0][:]
     yield lambda: store.tables[name].vocabulary.check(num_rows)
 
 damaged = answered = 0

@@ -55,7 +55,7 @@ def rows_of(answer):
 @pytest.mark.parametrize("num_unknown", [0, 3])
 def test_codes_and_values_give_the_vectors_of_the_store(call, make_engine, store, tiered_store, table, num_unknown):
     store = store if table == "item_id" else tiered_store
-    known = store.tables[table].vocabulary.ids_of_rows(0, 30).ids_N
+    known = store.tables[table].vocabulary.ids_of_rows(0, 30)[0]
     ids = np.concatenate([known[::-1], np.full(num_unknown, -(10**15)), known[:2]])
     engine = make_engine(store=store)
     headers = {"Content-Type": BINARY, "Accept": CODES}

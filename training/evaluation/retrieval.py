@@ -54,7 +54,7 @@ class Retrieval:
         self.vocabularies = {USER: vocabularies[USER], ITEM: candidates}
         self._item_rows_C = np.arange(num_candidates)
         if candidates is not vocabularies[ITEM]:
-            ids_C = candidates.ids_of_rows(0, num_candidates).ids_N
+            ids_C = candidates.ids_of_rows(0, num_candidates)[0]
             self._item_rows_C = vocabularies[ITEM].rows(ids_C if isinstance(ids_C, np.ndarray) else ids_C.tolist())
         self._users: dict[int, EvaluatedUsers] = {}
 

@@ -252,7 +252,7 @@ def test_an_odd_artifact_is_sound_in_every_way_in_process(artifact, tmp_path, na
     opened = verify(artifact)
     store = EmbeddingStore.open(artifact)
     for table in list(opened.tables.values())[:6]:
-        ids = table.vocabulary.ids_of_rows(0, table.manifest.num_embeddings).ids_N.tolist()
+        ids = table.vocabulary.ids_of_rows(0, table.manifest.num_embeddings)[0].tolist()
         vectors, missing = store.lookup(table.name, [*ids, *([] if table.vocabulary.kind == "string" else [-99])])
         assert np.isfinite(vectors).all()
         assert missing.tolist() in ([], [len(ids)])

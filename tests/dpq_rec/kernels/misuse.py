@@ -10,7 +10,7 @@ import numpy as np
 
 from dpq_rec import CodeLayout, kernels
 from dpq_rec.errors import ConfigError, DamagedArtifactError, IdTypeError
-from dpq_rec.kernels import Best, Coded, _native, ids, lookup
+from dpq_rec.kernels import Coded, _native, ids, lookup
 from dpq_rec.kernels.arguments import call
 from dpq_rec.kernels.ids import build_tree, sorted_integers
 from dpq_rec.kernels.lookup import JsonTexts
@@ -77,7 +77,7 @@ def softmax_gradients(queries, keys, values, scale, shift, gradients):
 
 
 def scan_top(packed, scores, most, scales, first_row, rows, best):
-    before = Best(rows, best)
+    before = rows, best
     return kernels.scan_top(packed, scores, LAYOUT, most, scales_V=scales, first_row=first_row, before=before)
 
 

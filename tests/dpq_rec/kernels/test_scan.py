@@ -17,8 +17,8 @@ def random_table(num_rows, layout, seed, *, few=False):
 
 
 def assert_same(got, wanted):
-    np.testing.assert_array_equal(got.rows_T, wanted.rows_T)
-    np.testing.assert_array_equal(got.scores_T, wanted.scores_T)
+    for array, wanted_array in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(array, wanted_array)
 
 
 @given(
@@ -79,8 +79,8 @@ def test_scan_reads_nothing_beyond_the_rows():
     scores_MK = np.zeros((3, 31), np.float32)
     scores_MK[:, 30] = 1
     packed_VW = pack_codes(np.array([[0, 0, 0]] * 11 + [[30, 30, 30]] * 9), layout)
-    got = kernels.scan_top(packed_VW[:11], scores_MK, layout, 20)
-    assert (len(got.rows_T), got.scores_T.max()) == (11, 0)
+    rows_T, scores_T = kernels.scan_top(packed_VW[:11], scores_MK, layout, 20)
+    assert (len(rows_T), scores_T.max()) == (11, 0)
 
 
 @pytest.mark.parametrize(("row", "num_rows"), [(0, 19), (7, 19), (8, 19), (18, 19), (1, 300), (100, 300), (299, 300)])
@@ -108,6 +108,6 @@ def test_scan_finds_what_faiss_finds():
     scores_QT, rows_QT = index.search(queries_QE, 10)
     for query_E, scores_T, rows_T in zip(queries_QE, scores_QT, rows_QT, strict=True):
         scores_MK = np.einsum("ds,dks->dk", query_E.reshape(4, 4), values_DKS)
-        got = kernels.scan_top(packed_VW, scores_MK, layout, 10)
-        np.testing.assert_array_equal(got.rows_T, rows_T)
-        np.testing.assert_allclose(got.scores_T, scores_T, rtol=1e-5)
+        got_rows_T, got_scores_T = kernels.scan_top(packed_VW, scores_MK, layout, 10)
+        np.testing.assert_array_equal(got_rows_T, rows_T)
+        np.testing.assert_allclose(got_scores_T, scores_T, rtol=1e-5)
