@@ -22,7 +22,7 @@ Training (`dpq_rec.nn`):
     nn.tables     what these have in common: rows -> queries, which are the weights that train -> vectors
     nn.quantizer  queries -> codes -> vectors and codebook loss: a loop over `nn.level`, whose gradients `nn.estimators`
                   define; `nn.codebook`: k-means, running means (EMA) and dead-code revival
-    nn.warm_up    lets a model train before its tables are quantized; then `nn.start` places keys and values by k-means
+    nn.model      finds a model's tables; lets them warm up, then starts their keys and values by k-means
     nn.freeze     encodes every row's query once; codes and values go into an artifact
 
 Tools: `cli`, `report` (an artifact as a web page), `code_use`, `export` (Parquet), `sizing` (K and D for a ratio); and

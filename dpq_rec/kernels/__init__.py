@@ -29,7 +29,7 @@ MISSING_ROW = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Coded(HasNative):
-    """Vectors that are stored as codes.
+    """The vectors of a compressed table: packed codes and values, as the C++ reads them.
 
     Attributes:
         layouts: of a row's codes in each tier, in the order of rows; one where all rows have as many levels.
@@ -100,7 +100,7 @@ def decode(
         num_threads: that the work is shared among, this one included.
 
     Returns:
-        vectors_NE, in the dtype asked for.
+        vectors_NE, in that dtype.
 
     Raises:
         DamagedArtifactError: a row outside the table, or a code of K or more: nothing is read outside the arrays.
@@ -133,7 +133,7 @@ def decode_bags(
         num_threads: that the work is shared among, this one included.
 
     Returns:
-        pooled_BE, in the dtype asked for.
+        pooled_BE, in that dtype.
 
     Raises:
         DamagedArtifactError: as in `decode`.
@@ -321,7 +321,7 @@ def _in_lanes(what: str, tensor_DKS: NDArray[np.float32]) -> NDArray[np.float32]
 def _affine_in_lanes(
     scale_K: NDArray[np.float32], shift_K: NDArray[np.float32], num_codes: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scale [P] and shift [P] that let no filling win."""
+    """Scale [P] and shift [P], filled up so that no code beyond K has the highest score."""
     check_array("scale", scale_K, np.float32, num_codes)
     check_array("shift", shift_K, np.float32, num_codes)
     padded = -(-num_codes // _native.LANES) * _native.LANES
