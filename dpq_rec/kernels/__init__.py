@@ -48,7 +48,7 @@ class Coded(HasNative):
 
     @classmethod
     def of(cls, packed_VW: NDArray[np.uint8], values_MKS: NDArray[np.float32], layout: CodeLayout) -> Coded:
-        """Of one tier."""
+        """The vectors of a table of one tier."""
         return cls((layout,), (packed_VW,), values_MKS)
 
     def with_codes(self, packed: Sequence[NDArray[np.uint8]]) -> Coded:
@@ -182,7 +182,7 @@ def native_of(stored: Vectors) -> _native.Vectors:
 
 
 def check_damage(stored: Vectors, rows_N: NDArray[np.int64], bad_at: Sequence[int]) -> None:
-    """Say what a kernel found damaged.
+    """Raise what a kernel found damaged.
 
     Args:
         stored: the vectors of all rows.

@@ -1,4 +1,4 @@
-"""Training side of DPQ: the only place that imports torch and torchrec.
+"""Training side of DPQ: the only part that imports torch and torchrec.
 
 `quantizer` loops over the `level`s of a `codebook`, and `estimators` let gradients pass; `tables` look rows up, for
 `embedding` and `collection`; `model` finds the tables of a model and warms them up, for `replace` and `freeze`.

@@ -2,6 +2,7 @@
 
 A choice has no gradient; the two methods of the paper put different ones in its place. `Softmax` is DPQ-SX (DPQ paper,
 eq. 5), `StraightThrough` is DPQ-VQ (eq. 7). Forward, both emit the very bits of the chosen values. In formulas, Q are
+queries, H vectors, T(Q) the chosen values, and sg(x) is x without its gradient. In formulas, Q are
 queries, H vectors, T(Q) the chosen values, and sg(x) is x without its gradient.
 
 The codebook loss needs no line in the training loop: `with_codebook_loss` attaches it to the vectors. It counts once
@@ -34,11 +35,13 @@ class Softmax:
     def __init__(self, config: DPQConfig) -> None:
         self.config = config
 
-    def emit(self, choice: Choice, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def emit(
+        self, choice: Choice, residual_NDS: torch.Tensor, counts_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The values [N, D, S] of a level's codes, and a codebook loss of zero."""
         scale_K, shift_K = (tensor_K / self.config.temperature for tensor_K in (choice.scale_K, choice.shift_K))
         soft = choice._replace(scale_K=scale_K, shift_K=shift_K)
-        zero = rest_NDS.new_zeros(())
+        zero = residual_NDS.new_zeros(())
         if not self.config.hard_values:
             return softmax_choice(soft), zero
         mixed_NDS = softmax_choice(soft._replace(values_DKS=choice.values_DKS.detach()))
@@ -60,26 +63,30 @@ class StraightThrough:
     def __init__(self, config: DPQConfig) -> None:
         self.config = config
 
-    def emit(self, choice: Choice, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def emit(
+        self, choice: Choice, residual_NDS: torch.Tensor, counts_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The values [N, D, S] of a level's codes, and its codebook loss; rows that have the level come first."""
         chosen_NDS = choose(choice.values_DKS, choice.codes_ND)
-        loss = self._codebook_loss(chosen_NDS, rest_NDS, counts_N)
+        loss = self._codebook_loss(chosen_NDS, residual_NDS, counts_N)
         return chosen_NDS if self.config.value_gradient else chosen_NDS.detach(), loss
 
     def pass_through(self, vectors_NE: torch.Tensor, queries_NE: torch.Tensor) -> torch.Tensor:
         """The vectors, whose gradient goes to the queries as it is."""
         return vectors_NE + (queries_NE - queries_NE.detach())  # the difference is exactly zero
 
-    def _codebook_loss(self, chosen_NDS: torch.Tensor, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> torch.Tensor:
+    def _codebook_loss(
+        self, chosen_NDS: torch.Tensor, residual_NDS: torch.Tensor, counts_N: torch.Tensor
+    ) -> torch.Tensor:
         """Mean over the occurrences of all rows, as if a level that a row lacks had no error."""
         config = self.config
         weight = 0.0 if config.ema_decay is not None else config.penalty_weight
         if not (weight or config.commitment_weight):  # nothing to sum, here or over ranks
-            return rest_NDS.new_zeros(())
-        chosen_NDS, rest_NDS = map(_FirstBackwardOnly.apply, (chosen_NDS, rest_NDS))
-        errors_N = weight * (chosen_NDS - rest_NDS.detach()).square().flatten(1).mean(1)
+            return residual_NDS.new_zeros(())
+        chosen_NDS, residual_NDS = map(_FirstBackwardOnly.apply, (chosen_NDS, residual_NDS))
+        errors_N = weight * (chosen_NDS - residual_NDS.detach()).square().flatten(1).mean(1)
         if config.commitment_weight:
-            committed_N = (rest_NDS - chosen_NDS.detach()).square().flatten(1).mean(1)
+            committed_N = (residual_NDS - chosen_NDS.detach()).square().flatten(1).mean(1)
             errors_N = errors_N + config.commitment_weight * committed_N
         # Ranks average their gradients, and so their losses: this rank's share is scaled so that the average over ranks
         # is the mean over all occurrences.

@@ -1,4 +1,4 @@
-"""One residual level of a quantizer. In: what the levels before it left over of the queries. Out: Choice.
+"""One residual level of a quantizer. In: residuals of queries, less the values of earlier levels. Out: Choice.
 
 The code of a group is the key with the highest score: the dot product, minus the squared Euclidean distance, or the
 cosine, which is the dot product of `directions`. Batch norm of the scores (DPQ paper, appendix C) keeps one mean and
@@ -28,15 +28,15 @@ _LEAST_SQUARE = 1e-12  # squared length below which a group has no direction
 
 
 class Choice(NamedTuple):
-    """Groups, what they were compared with, and the codes that won.
+    """The codes that a level chose, and what they were chosen from.
 
     Attributes:
-        queries_NDX: as they were compared; X may differ from S.
-        keys_DKX: what with.
-        values_DKS: what the codes stand for.
+        queries_NDX: residuals of the queries, of length one for cosines; X, the width of a key, may differ from S.
+        keys_DKX: the keys that they were compared with.
+        values_DKS: the values of the codes.
         scale_K: the normalised score of a code is scale * score + shift.
         shift_K: likewise.
-        codes_ND: the highest normalised scores (int64).
+        codes_ND: the code with the highest normalised score (int64).
         euclidean: whether the score is minus the squared distance, not the dot product.
     """
 
@@ -50,7 +50,7 @@ class Choice(NamedTuple):
 
 
 class Level:
-    """A level's part of a quantizer's keys, values and statistics, and how they choose and move.
+    """One level of a quantizer: its keys, values and statistics, and the choice of codes by them.
 
     Args:
         quantizer: whose level.
@@ -79,9 +79,9 @@ class Level:
             values_DKS, keys_DKX = values_DKS.clone(), keys_DKX.clone()
         return values_DKS, keys_DKX
 
-    def choose(self, rest_NDS: torch.Tensor, counts_N: torch.Tensor | None, codebook: Codebook) -> Choice:
+    def choose(self, residual_NDS: torch.Tensor, counts_N: torch.Tensor | None, codebook: Codebook) -> Choice:
         """Choose codes (DPQ paper, eq. 1); the batch's own statistics count where `counts_N` is given."""
-        queries_NDX, (values_DKS, keys_DKX) = rest_NDS, codebook
+        queries_NDX, (values_DKS, keys_DKX) = residual_NDS, codebook
         if self.config.resolved_metric == "cosine":
             queries_NDX, keys_DKX = directions(queries_NDX), directions(keys_DKX)
         scale_K, shift_K = keys_DKX.new_ones(self.config.num_codes), keys_DKX.new_zeros(self.config.num_codes)
@@ -94,56 +94,54 @@ class Level:
         return Choice(queries_NDX, keys_DKX, values_DKS, scale_K, shift_K, codes_ND, euclidean)
 
     @torch.no_grad()
-    def revive(self, rest_NDS: torch.Tensor) -> None:
+    def revive(self, residual_NDS: torch.Tensor) -> None:
         """Reset codes that were idle for long to queries of this batch: the same ones on every rank."""
         quantizer, revival = self.quantizer, self.quantizer.revival
         if revival is None or recomputing():
             return
         group_P, code_P = (revival.idle_MK[self.groups] >= revival.after).nonzero(as_tuple=True)
         group_P = group_P + self.groups.start
-        drawn_PDS = revival.draw(rest_NDS, len(code_P))
+        drawn_PDS = revival.draw(residual_NDS, len(code_P))
         if not len(drawn_PDS):
             return
-        places_P = torch.arange(len(code_P), device=code_P.device)
-        subspace_P = (
-            places_P % self.config.num_subspaces if self.config.share_subspaces else group_P - self.groups.start
-        )
+        at_P = torch.arange(len(code_P), device=code_P.device)
+        subspace_P = at_P % self.config.num_subspaces if self.config.share_subspaces else group_P - self.groups.start
         # Through `data`: a forward whose backward is still to come holds copies (see `codebook`).
         values_MKS = quantizer.values_MKS.data
         if quantizer.own_keys_MKS is None:
-            values_MKS[group_P, code_P] = drawn_PDS[places_P, subspace_P]
+            values_MKS[group_P, code_P] = drawn_PDS[at_P, subspace_P]
         else:  # the query keeps the value that it has, now from a code nearer to it
-            now_P = self.choose(drawn_PDS, None, self.codebook()).codes_ND[places_P, subspace_P]
+            now_P = self.choose(drawn_PDS, None, self.codebook()).codes_ND[at_P, subspace_P]
             values_MKS[group_P, code_P] = values_MKS[group_P, now_P]
-            quantizer.own_keys_MKS.data[group_P, code_P] = drawn_PDS[places_P, subspace_P]
+            quantizer.own_keys_MKS.data[group_P, code_P] = drawn_PDS[at_P, subspace_P]
         revival.idle_MK[group_P, code_P] = 0
         if quantizer.running_means is not None:
             quantizer.running_means.counts_MK[group_P, code_P] = 0
             quantizer.running_means.sums_MKS[group_P, code_P] = 0
 
-    def follow(self, codes_ND: torch.Tensor, rest_NDS: torch.Tensor, counts_N: torch.Tensor) -> None:
-        """Move running means, and count idle codes, by what a batch chose: once, however often its forward runs."""
+    def update_statistics(self, codes_ND: torch.Tensor, residual_NDS: torch.Tensor, counts_N: torch.Tensor) -> None:
+        """Update running means and counts of idle codes by a batch: once, however often its forward runs."""
         if recomputing():
             return
         quantizer = self.quantizer
         if quantizer.running_means is not None:
             values_GKS = quantizer.values_MKS.data[self.groups]
-            quantizer.running_means.update(values_GKS, self.groups, codes_ND, rest_NDS, counts_N)
+            quantizer.running_means.update(values_GKS, self.groups, codes_ND, residual_NDS, counts_N)
         if quantizer.revival is not None:
             quantizer.revival.count(self.groups, codes_ND)
 
-    def start(self, rest_NDS: torch.Tensor, seed: int) -> torch.Tensor:
-        """Place keys and values by k-means of a sample; what they leave over of it."""
+    def start(self, residual_NDS: torch.Tensor, seed: int) -> torch.Tensor:
+        """Place keys and values by k-means of a sample; the residuals of the sample are returned."""
         config, quantizer, groups = self.config, self.quantizer, self.groups
         spherical = config.resolved_metric == "cosine"
-        keys_GKX = kmeans(rest_NDS, config.num_codes, shared=config.share_subspaces, spherical=spherical, seed=seed)
+        keys_GKX = kmeans(residual_NDS, config.num_codes, shared=config.share_subspaces, spherical=spherical, seed=seed)
         (quantizer.values_MKS if quantizer.own_keys_MKS is None else quantizer.own_keys_MKS).data[groups] = keys_GKX
-        ones_N = rest_NDS.new_ones(len(rest_NDS))
-        codes_ND = self.choose(rest_NDS, ones_N, self.codebook()).codes_ND
+        ones_N = residual_NDS.new_ones(len(residual_NDS))
+        codes_ND = self.choose(residual_NDS, ones_N, self.codebook()).codes_ND
         values_GKS = quantizer.values_MKS.data[groups]
         if keys_GKX.shape != values_GKS.shape:
-            return rest_NDS
-        counts_GK, sums_GKS = sums_by_code(codes_ND, rest_NDS, ones_N, keys_GKX.shape[:2])
+            return residual_NDS
+        counts_GK, sums_GKS = sums_by_code(codes_ND, residual_NDS, ones_N, keys_GKX.shape[:2])
         means_GKS = sums_GKS / counts_GK.clamp(min=1)[..., None]
         if quantizer.own_keys_MKS is not None:
             values_GKS[counts_GK > 0] = means_GKS[counts_GK > 0]
@@ -153,7 +151,7 @@ class Level:
         if quantizer.running_means is not None:  # as if all batches before had held the sample
             quantizer.running_means.counts_MK[groups] = counts_GK
             quantizer.running_means.sums_MKS[groups] = values_GKS * counts_GK[..., None]
-        return rest_NDS - choose(self.of(quantizer.stored_values()), codes_ND)
+        return residual_NDS - choose(self.of(quantizer.stored_values()), codes_ND)
 
 
 def directions(groups_XS: torch.Tensor) -> torch.Tensor:
@@ -192,7 +190,7 @@ def _encode_chunk(
         else:
             scores_NDK += key_1DK * query_ND1
     normalised_NDK = scores_NDK * scale_K + shift_K
-    # argmax leaves open which of several maxima it returns; the first is asked for by name.
+    # argmax leaves open which of several maxima it returns; the first is taken by hand.
     return (normalised_NDK == normalised_NDK.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
 
 
@@ -253,7 +251,7 @@ def _central_moments(queries_NDS: torch.Tensor, mean_DS: torch.Tensor, weights_N
 
 
 class _CentralMoments(torch.autograd.Function):
-    """The same by a kernel: one visit of the queries, each way, instead of products whose inner width is S."""
+    """`_central_moments` by a kernel: one pass over the queries each way, not products whose inner width is S."""
 
     @staticmethod
     def forward(ctx: Any, queries_NDS: torch.Tensor, mean_DS: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
@@ -302,13 +300,13 @@ class ScoreNorm(nn.Module):
         if self.training and counts_N is not None:
             mean_K, var_K, num_occurrences = score_moments(queries_NDS, keys_DKS, counts_N, euclidean=self.euclidean)
             if not recomputing():
-                self._follow(mean_K, var_K, num_occurrences)
+                self._update(mean_K, var_K, num_occurrences)
         scale_K = torch.rsqrt(var_K + self.epsilon)
         return scale_K, -mean_K * scale_K
 
     @torch.no_grad()
-    def _follow(self, mean_K: torch.Tensor, var_K: torch.Tensor, num_occurrences: torch.Tensor) -> None:
-        """A plain average over the first batches, so that the start leaves no trace; then exponential."""
+    def _update(self, mean_K: torch.Tensor, var_K: torch.Tensor, num_occurrences: torch.Tensor) -> None:
+        """Running moments: a plain average of the first batches, so that no start is left in them; then exponential."""
         has_rows = (num_occurrences > 0).to(self.num_batches.dtype)
         self.num_batches.add_(has_rows)
         step = has_rows * torch.clamp(1 / self.num_batches.clamp(min=1), min=self.momentum)

@@ -222,7 +222,7 @@ def warm_up(model: nn.Module, *, enabled: bool = True) -> None:
 def start(model: nn.Module, *, num_samples: int = 1 << 16, seed: int = 0) -> None:
     """Place the keys and values of every DPQ table by k-means of a sample of its queries (`Quantizer.start`).
 
-    Every rank calls it. The rows of the sample depend on the seed alone, not on the sharding; afterwards all ranks hold
+    Every rank calls it. The rows of the sample depend on the seed alone, not on the sharding; in the end all ranks hold
     the same keys, values and statistics, bit for bit.
 
     Args:

@@ -155,12 +155,12 @@ class Quantizer(nn.Module):
         queries_NQ = self._in_own_dtype(queries_NQ)
         check_finite(training_inputs(self, queries_NQ, rows_N, "quantizer", only_queries=True))
         self._reset_statistics()
-        was_training, rest_NDS = self.training, self._grouped(queries_NQ)
+        was_training, residual_NDS = self.training, self._grouped(queries_NQ)
         self.train()  # for the sample's statistics of the scores
         try:
             for level in self._levels(len(queries_NQ), rows_N):
                 if level.num_rows:
-                    rest_NDS = level.start(rest_NDS[: level.num_rows], seed + level.index)
+                    residual_NDS = level.start(residual_NDS[: level.num_rows], seed + level.index)
         finally:
             self.train(was_training)
 
@@ -202,18 +202,18 @@ class Quantizer(nn.Module):
             check_finite(training_inputs(self, queries_NQ, rows_N, "quantizer"))
         like = queries_NQ.detach() if rows_N is None else rows_N
         run = None if self.first_runs is None else self.first_runs.of(self, like, counts_N)
-        rest_NDS, codebook_loss = self._grouped(queries_NQ), queries_NQ.new_zeros(())
+        residual_NDS, codebook_loss = self._grouped(queries_NQ), queries_NQ.new_zeros(())
         codes: list[torch.Tensor] = []
         emitted: list[torch.Tensor] = []
         for level in self._levels(len(queries_NQ), rows_N):
             if emitted:
-                rest_NDS = (rest_NDS - emitted[-1].detach())[: level.num_rows]
-            level.revive(rest_NDS.detach())
+                residual_NDS = (residual_NDS - emitted[-1].detach())[: level.num_rows]
+            level.revive(residual_NDS.detach())
             codebook = level.codebook()
             codebook = codebook if run is None else run.codebook(level.index, codebook)
-            choice = level.choose(rest_NDS, counts_N[: level.num_rows], codebook)
-            emitted_NDS, loss = self.estimator.emit(choice, rest_NDS, counts_N)
-            level.follow(choice.codes_ND, rest_NDS.detach(), counts_N[: level.num_rows])
+            choice = level.choose(residual_NDS, counts_N[: level.num_rows], codebook)
+            emitted_NDS, loss = self.estimator.emit(choice, residual_NDS, counts_N)
+            level.update_statistics(choice.codes_ND, residual_NDS.detach(), counts_N[: level.num_rows])
             codes.append(choice.codes_ND)
             emitted.append(emitted_NDS)
             codebook_loss = codebook_loss + loss
@@ -231,14 +231,14 @@ class Quantizer(nn.Module):
             first_subspace: the subspace that the first column belongs to.
             rows_N: which rows these are, ascending; wanted where there are tiers.
         """
-        rest_NDS, codes = self._grouped(self._in_own_dtype(queries_NQ)), []
-        subspaces = slice(first_subspace, first_subspace + rest_NDS.shape[1])
+        residual_NDS, codes = self._grouped(self._in_own_dtype(queries_NQ)), []
+        subspaces = slice(first_subspace, first_subspace + residual_NDS.shape[1])
         for level in self._levels(len(queries_NQ), rows_N):
-            rest_NDS = rest_NDS[: level.num_rows]
-            choice = level.choose(rest_NDS, None, level.codebook(subspaces))
+            residual_NDS = residual_NDS[: level.num_rows]
+            choice = level.choose(residual_NDS, None, level.codebook(subspaces))
             codes.append(choice.codes_ND)
             if level.index + 1 < self.config.num_levels:
-                rest_NDS = rest_NDS - choose(choice.values_DKS, choice.codes_ND)
+                residual_NDS = residual_NDS - choose(choice.values_DKS, choice.codes_ND)
         return _side_by_side(codes)
 
     def decode(self, codes_NM: torch.Tensor) -> torch.Tensor:

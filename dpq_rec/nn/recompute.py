@@ -1,4 +1,4 @@
-"""Forwards that run twice, by activation checkpointing. In: a forward's rows. Out: what they were compared with.
+"""Activation checkpointing: forwards that run twice. In: a forward's rows. Out: the keys and values of its first run.
 
 Checkpointing runs a forward again in the backward pass, for what it did not save. Statistics, EMA and revival must move
 once, and the second run must find the keys and values of the first.
@@ -23,7 +23,7 @@ def recomputing() -> bool:
 
 
 class FirstRun:
-    """What a forward compared its queries with, level by level.
+    """Keys and values of a forward, level by level, kept for a second run of it.
 
     Args:
         like: tensors that a second run has too, with the same contents.

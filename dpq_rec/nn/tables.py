@@ -1,7 +1,7 @@
-"""Rows to vectors: what all modules share. In: the rows of each table. Out: vectors of distinct rows, and positions.
+"""`DPQTables`, base of all DPQ modules. In: rows of each table. Out: vectors of distinct rows, and positions.
 
 The queries live in stock EmbeddingCollections, so that TorchRec's planner, sharders and fused optimizers find them.
-Each table is asked for the query of every distinct row once, and quantizes it once.
+Each distinct row of a batch is looked up once, and its query is quantized once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dpq_rec.nn.quantizer import Quantizer
 from dpq_rec.nn.shards import check_cuts, configs_of, modules_of, weights_of
 from dpq_rec.nn.tracing import refuse_scripting
 
-Vectors = tuple[torch.Tensor, torch.Tensor]  # of distinct rows [N, E], and where among them is each row asked for [T]
+Vectors = tuple[torch.Tensor, torch.Tensor]  # of distinct rows [N, E], and the position among them of each row [T]
 
 
-class _Unscripted(nn.ModuleDict):
-    """Collections of other tables; torch.jit.script, which a train pipeline tries on them, would lose the mapping."""
+class _PlainCollections(nn.ModuleDict):
+    """Stock collections of the plain tables; torch.jit.script, which a train pipeline tries, would lose the mapping."""
 
     __prepare_scriptable__ = refuse_scripting
 
@@ -75,8 +75,8 @@ class DPQTables(nn.Module):
         nn.Module.__init__(self)  # by name: a subclass that is an nn.Embedding too must not become a plain one
         self.quantized_tables = list(tables)
         self.codebook_losses: dict[str, torch.Tensor] = {}  # of the last forward in training, by table, to be logged
-        self.quantizers = _InFP32()
-        self.plain = _Unscripted()  # stock collections of the tables that are not quantized
+        self.quantizers = _FP32Quantizers()
+        self.plain = _PlainCollections()
         self._cuts_checked = False
         self._device = device or torch.device("cpu")
         by_width: dict[str, list[EmbeddingConfig]] = {}
@@ -138,9 +138,9 @@ class DPQTables(nn.Module):
                 collection.reset_parameters()
 
     def _look_up(self, rows: Mapping[str, torch.Tensor], share: float = 1.0) -> dict[str, Vectors]:
-        """Vectors of the rows [T] (int64) that each table is asked for; every table is asked.
+        """Vectors of the rows [T] (int64) of each table; every table is named.
 
-        An occurrence counts as `share` of one: as 1 / ranks where all ranks ask for the same, which is to count once.
+        An occurrence counts as `share` of one: as 1 / ranks where all ranks look up the same, which is to count once.
 
         Raises:
             IndexError: a row outside its table.
@@ -219,10 +219,10 @@ class DPQTables(nn.Module):
         return with_codebook_loss(vectors_NE, codebook_loss, self.codebook_loss_scale)
 
 
-class _InFP32(nn.ModuleDict):
+class _FP32Quantizers(nn.ModuleDict):
     """Quantizers, whose keys, values and statistics stay in fp32 where the model around them takes another dtype."""
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _InFP32:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _FP32Quantizers:
         refused: set[torch.dtype] = set()
 
         def in_fp32(tensor: torch.Tensor) -> torch.Tensor:

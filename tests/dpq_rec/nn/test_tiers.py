@@ -60,9 +60,9 @@ def test_training_asks_no_level_for_rows_that_lack_it(monkeypatch):
     quantizer, queries = make(ema_decay=0.9, revive_after=1)
     choose, compared = Level.choose, []
 
-    def counted(self, rest_NDS, *more):
-        compared.append(len(rest_NDS))
-        return choose(self, rest_NDS, *more)
+    def counted(self, residual_NDS, *more):
+        compared.append(len(residual_NDS))
+        return choose(self, residual_NDS, *more)
 
     monkeypatch.setattr(Level, "choose", counted)
     quantizer(queries, rows_N=ALL_ROWS)

@@ -82,12 +82,12 @@ def test_quantizing_after_a_warm_up_takes_the_nearest_centroids(levels):
     fresh = build(DPQEmbedding, config(method="vq", num_levels=levels, batch_norm=False))
     queries(fresh).data.copy_(queries(model).data)
     start(fresh, seed=5)
-    rest_NDS = queries(model).detach().view(NUM_ROWS, 4, 3)[1:]
-    vectors_NDS = torch.zeros_like(rest_NDS)
+    residual_NDS = queries(model).detach().view(NUM_ROWS, 4, 3)[1:]
+    vectors_NDS = torch.zeros_like(residual_NDS)
     for centroids_DKS in fresh.only_quantizer.values_MKS.detach().split(4):
-        nearest_ND = torch.cdist(rest_NDS.transpose(0, 1), centroids_DKS).argmin(2).T
+        nearest_ND = torch.cdist(residual_NDS.transpose(0, 1), centroids_DKS).argmin(2).T
         chosen_NDS = torch.stack([centroids_DKS[d, nearest_ND[:, d]] for d in range(4)], 1)
-        vectors_NDS, rest_NDS = vectors_NDS + chosen_NDS, rest_NDS - chosen_NDS
+        vectors_NDS, residual_NDS = vectors_NDS + chosen_NDS, residual_NDS - chosen_NDS
     torch.testing.assert_close(model.eval()(batch(DPQEmbedding))[1:], vectors_NDS.flatten(1))
 
 
