@@ -2,7 +2,6 @@
 
 A choice has no gradient; the two methods of the paper put different ones in its place. `Softmax` is DPQ-SX (DPQ paper,
 eq. 5), `StraightThrough` is DPQ-VQ (eq. 7). Forward, both emit the very bits of the chosen values. In formulas, Q are
-queries, H vectors, T(Q) the chosen values, and sg(x) is x without its gradient. In formulas, Q are
 queries, H vectors, T(Q) the chosen values, and sg(x) is x without its gradient.
 
 The codebook loss needs no line in the training loop: `with_codebook_loss` attaches it to the vectors. It counts once
