@@ -26,7 +26,7 @@ def run(*command, cwd):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    # Without optimisation: what is tested is what the wheel holds and that it runs, and compilers take a minute for more.
+    # Compiled without optimisation, which takes a minute more: what the wheel holds is tested here, and that it runs.
     debug = "-Ccmake.build-type=Debug"
     done = run(sys.executable, "-m", "build", "--wheel", debug, "--outdir", folder, CHECKOUT, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr

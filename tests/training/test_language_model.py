@@ -344,7 +344,7 @@ def test_two_ranks_take_the_steps_of_one(text, tmp_path):
 
 def test_run_refuses_a_text_too_short_for_a_step(text, tmp_path, capsys):
     assert run("--data", text, "--batch-size", 200, "--out", tmp_path / "run") == 2
-    assert "got 3600 words in the train text, want 4200 or more for 200 stretches" in capsys.readouterr().err
+    assert "got 3600 words in the train text, want 4200 or more for 200 parts" in capsys.readouterr().err
 
 
 def test_run_refuses_a_folder_without_text(tmp_path, capsys):

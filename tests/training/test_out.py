@@ -8,11 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save
 
 from dpq_rec import verify
+from dpq_rec.files import replace_file
 from tests.limits import files_up_to
 from tests.training.command_line import alone, metrics_of
-from training import trainer
 from training.checkpoint import Checkpoints
 from training.data.synthetic import SyntheticConfig, generate
 from training.tensorboard import TensorBoard
@@ -66,7 +67,7 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_leaves_the_one_before(data,
     ("method", "num_bytes", "named", "absent"),
     [
         ("_freeze", 1000, "checkpoints/candidate-0001/artifact", "checkpoints/candidate-0001"),
-        ("_leave", 500, "metrics.json", "metrics.json"),
+        ("_keep_best", 500, "metrics.json", "metrics.json"),
     ],
 )
 def test_what_does_not_fit_is_named_and_not_left_in_part(
@@ -85,7 +86,7 @@ def test_what_does_not_fit_is_named_and_not_left_in_part(
 
 def test_weights_that_do_not_fit_are_named_and_not_left_in_part(tmp_path):
     with files_up_to(1000), pytest.raises(OSError, match=r"File too large: '.*/model\.safetensors'"):
-        trainer._write_weights(tmp_path / "model.safetensors", {"a": torch.zeros(1000)})
+        replace_file(tmp_path / "model.safetensors", save({"a": torch.zeros(1000)}))
     assert list(tmp_path.iterdir()) == []
 
 
