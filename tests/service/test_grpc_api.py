@@ -113,9 +113,10 @@ def test_stream_lookup_answers_each_request_in_order_as_it_comes(talk, make_engi
 
 def test_stream_lookup_ends_with_the_first_request_that_fails(talk):
     async def use(channel):
-        requests = [pb.LookupRequest(table=table, ids=[1]) for table in ("user_id", "usr", "user_id")]
-        stream = pb_grpc.EmbeddingServiceStub(channel).StreamLookup(iter(requests))
+        stream = pb_grpc.EmbeddingServiceStub(channel).StreamLookup()
+        await stream.write(pb.LookupRequest(table="user_id", ids=[1]))
         first = await stream.read()
+        await stream.write(pb.LookupRequest(table="usr", ids=[1]))  # the last: what is sent as a stream ends may raise
         with pytest.raises(grpc.aio.AioRpcError, match="it has: item_id, user_id"):
             await stream.read()
         return first.dim, await stream.code()
