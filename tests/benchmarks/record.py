@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dpq_rec.errors import ConfigError
 from tests.benchmarks.machine import where_and_when
 
 PACKAGES = ("dpq-rec", "numpy", "torch")
@@ -18,6 +19,13 @@ def add_config_flags(parser: argparse.ArgumentParser, config: Any) -> None:
     """A flag for each of a config's numbers."""
     for field, default in vars(config).items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default, help=f"{default:,}")
+
+
+def check_counts(config: Any, *names: str) -> None:
+    """Raises ConfigError where one of a config's counts is less than 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}: got {getattr(config, name)}, want 1 or more")
 
 
 def add_results_flag(parser: argparse.ArgumentParser) -> None:

@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 from dpq_rec import kernels
 from dpq_rec.artifact import open_artifact, write_artifact
 from dpq_rec.codes import CodeLayout
-from dpq_rec.errors import ConfigError
 from dpq_rec.table import Table
 from dpq_rec.vocabulary import IdentityVocabulary
 from tests.benchmarks.library import fbgemm
-from tests.benchmarks.record import PACKAGES, add_config_flags, add_results_flag, append, head, line_of
+from tests.benchmarks.record import PACKAGES, add_config_flags, add_results_flag, append, check_counts, head, line_of
 from tests.benchmarks.rounds import POPULARITIES, Popularity, draw_rows, take_turns
 from tests.benchmarks.tables import random_contents
 
@@ -49,9 +48,7 @@ class DecodeConfig:
     num_rounds: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("num_embeddings", "num_ids", "num_rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, want 1 or more")
+        check_counts(self, "num_embeddings", "num_ids", "num_rounds")
 
     @property
     def layout(self) -> CodeLayout:

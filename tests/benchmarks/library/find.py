@@ -25,7 +25,7 @@ from dpq_rec.kernels.lookup import find_integer_rows
 from dpq_rec.tensorfile import map_tensors, write_tensors
 from dpq_rec.vocabulary import Int64Vocabulary, StringVocabulary, Vocabulary, load_vocabulary
 from tests import references
-from tests.benchmarks.record import add_config_flags, add_results_flag, append, head, line_of
+from tests.benchmarks.record import add_config_flags, add_results_flag, append, check_counts, head, line_of
 from tests.benchmarks.rounds import POPULARITIES, Popularity, draw_rows, take_turns
 
 Kind = Literal["int64", "string"]
@@ -47,9 +47,7 @@ class FindConfig:
     num_rounds: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("num_known", "num_ids", "num_rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, want 1 or more")
+        check_counts(self, "num_known", "num_ids", "num_rounds")
         if not 0 <= self.percent_unknown <= 100:
             raise ConfigError(f"percent_unknown: got {self.percent_unknown}, want 0 to 100")
 

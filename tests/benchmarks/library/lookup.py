@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from dpq_rec.artifact import write_artifact
 from dpq_rec.codes import CodeLayout
-from dpq_rec.errors import ConfigError
 from dpq_rec.lookup import EmbeddingStore
 from dpq_rec.vocabulary import Int64Vocabulary
 from tests.benchmarks.library.find import integers_at, places_of
-from tests.benchmarks.record import add_config_flags, add_results_flag, append, head, line_of
+from tests.benchmarks.record import add_config_flags, add_results_flag, append, check_counts, head, line_of
 from tests.benchmarks.rounds import POPULARITIES, Popularity, draw_rows, take_turns
 from tests.benchmarks.tables import random_contents
 
@@ -44,9 +43,7 @@ class LookupConfig:
     num_rounds: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("num_embeddings", "num_ids", "num_rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, want 1 or more")
+        check_counts(self, "num_embeddings", "num_ids", "num_rounds")
 
 
 def measure(config: LookupConfig) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_rec import CodeLayout, ConfigError, Int64Vocabulary, write_artifact
-from tests.benchmarks.record import add_config_flags, add_results_flag
+from tests.benchmarks.record import add_config_flags, add_results_flag, check_counts
 from tests.benchmarks.rounds import Popularity, draw_rows
 from tests.benchmarks.tables import random_contents
 
@@ -36,9 +36,7 @@ class BenchConfig:
     seconds: int = 3
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ConfigError(f"{name}: got {value}, want 1 or more")
+        check_counts(self, *vars(self))
 
     @property
     def layout(self) -> CodeLayout:
